@@ -1,0 +1,49 @@
+"""``raycloud <verb>``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from raycloud import __version__
+from raycloud.cli import bench, distill, fetch, schema, validate
+from raycloud.errors import RaycloudError
+
+app = typer.Typer(
+    help="Get a large language model from your cloud to your edges, and keep it good there.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command("distill")(distill.distill)
+app.command("validate")(validate.validate)
+app.command("schema")(schema.schema)
+app.command("fetch")(fetch.fetch)
+app.add_typer(bench.app, name="bench")
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show it.")) -> None:
+    pass
+
+
+def main(before: Sequence[str] = ()) -> None:
+    """Run the command line; errors a user can act on end it with one line and their exit code.
+
+    Args:
+        before: words put before those the process was called with.
+    """
+    try:
+        app([*before, *sys.argv[1:]], prog_name="raycloud")
+    except RaycloudError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

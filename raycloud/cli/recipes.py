@@ -1,0 +1,20 @@
+"""The recipes by the job they are for."""
+
+from __future__ import annotations
+
+from raycloud.errors import RecipeError
+from raycloud.recipe import Recipe
+
+
+def recipe_class(job: object) -> type[Recipe]:
+    """The recipe of a job.
+
+    Raises:
+        RecipeError: there is no such job.
+    """
+    from raycloud.distill.recipe import DistillRecipe
+
+    known: dict[object, type[Recipe]] = {"distill": DistillRecipe}
+    if job not in known:
+        raise RecipeError(f"no job {job!r}; allowed: {', '.join(map(str, known))}")
+    return known[job]

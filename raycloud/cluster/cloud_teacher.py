@@ -1,0 +1,154 @@
+"""The teacher in the cloud, as a thin actor around pure functions of ``raycloud.distill``."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ray
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from raycloud.cluster.runtime import computing_with, share_of_cores
+from raycloud.data.batches import Batch, Sample, encode
+from raycloud.data.sources import load_rows
+from raycloud.data.splits import Row
+from raycloud.distill.examination import Comparison, Examiner, Score
+from raycloud.distill.recipe import DistillRecipe
+from raycloud.distill.signals import FrozenHead, Signal, frozen_head, observe, signal_key
+from raycloud.distill.student import initial_student
+from raycloud.models.loading import Pretrained, load, pick_device
+from raycloud.models.segments import Segment
+from raycloud.models.weights import Weights, build, weights_of
+from raycloud.training.precision import compute_type, computing_in
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What the job needs to know about the teacher."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model that students start from."""
+
+    config: PretrainedConfig
+    weights: dict
+    blocks: list[int] | None
+
+
+class CloudTeacher:
+    """Holds the teacher and answers for it; every method may be called again with the same outcome.
+
+    Signals are put into the object store once per batch; students that ask for the same ids share the object.
+    """
+
+    SHARED_BYTES = 1 << 29
+    """Signals that are kept in the object store for students still to ask for them."""
+
+    def __init__(self, recipe: DistillRecipe) -> None:
+        self._recipe = recipe
+        self._threads = share_of_cores(recipe.threads, len(recipe.edges))
+        self._shared: OrderedDict[str, tuple[ray.ObjectRef, int]] = OrderedDict()
+        self._shared_bytes = 0
+        self._pretrained: Pretrained | None = None
+        self._examiner: Examiner | None = None
+
+    def prepare(self) -> TeacherFacts:
+        """Load the model."""
+        model = self._teacher.model
+        # The weights are told apart by where they came from; a directory's content may change, its config less often.
+        name = f"{self._recipe.teacher.model}|{model.config.to_json_string()}|{model.dtype}"
+        return TeacherFacts(name, self._teacher.tokenizer, model.num_parameters())
+
+    @property
+    def _teacher(self) -> Pretrained:
+        if self._pretrained is None:
+            recipe = self._recipe
+            # On a CPU the weights stay float32, for exact examinations; signals are computed under autocast.
+            dtype = "float32" if pick_device(recipe.device).type == "cpu" else recipe.dtype
+            self._pretrained = load(recipe.teacher.model, device=recipe.device, dtype=dtype)
+            self._segment = Segment(self._pretrained.model)
+        return self._pretrained
+
+    def head(self) -> FrozenHead:
+        """A copy of the head as it crosses the link, for ``hidden`` signals."""
+        return frozen_head(Segment(self._teacher.model), self._recipe.signal.codec)
+
+    def signal(self, name: str, batch: Batch) -> list[ray.ObjectRef]:
+        """The one-element list of a reference to what the teacher says about a batch."""
+        recipe = self._recipe
+        temperatures = [recipe.objective.divergence.temperature]
+        key = signal_key(name, batch, recipe.signal, temperatures)
+        if key in self._shared:
+            self._shared.move_to_end(key)
+        else:
+            device = self._teacher.model.device
+            with computing_with(self._threads), computing_in(compute_type(recipe.dtype, device), device):
+                said = observe(self._segment, name, batch.to(device), recipe.signal, temperatures)
+            self._share(key, said)
+        return [self._shared[key][0]]
+
+    def _share(self, key: str, said: Signal) -> None:
+        self._shared[key] = (ray.put(said), said.nbytes)
+        self._shared_bytes += said.nbytes
+        while self._shared_bytes > self.SHARED_BYTES and len(self._shared) > 1:
+            _, (_, size) = self._shared.popitem(last=False)
+            self._shared_bytes -= size
+
+    def start(self) -> Start:
+        """The model that students start from."""
+        recipe = self._recipe
+        with computing_with(os.cpu_count() or 1):
+            rows = load_rows(recipe.data.source, "train")
+            calibration = self._encode(spread(rows, recipe.student.calibration))
+            student, blocks = initial_student(self._teacher, recipe.student, calibration, recipe.device)
+        return Start(student.config, {name: tensor.cpu() for name, tensor in weights_of(student).items()}, blocks)
+
+    def _encode(self, rows: Sequence[Row]) -> list[Sample]:
+        data = self._recipe.data
+        return encode(
+            rows, self._teacher.tokenizer, data.format, max_length=data.max_length, max_prompt=data.max_prompt
+        )
+
+    @property
+    def _examination(self) -> Examiner:
+        if self._examiner is None:
+            recipe = self._recipe.evaluation
+            groups: dict[str, list[Row]] = {}
+            for row in load_rows(self._recipe.data.source, recipe.split):
+                groups.setdefault(str(row.get(recipe.by)) if recipe.by else "held-out", []).append(row)
+            held_out = {group: self._encode(spread(rows, recipe.samples)) for group, rows in sorted(groups.items())}
+            self._examiner = Examiner(self._teacher, held_out)
+        return self._examiner
+
+    def teacher_scores(self) -> dict[str, Score]:
+        """The teacher on held-out text, by group and over all."""
+        with computing_with(os.cpu_count() or 1):
+            return self._examination.teacher()
+
+    def scores(self, config: PretrainedConfig, weights: Weights) -> dict[str, Score]:
+        """A student on held-out text, by group and over all."""
+        with computing_with(os.cpu_count() or 1):
+            return self._examination.student(self._built(config, weights))
+
+    def compare(self, config: PretrainedConfig, weights: Weights) -> Comparison:
+        """Prompts completed by both, and both speeds."""
+        recipe = self._recipe.evaluation
+        with computing_with(os.cpu_count() or 1):
+            return self._examination.compare(self._built(config, weights), recipe.prompts, recipe.new_tokens)
+
+    def _built(self, config: PretrainedConfig, weights: Weights) -> PreTrainedModel:
+        return build(config, weights, device=pick_device(self._recipe.device), dtype=self._teacher.model.dtype)
+
+
+def spread(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most ``most`` rows at even distances."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[index * len(rows) // most] for index in range(most)]

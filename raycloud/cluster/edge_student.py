@@ -1,0 +1,215 @@
+"""A student at an edge: trains on its own shard from the teacher's signals, round by round."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from raycloud.cluster.object_store_signals import ObjectStoreSignals
+from raycloud.cluster.runtime import computing_with, share_of_cores
+from raycloud.data.batches import Batch, SampleOrder, collate, encode
+from raycloud.data.sources import load_rows
+from raycloud.data.splits import select, shard
+from raycloud.distill.recipe import DistillRecipe
+from raycloud.distill.signals import FrozenHead
+from raycloud.distill.student import loss_from_signals
+from raycloud.link.meter import Meter
+from raycloud.models.loading import pick_device
+from raycloud.models.segments import Segment
+from raycloud.models.weights import Weights, build, load_weights, nbytes, weights_of
+from raycloud.results import write_folder
+from raycloud.training.loop import Step, Trainer
+from raycloud.training.precision import compute_type
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Where a student is: for the progress display, and a sign of life."""
+
+    round: int
+    step: int
+    loss: float
+    tokens_per_second: float
+    pid: int
+    """Of the process, to find it on its node."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a student brings back from a round."""
+
+    name: str
+    round: int
+    weights: dict[str, Tensor]
+    tokens: int
+    steps: list[Step]
+    seconds: float
+    meter: Meter = field(default_factory=Meter)
+    late: bool = False
+    """The round was over before the student was; then there are no weights."""
+
+
+class EdgeStudent:
+    """An actor with the resource ``edge``. It loses its memory with its process and recovers from its own disk.
+
+    Args:
+        index: which of the recipe's edges it is.
+        recipe: the whole recipe.
+        config: the model's.
+        replicas: handles of the teacher's actors.
+        state: folder for the optimiser's state, one file a round; on the edge's own disk where none is shared.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        recipe: DistillRecipe,
+        config: PretrainedConfig,
+        replicas: Sequence[Any],
+        state: Path,
+    ) -> None:
+        self._edge, self._recipe, self._config, self._replicas = recipe.edges[index], recipe, config, replicas
+        self._folder = state / self._edge.name
+        self._round = -1
+        self._beat: Beat | None = None
+        self._ready = False
+
+    @ray.method(max_task_retries=-1)
+    def prepare(self) -> int:
+        """Learn the teacher's tokenizer and load this edge's own data; how many samples it has.
+
+        The constructor takes little, since Ray must keep its arguments for restarts.
+
+        Raises:
+            DataError: the edge has no data.
+        """
+        self._load()
+        return len(self._samples)
+
+    def _load(self) -> None:
+        """Does nothing the second time."""
+        if not self._ready:
+            data, training = self._recipe.data, self._recipe.training
+            facts = self._ask("prepare")
+            self._teacher, self._tokenizer = facts.name, facts.tokenizer
+            rows = shard(select(load_rows(data.source, "train"), self._edge.where), self._edge.part, self._edge.of)
+            self._samples = encode(
+                rows, self._tokenizer, data.format, max_length=data.max_length, max_prompt=data.max_prompt
+            )
+            lengths = [len(sample.ids) for sample in self._samples]
+            self._order = SampleOrder(lengths, training.batch_size, self._recipe.seed)
+            self._device = pick_device(self._recipe.device)
+            self._trainer: Trainer | None = None
+            self._head: FrozenHead | None = None
+            self._ready = True
+
+    @ray.method(concurrency_group="control", max_task_retries=-1)
+    def beat(self) -> Beat | None:
+        """Where the student is in its round."""
+        return self._beat
+
+    @ray.method(concurrency_group="control", max_task_retries=-1)
+    def advance(self, current: int) -> None:
+        """Tell the student which round it is; if that is not the one it is training for, it stops between two steps."""
+        self._round = current
+
+    def train(self, current: int, weights: Weights) -> Answer:
+        """Train for one round from the given weights and save the optimiser's state.
+
+        Args:
+            current: the round, counted from 0.
+            weights: the average that the round starts from.
+        """
+        start = time.perf_counter()
+        self._load()
+        self._round, self._beat = current, None
+        meter = Meter()
+        signals = self._signals(meter)
+        meter.add("weights_down", nbytes(weights))
+        trainer = self._resumed(current, weights, meter)
+        loss = loss_from_signals(self._segment, self._recipe.objective, signals, self._head)
+        steps: list[Step] = []
+        with computing_with(share_of_cores(self._recipe.threads, len(self._recipe.edges))):
+            for micro in self._batches(trainer.step_index):
+                signals.prefetch(micro)
+            for _ in range(self._recipe.rounds.steps):
+                if self._round != current:
+                    return Answer(self._edge.name, current, {}, 0, steps, time.perf_counter() - start, meter, late=True)
+                batches = self._batches(trainer.step_index)
+                if len(steps) + 1 < self._recipe.rounds.steps:
+                    for micro in self._batches(trainer.step_index + 1):
+                        signals.prefetch(micro)
+                steps.append(trainer.step(batches, loss))
+                tokens = sum(step.tokens for step in steps)
+                seconds = time.perf_counter() - start
+                self._beat = Beat(current, len(steps), steps[-1].loss, tokens / seconds, os.getpid())
+        learnt = {name: tensor.cpu() for name, tensor in weights_of(self._model).items()}
+        meter.add("weights_up", nbytes(learnt))
+        self._save(current, trainer)
+        tokens = sum(step.tokens for step in steps)
+        return Answer(self._edge.name, current, learnt, tokens, steps, time.perf_counter() - start, meter)
+
+    def _ask(self, method: str) -> Any:
+        return ray.get(getattr(self._replicas[0], method).remote(), timeout=self._recipe.teacher.timeout_s)
+
+    def _signals(self, meter: Meter) -> ObjectStoreSignals:
+        recipe = self._recipe
+        temperature = recipe.objective.divergence.temperature
+        return ObjectStoreSignals(
+            self._replicas, self._teacher, recipe.signal, temperature, recipe.teacher.timeout_s, meter
+        )
+
+    def _batches(self, step: int) -> list[Batch]:
+        """The micro-batches of a global step: a pure function of it."""
+        accumulate, pad = self._recipe.training.accumulate, self._tokenizer.pad_token_id
+        return [
+            collate([self._samples[index] for index in self._order.indices(step * accumulate + micro)], pad)
+            for micro in range(accumulate)
+        ]
+
+    def _resumed(self, current: int, weights: Weights, meter: Meter) -> Trainer:
+        """The trainer as it stood at the end of the round before, with this round's weights."""
+        recipe = self._recipe
+        if self._trainer is None:
+            self._model = build(self._config, weights, device=self._device, dtype=torch.float32).train()
+            if recipe.training.gradient_checkpointing:
+                self._model.gradient_checkpointing_enable()
+            self._segment = Segment(self._model)
+            self._trainer = Trainer(
+                {"student": self._model},
+                recipe.training,
+                total_steps=recipe.rounds.count * recipe.rounds.steps,
+                seed=recipe.seed,
+                autocast=compute_type(recipe.dtype, self._device),
+            )
+            saved = self._folder / f"round-{current - 1:04d}" / "optimizer.safetensors"
+            if saved.is_file():
+                self._trainer.load_state(load_file(saved))
+        load_weights(self._model, weights)
+        # A student that missed a round is where the others are in the schedule.
+        self._trainer.step_index = current * recipe.rounds.steps
+        if self._head is None and recipe.objective.kd_weight and recipe.signal.kind == "hidden":
+            head: FrozenHead = self._ask("head")
+            meter.add("head", head.nbytes)
+            self._head = head.to(self._device, torch.float32)
+        return self._trainer
+
+    def _save(self, current: int, trainer: Trainer) -> None:
+        """Keep this round's state and the one before: which of them a resumed run needs, only the driver knows."""
+        write_folder(
+            self._folder / f"round-{current:04d}", lambda to: save_file(trainer.state(), to / "optimizer.safetensors")
+        )
+        for old in self._folder.glob("round-*"):
+            if int(old.name.removeprefix("round-")) < current - 1:
+                shutil.rmtree(old)

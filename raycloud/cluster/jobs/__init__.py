@@ -1,0 +1,1 @@
+"""Jobs: ``run(recipe) -> Result``, the only callers of ``ray.init``."""

@@ -1,0 +1,156 @@
+"""Rounds: every student trains from the same weights, those that answer in time are averaged by tokens.
+
+A student whose process dies, or that is late, is left out of the round; Ray starts it again, it is given the newest
+weights and takes part in the next round. No failure of a student ends the run while another one answers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from torch import Tensor
+
+from raycloud.cluster.edge_student import Answer, Beat
+from raycloud.distill.recipe import RoundsRecipe
+from raycloud.errors import ClusterError, RaycloudError
+from raycloud.models.surgery.merging import weighted_average
+from raycloud.models.weights import Weights
+
+_POLL_S = 0.5
+
+
+@dataclass
+class Member:
+    """A student actor as the driver sees it."""
+
+    name: str
+    actor: Any
+    ready: bool = False
+    preparing: ray.ObjectRef | None = None
+    beating: ray.ObjectRef | None = None
+
+    def prepare(self) -> ray.ObjectRef:
+        """The call that returns once the actor is up and has its data; made once."""
+        if self.preparing is None:
+            self.preparing = self.actor.prepare.remote()
+        return self.preparing
+
+    def lost(self) -> None:
+        """The actor has to come back before it can train again."""
+        self.ready, self.preparing, self.beating = False, None, None
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A student that a round went on without."""
+
+    name: str
+    why: Literal["died", "late", "failed", "absent"]
+    detail: str = ""
+
+
+@dataclass
+class Round:
+    """What a round brought."""
+
+    index: int
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
+    missed: list[Missed] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+Watch = Callable[[dict[str, Beat]], None]
+"""Told where every student is, about twice a second."""
+
+
+def run_round(index: int, members: Sequence[Member], weights: Weights, recipe: RoundsRecipe, watch: Watch) -> Round:
+    """Train one round and average it; without any answer the result has no weights.
+
+    Raises:
+        RaycloudError: a student's own data or recipe is at fault, which starting again would not mend.
+    """
+    begun = time.monotonic()
+    deadline, patience = begun + recipe.deadline_s, begun + recipe.rejoin_s
+    current = ray.put(dict(weights))
+    training: dict[ray.ObjectRef, Member] = {}
+    preparing: dict[ray.ObjectRef, Member] = {}
+    beats: dict[str, Beat] = {}
+    done = Round(index)
+
+    def train(member: Member) -> None:
+        training[member.actor.train.remote(index, current)] = member
+
+    for member in members:
+        if member.ready:
+            train(member)
+        else:
+            preparing[member.prepare()] = member
+    while training or (preparing and time.monotonic() < patience):
+        if time.monotonic() >= deadline:
+            break
+        finished, _ = ray.wait([*training, *preparing], num_returns=1, timeout=_POLL_S)
+        for ref in finished:
+            member = training.pop(ref) if ref in training else preparing.pop(ref)
+            try:
+                outcome = ray.get(ref)
+            except RayTaskError as error:
+                _reraise(error)
+                done.missed.append(Missed(member.name, "failed", _last_line(error)))
+                member.lost()
+            except RayError as error:
+                done.missed.append(Missed(member.name, "died", _last_line(error)))
+                member.lost()
+                member.prepare()
+            else:
+                if isinstance(outcome, Answer):
+                    done.answers.append(outcome)
+                else:
+                    member.ready, member.preparing = True, None
+                    train(member)
+        _listen(members, beats, index)
+        watch(beats)
+    for member in training.values():
+        done.missed.append(Missed(member.name, "late", f"no answer in {recipe.deadline_s:g} s"))
+        member.lost()
+        member.actor.advance.remote(index + 1)
+        member.prepare()
+    done.missed.extend(Missed(member.name, "absent", "not started") for member in preparing.values())
+    done.seconds = time.monotonic() - begun
+    if done.answers:
+        done.weights = weighted_average([one.weights for one in done.answers], [one.tokens for one in done.answers])
+    return done
+
+
+def _listen(members: Sequence[Member], beats: dict[str, Beat], index: int) -> None:
+    """Collect the signs of life that have come in and ask for the next ones; never waits."""
+    for member in members:
+        if not member.ready:
+            continue
+        if member.beating is None:
+            member.beating = member.actor.beat.remote()
+        elif ray.wait([member.beating], timeout=0)[0]:
+            try:
+                beat = ray.get(member.beating, timeout=0)
+            except (RayError, GetTimeoutError):
+                beat = None
+            member.beating = None
+            if beat is not None and beat.round == index:
+                beats[member.name] = beat
+
+
+def _reraise(error: RayTaskError) -> None:
+    """An error the user can mend ends the run as itself, without the remote traceback."""
+    cause = error.cause
+    if isinstance(cause, RaycloudError) and not isinstance(cause, ClusterError):
+        raise cause from None
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if isinstance(error, RayTaskError) else lines[0]

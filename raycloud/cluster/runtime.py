@@ -1,0 +1,111 @@
+"""Joining a Ray cluster, or starting one on this machine, and checking that it can hold a job."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from raycloud.errors import ClusterError
+
+_FORWARDED = ("RAYCLOUD_CACHE", "RAYCLOUD_DATA")
+
+
+@contextmanager
+def joined(needs: Mapping[str, float]) -> Iterator[None]:
+    """A connection to Ray for the length of a job.
+
+    An initialised session is used as it is. Otherwise the cluster at ``RAY_ADDRESS`` or the one that ``ray start`` runs
+    on this machine is joined; where there is none, one is started here that provides what the job needs.
+
+    Args:
+        needs: custom resources the job takes in all, such as ``{"cloud": 1, "edge": 2}``.
+
+    Raises:
+        ClusterError: the cluster cannot be reached or has less than that.
+    """
+    if ray.is_initialized():
+        check_capacity(needs)
+        yield
+        return
+    forwarded = {name: os.environ[name] for name in _FORWARDED if name in os.environ}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if forwarded:
+        options["runtime_env"] = {"env_vars": forwarded}
+    try:
+        ray.init(address="auto", **options)
+    except ConnectionError as error:
+        if "RAY_ADDRESS" in os.environ:
+            first = str(error).splitlines()[0]
+            raise ClusterError(
+                f"cannot reach the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {first}"
+            ) from None
+        ray.init(address="local", resources=dict(needs), include_dashboard=False, **options)
+        _hide_token()
+    try:
+        check_capacity(needs)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _hide_token() -> None:
+    """Ray leaves the token it makes for a local session readable by everyone on the machine."""
+    with suppress(OSError):
+        (Path.home() / ".ray" / "auth_token").chmod(0o600)
+
+
+def check_capacity(needs: Mapping[str, float]) -> None:
+    """Ray would wait for ever, and silently, for resources that no node has.
+
+    Raises:
+        ClusterError: naming the resource, what is there and how to provide it.
+    """
+    there = ray.cluster_resources()
+    for name, amount in needs.items():
+        if there.get(name, 0) < amount:
+            raise ClusterError(
+                f"the cluster has {there.get(name, 0):g} of the resource '{name}', this job needs {amount:g}; "
+                f"start nodes with: ray start --address=… --resources='{{\"{name}\": 1}}'"
+            )
+
+
+def share_of_cores(threads: int, actors: int) -> int:
+    """CPU threads of one of ``actors`` that compute at the same time on this node; ``threads`` if it is set."""
+    return threads or max(1, (os.cpu_count() or 1) // max(1, actors))
+
+
+@contextmanager
+def computing_with(threads: int) -> Iterator[None]:
+    """Ray sets one OpenMP thread where it is told nothing; compute with this many, and put the old number back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let ``ray job stop``, which sends SIGTERM, end a job in the same orderly way as Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,30 @@
+"""Skewed forward KL (DistiLLM, Ko et al. 2024, arXiv 2402.03898)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from raycloud.distill.objective import Divergence
+from raycloud.distill.objectives.forward_kl import forward_kl
+
+
+def skewed_forward_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
+    """KL(p ‖ λp + (1−λ)q), (c, S) to (c,); at most −log λ."""
+    return forward_kl(log_p, torch.logaddexp(log_p + math.log(skew), log_q + math.log1p(-skew)))
+
+
+class SkewedForwardKL(Divergence):
+    """Forward KL to a mixture that holds a little of the teacher, so that it stays finite."""
+
+    name: Literal["skewed_forward_kl"] = "skewed_forward_kl"
+    skew_lambda: float = Field(0.1, gt=0, lt=1)
+    """Share of the teacher in the mixture."""
+
+    def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """D (c,); see :func:`skewed_forward_kl`."""
+        return skewed_forward_kl(log_p, log_q, self.skew_lambda)

@@ -1,0 +1,151 @@
+"""The recipe of a distillation: one teacher in the cloud, students at the edges, rounds of averaging."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from raycloud.data.prompts import Format
+from raycloud.distill.objective import Objective
+from raycloud.distill.objectives import AnyDivergence, CrossEntropy
+from raycloud.distill.signals import SignalRecipe
+from raycloud.models.loading import Device, DType
+from raycloud.recipe import Recipe
+from raycloud.training.loop import TrainingRecipe
+
+
+class Placement(Recipe):
+    """What one actor asks of its node, beside one unit of ``cloud`` or ``edge``."""
+
+    num_cpus: float = Field(0.25, ge=0)
+    """A fraction, so that teacher, students and driver fit on few cores; the threads say how many are used."""
+    num_gpus: float = Field(0.0, ge=0)
+
+
+class TeacherRecipe(Recipe):
+    """The cloud teacher."""
+
+    model: str = "builtin:smollm2-135m-instruct"
+    """A hub id, a directory, a GGUF file or a built-in name."""
+    replicas: int = Field(1, gt=0)
+    """Actors that answer for it, each taking one ``cloud``."""
+    placement: Placement = Placement()
+    timeout_s: float = Field(300.0, gt=0)
+    """How long a student waits for one signal."""
+
+
+class StudentRecipe(Recipe):
+    """What the students start from: chosen blocks of the teacher, or a model of its own with the same vocabulary."""
+
+    model: str | None = None
+    """A hub id, a directory or a built-in name; None cuts the student from the teacher."""
+    blocks: int | list[Annotated[int, Field(ge=0)]] = 20
+    """How many of the teacher's blocks to keep, or which."""
+    choose: Literal["importance", "spacing"] = "importance"
+    """``importance`` keeps the blocks that turn their rows most on calibration text, ``spacing`` every n-th one."""
+    calibration: int = Field(64, gt=0)
+    """Training samples that importance is measured on."""
+    placement: Placement = Placement()
+
+
+class DataRecipe(Recipe):
+    """The text to learn from."""
+
+    source: str = "builtin:reviews"
+    """``builtin:reviews``, ``builtin:instruct``, a JSONL or Parquet file, or a hub id."""
+    format: Format = "plain"
+    max_length: int = Field(512, gt=1)
+    """Tokens of prompt and response together."""
+    max_prompt: int = Field(256, gt=0)
+
+
+class EdgeRecipe(Recipe):
+    """One edge and the part of the data that is its own."""
+
+    name: str = Field(pattern=r"^[\w-]+$")
+    where: dict[str, list[Any]] = {}
+    """Columns and the values this edge's rows have there; empty for all rows."""
+    part: int = Field(0, ge=0)
+    """Which of ``of`` disjoint shards of those rows."""
+    of: int = Field(1, gt=0)
+
+
+class ObjectiveRecipe(Recipe):
+    """The loss of a response token: ``ce_weight`` · cross-entropy + ``kd_weight`` · divergence."""
+
+    ce_weight: float = Field(0.0, ge=0)
+    kd_weight: float = Field(1.0, ge=0)
+    divergence: AnyDivergence = Field(default={"name": "forward_kl"}, validate_default=True)
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> Self:
+        if self.ce_weight + self.kd_weight == 0:
+            raise ValueError("ce_weight and kd_weight must not both be 0")
+        return self
+
+    def weighted(self) -> list[tuple[float, Objective]]:
+        """The objectives with a weight."""
+        both: list[tuple[float, Objective]] = [(self.kd_weight, self.divergence), (self.ce_weight, CrossEntropy())]
+        return [(weight, objective) for weight, objective in both if weight]
+
+
+class RoundsRecipe(Recipe):
+    """Rounds of training at the edges, each ended by averaging the students that answered."""
+
+    count: int = Field(4, gt=0)
+    steps: int = Field(10, gt=0)
+    """Optimiser steps of every student in a round."""
+    deadline_s: float = Field(600.0, gt=0)
+    """A student that has not answered by then is left out of the round."""
+    rejoin_s: float = Field(120.0, gt=0)
+    """How long a round waits at its beginning for students that are starting again."""
+    empty: int = Field(3, gt=0)
+    """Rounds in a row that no student answers before the run is given up."""
+
+
+class EvaluationRecipe(Recipe):
+    """Held-out text, told apart by a column, and prompts to complete."""
+
+    split: Literal["valid", "test"] = "test"
+    by: str | None = "domain"
+    """The column whose values are reported one by one; None for all rows together."""
+    samples: int = Field(64, gt=0)
+    """Held-out samples of each group."""
+    prompts: list[str] = ["The film is", "This phone", "The president said"]
+    new_tokens: int = Field(24, gt=0)
+
+
+class DistillRecipe(Recipe):
+    """Distil students at the edges from a teacher in the cloud."""
+
+    job: Literal["distill"] = "distill"
+    output: str = "results/distill"
+    """The result directory."""
+    seed: int = 10
+    device: Device = "auto"
+    dtype: DType = "auto"
+    """What training and signals are computed in; ``auto`` is bfloat16 where the device multiplies it natively.
+    Weights that are trained and averaged stay float32, and examinations on a CPU are computed in it."""
+    threads: int = Field(0, ge=0)
+    """CPU threads of each training actor; 0 divides the node's cores among them."""
+    teacher: TeacherRecipe = TeacherRecipe()
+    student: StudentRecipe = StudentRecipe()
+    data: DataRecipe = DataRecipe()
+    edges: list[EdgeRecipe] = Field(default=[EdgeRecipe(name="edge")], min_length=1)
+    signal: SignalRecipe = SignalRecipe()
+    objective: ObjectiveRecipe = ObjectiveRecipe()
+    training: TrainingRecipe = TrainingRecipe()
+    rounds: RoundsRecipe = RoundsRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [edge.name for edge in self.edges]
+        double = sorted({name for name in names if names.count(name) > 1})
+        if double:
+            raise ValueError(f"edges: the name '{double[0]}' is given twice")
+        for edge in self.edges:
+            if edge.part >= edge.of:
+                raise ValueError(f"edges: '{edge.name}' has part {edge.part} of {edge.of}; allowed: 0 to {edge.of - 1}")
+        return self

@@ -1,0 +1,1 @@
+"""The link: what crosses between edge and cloud, how it is coded, and how many bytes it took."""

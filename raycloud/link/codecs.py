@@ -1,0 +1,72 @@
+"""Codecs: rows of numbers to bytes and back.
+
+A coded row stands on its own, (n, width) rows become (n, bytes per row) bytes, so that a receiver decodes the rows it
+works on and never the whole payload at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+CodecName = Literal["float32", "float16", "bfloat16"]
+
+
+class Codec(Protocol):
+    """Turns rows into bytes and back."""
+
+    @property
+    def name(self) -> str:
+        """What recipes call it."""
+        ...
+
+    def bytes_per_row(self, width: int) -> int:
+        """Payload bytes of one row of ``width`` numbers."""
+        ...
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """(n, width) numbers to (n, bytes per row) uint8."""
+        ...
+
+    def decode(self, payload: Tensor) -> Tensor:
+        """(n, bytes per row) uint8 to (n, width) float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Rows in a floating-point type. float16 saturates at its largest value instead of overflowing to infinity."""
+
+    name: str
+    dtype: torch.dtype
+
+    def bytes_per_row(self, width: int) -> int:
+        """Payload bytes of one row of ``width`` numbers."""
+        return width * self.dtype.itemsize
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """(n, width) numbers to (n, bytes per row) uint8."""
+        if self.dtype == torch.float16:
+            limit = torch.finfo(torch.float16).max
+            rows = rows.clamp(-limit, limit)
+        return rows.to(self.dtype).contiguous().view(torch.uint8)
+
+    def decode(self, payload: Tensor) -> Tensor:
+        """(n, bytes per row) uint8 to (n, width) float32.
+
+        Raises:
+            ValueError: the payload is not whole numbers of this type.
+        """
+        if payload.dtype != torch.uint8 or payload.shape[-1] % self.dtype.itemsize:
+            raise ValueError(f"{self.name} payload must be uint8 rows of a multiple of {self.dtype.itemsize} bytes")
+        return payload.contiguous().view(self.dtype).float()
+
+
+CODECS: dict[str, Codec] = {
+    "float32": Cast("float32", torch.float32),
+    "float16": Cast("float16", torch.float16),
+    "bfloat16": Cast("bfloat16", torch.bfloat16),
+}

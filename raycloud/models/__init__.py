@@ -1,0 +1,1 @@
+"""Models: loading, the anatomy of families, segments with their own KV cache, and surgery."""

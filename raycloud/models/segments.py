@@ -1,0 +1,133 @@
+"""Segments: blocks [lo, hi) of a transformer as a module of its own.
+
+The library's own blocks are called one by one with our masks, positions and KV store, so layers may hold caches of
+different lengths and a part in the middle never has to guess where it stands.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from raycloud.models.anatomy import anatomy_of, base_of, blocks_of, find, layer_type, window
+from raycloud.models.cache import KVCache
+
+
+class Segment(nn.Module):
+    """Blocks ``[lo, hi)`` with the embedding if ``lo == 0`` and final norm and head if ``hi`` is the number of blocks.
+
+    The modules are shared with ``model``, not copied: training a segment trains the model it was taken from.
+
+    Args:
+        model: a ``transformers`` model of a family with an anatomy record.
+        lo: first block.
+        hi: block after the last one; the number of blocks if None.
+        embed: whether it holds the embedding; ``lo == 0`` if None. The middle of an edge-cloud-edge model with an
+            empty first part starts at block 0 without it.
+        head: whether it holds final norm and head; ``hi == len(blocks)`` if None.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        lo: int = 0,
+        hi: int | None = None,
+        *,
+        embed: bool | None = None,
+        head: bool | None = None,
+    ) -> None:
+        super().__init__()
+        blocks = blocks_of(model)
+        hi = len(blocks) if hi is None else hi
+        if not 0 <= lo <= hi <= len(blocks):
+            raise ValueError(f"need 0 <= lo <= hi <= {len(blocks)}, got lo={lo}, hi={hi}")
+        base, self.anatomy = base_of(model), anatomy_of(model.config)
+        self.config, self.lo, self.hi = model.config, lo, hi
+        self.is_first = lo == 0 if embed is None else embed
+        self.is_last = hi == len(blocks) if head is None else head
+        self.blocks = nn.ModuleList(blocks[lo:hi])
+        self._embedding = self._register(base, self.anatomy.embedding) if self.is_first else {}
+        self._after = self._register(base, self.anatomy.after) if self.is_last else {}
+        self.rotary = find(base, self.anatomy.rotary) if self.anatomy.rotary else None
+        self.head: nn.Module | None = find(model, self.anatomy.head) if self.is_last else None
+
+    def _register(self, base: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
+        found = {path: module for path in paths if (module := find(base, path)) is not None}
+        for path, module in found.items():
+            self.add_module(path.replace(".", "_"), module)
+        return found
+
+    def forward(self, x: Tensor, *, valid: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits if this segment holds a head, rows otherwise; see :meth:`rows` for the arguments."""
+        rows = self.rows(x, valid=valid, cache=cache)
+        return self.logits(rows) if self.head is not None else rows
+
+    def rows(self, x: Tensor, *, valid: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """The rows (B, T, d) that leave block ``hi - 1``, after the final norm if this is the last segment.
+
+        Args:
+            x: token ids (B, T) if it holds the embedding, rows (B, T, d) entering block ``lo`` otherwise.
+            valid: (B, T), False for padding on either side; None if there is none.
+            cache: remembers these tokens for the next call; inference only.
+        """
+        store = KVCache() if cache is None else cache
+        past = store.length
+        positions = store.next_positions(valid, x.shape[0], x.shape[1], x.device)
+        store.extend(positions, valid)
+        rows = self.anatomy.embed(self._embedding, x, positions) if self.is_first else x
+        masks: dict[int | None, Tensor | None] = {}
+        angles: dict[str, tuple[Tensor, Tensor]] = {}
+        for index, block in enumerate(self.blocks, start=self.lo):
+            span, kind = window(self.config, index), layer_type(self.config, index)
+            if span not in masks:
+                masks[span] = self._mask(store, past, span, rows.dtype)
+            extra = {}
+            if self.rotary is not None:
+                if kind not in angles:
+                    by_kind = (kind,) if self.anatomy.rotary_per_layer_type else ()
+                    angles[kind] = self.rotary(rows, positions, *by_kind)
+                extra["position_embeddings"] = angles[kind]
+            rows = block(rows, attention_mask=masks[span], position_ids=positions, past_key_values=cache, **extra)
+        for module in self._after.values():
+            rows = module(rows)
+        return rows
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Logits (..., V) of final rows (..., d), soft-capped where the family does so."""
+        if self.head is None:
+            raise ValueError(f"segment [{self.lo}, {self.hi}) holds no head")
+        logits: Tensor = self.head(rows)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def _mask(self, store: KVCache, past: int, span: int | None, dtype: torch.dtype) -> Tensor | None:
+        """The additive mask (B, 1, T, past + T) of the new tokens over all remembered ones, None where it says nothing.
+
+        With sdpa a missing mask means causal attention aligned to the first key, which is right only for a text from
+        its beginning; with eager attention it means that every token sees every other.
+        """
+        keys = store.positions
+        assert keys is not None
+        total = keys.shape[1]
+        queries = keys[:, past:]
+        unbounded = span is None or span >= total
+        one_row = total - past == 1
+        if store.all_valid and unbounded:
+            if not self.anatomy.causal or one_row:
+                return None
+            if past == 0 and self.config._attn_implementation == "sdpa":
+                return None
+        allowed = torch.ones(keys.shape[0], total - past, total, dtype=torch.bool, device=keys.device)
+        if self.anatomy.causal:
+            distance = queries[:, :, None] - keys[:, None, :]
+            allowed &= distance >= 0
+            if span is not None:
+                allowed &= distance < span
+        if store.valid is not None:
+            allowed &= store.valid[:, None, :]
+            # A padding token sees itself: a row without any key would be NaN in some kernels.
+            slots = torch.arange(total, device=keys.device)
+            allowed |= slots[past:, None] == slots[None, :]
+        blocked = torch.finfo(dtype).min
+        return torch.zeros(allowed.shape, dtype=dtype, device=keys.device).masked_fill_(~allowed, blocked)[:, None]

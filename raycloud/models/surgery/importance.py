@@ -1,0 +1,67 @@
+"""Which blocks of a model to keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from raycloud.models.anatomy import blocks_of
+from raycloud.models.segments import Segment
+
+
+def evenly_spaced(total: int, keep: int) -> list[int]:
+    """``keep`` of ``total`` blocks at even distances, the first and the last among them.
+
+    Raises:
+        ValueError: ``keep`` is not from 1 to ``total``.
+    """
+    _check(total, keep)
+    if keep == 1:
+        return [0]
+    return [round(index * (total - 1) / (keep - 1)) for index in range(keep)]
+
+
+def largest(distances: Tensor, keep: int) -> list[int]:
+    """The ``keep`` blocks with the largest distances, in order.
+
+    Raises:
+        ValueError: ``keep`` is not from 1 to the number of blocks.
+    """
+    _check(len(distances), keep)
+    return sorted(int(index) for index in distances.topk(keep).indices)
+
+
+def _check(total: int, keep: int) -> None:
+    if not 1 <= keep <= total:
+        raise ValueError(f"can keep from 1 to {total} blocks, not {keep}")
+
+
+@torch.no_grad()
+def angular_distances(model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """How far each block turns the rows that pass through it, (blocks,), from 0 (not at all) to 1 (reversed).
+
+    The mean over calibration tokens of arccos(cos(row in, row out)) / π (Gromov et al. 2024, arXiv 2403.17887, with
+    single blocks). A block that hardly turns its rows can be left out with little harm.
+
+    Args:
+        model: its blocks are compared.
+        batches: token ids (B, T) and which of them are real (B, T).
+    """
+    total = len(blocks_of(model))
+    embedding = Segment(model, 0, 0, head=False)
+    parts = [Segment(model, index, index + 1, embed=False, head=False) for index in range(total)]
+    sums, count = torch.zeros(total, dtype=torch.float64), 0
+    for ids, valid in batches:
+        mask = None if bool(valid.all()) else valid
+        before = embedding.rows(ids, valid=mask)
+        count += int(valid.sum())
+        for index, part in enumerate(parts):
+            after = part.rows(before, valid=mask)
+            cosine = nn.functional.cosine_similarity(before[valid].float(), after[valid].float(), dim=-1)
+            sums[index] += cosine.clamp(-1, 1).arccos().sum().double().cpu() / math.pi
+            before = after
+    return sums / max(count, 1)

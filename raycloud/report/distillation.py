@@ -1,0 +1,117 @@
+"""The report of a distillation: the tables on the console and the page of the result directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from raycloud.report.console import console
+from raycloud.report.page import Page
+from raycloud.report.plots import curves, grouped_bars
+from raycloud.results import write_atomically
+
+Summary = dict[str, Any]
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _millions(value: float) -> str:
+    return f"{value / 1e6:.1f} M"
+
+
+def _models(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    header = ["", "teacher", "student before", "student after"]
+    return header, [
+        ["perplexity", *(f"{summary[key]:.1f}" for key in ("teacher_ppl", "student_ppl_before", "student_ppl_after"))],
+        ["agreement with teacher", "", _share(summary["agreement_before"]), _share(summary["agreement_after"])],
+        ["gap closed", "", "", _share(summary["gap_closed"])],
+        ["parameters", _millions(summary["teacher_params"]), *[_millions(summary["student_params"])] * 2],
+        ["tokens/s, generating", f"{summary['teacher_tok_s']:.1f}", "", f"{summary['student_tok_s']:.1f}"],
+    ]
+
+
+def _groups(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    singles = list(next(iter(summary["groups"].values()))["single_ppl"])
+    header = ["perplexity on", "teacher", "before", "after", "gap closed", *(f"{name} alone" for name in singles)]
+    return header, [
+        [
+            name,
+            *(f"{group[key]:.1f}" for key in ("teacher_ppl", "student_ppl_before", "student_ppl_after")),
+            _share(group["gap_closed"]),
+            *(f"{group['single_ppl'][single]:.1f}" for single in singles),
+        ]
+        for name, group in summary["groups"].items()
+    ]
+
+
+def _link(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    rows = [[kind.replace("_", " "), f"{size / 1e6:.2f} MB"] for kind, size in summary["wire_bytes"].items()]
+    return ["crossed the link", "payload"], [
+        *rows,
+        ["ids and signals per token", f"{summary['wire_bytes_per_token']:.0f} B"],
+    ]
+
+
+def print_summary(summary: Summary) -> None:
+    """The tables of a finished run, and the prompts as both models complete them."""
+    for header, rows in (_models(summary), _groups(summary), _link(summary)):
+        table = Table(*header)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for one in summary["completions"]:
+        console.print(f"\n[bold]{_plain(one['prompt'])}[/bold]")
+        console.print(f"  teacher: {_plain(one['teacher'])}")
+        console.print(f"  student: {_plain(one['student'])}")
+    console.print(f"\n{summary['rounds']} rounds, {summary['trained_tokens']} tokens, {summary['seconds']:.0f} s")
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).replace("[", r"\[")
+
+
+def write_page(folder: Path, summary: Summary, metrics: Sequence[dict[str, Any]], recipe: str) -> None:
+    """Write ``report.html`` into a result directory."""
+    page = Page("Distillation", f"{folder.name}: {summary['rounds']} rounds in {summary['seconds']:.0f} s")
+    page.table(*_models(summary))
+    page.heading("Loss")
+    steps = [record for record in metrics if record["kind"] == "step"]
+    names = list(dict.fromkeys(record["student"] for record in steps))
+    lines = {name: [(r["step"], r["loss"]) for r in steps if r["student"] == name] for name in names}
+    starts = {record["round"]: record["step"] for record in reversed(steps)}
+    page.picture(curves(lines, "step", "loss per token", marks=sorted(starts.values())[1:]), "loss curves")
+    page.text("Dotted lines are averages of the students.")
+    page.heading("Held-out text")
+    page.table(*_groups(summary))
+    groups = summary["groups"]
+    page.picture(
+        grouped_bars(
+            list(groups),
+            {
+                "before": [group["student_ppl_before"] for group in groups.values()],
+                "after": [group["student_ppl_after"] for group in groups.values()],
+                "teacher": [group["teacher_ppl"] for group in groups.values()],
+            },
+            "perplexity (log scale)",
+            log=True,
+        ),
+        "perplexity by group",
+    )
+    page.heading("Link")
+    page.table(*_link(summary))
+    page.heading("Completions")
+    page.table(["prompt", "teacher", "student"], [list(one.values()) for one in summary["completions"]])
+    missed = [record for record in metrics if record["kind"] == "missed"]
+    if missed:
+        page.heading("Rounds without a student")
+        page.table(["round", "student", "why"], [[str(r["round"] + 1), r["student"], r["why"]] for r in missed])
+    page.heading("Recipe")
+    page.preformatted(recipe)
+    write_atomically(folder / "report.html", page.html())

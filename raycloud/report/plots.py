@@ -1,0 +1,53 @@
+"""Plots as PNG bytes; no display is needed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+_COLOURS = ("#3366cc", "#cc5533", "#339966", "#8855bb", "#aa8800", "#447788")
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def _axes(size: tuple[float, float]) -> tuple[Figure, object]:
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    return figure, axes
+
+
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, marks: Sequence[float] = ()) -> bytes:
+    """Lines by name through (x, y) points; ``marks`` are drawn as faint vertical lines."""
+    figure, axes = _axes((7.5, 3.6))
+    for at in marks:
+        axes.axvline(at, color="#999999", linewidth=0.7, linestyle=":")  # type: ignore[attr-defined]
+    for (name, points), colour in zip(series.items(), _COLOURS * len(series), strict=False):
+        axes.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=1.6)  # type: ignore[attr-defined]
+    axes.set(xlabel=x, ylabel=y)  # type: ignore[attr-defined]
+    axes.legend(frameon=False)  # type: ignore[attr-defined]
+    return _png(figure)
+
+
+def grouped_bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], y: str, *, log: bool = False) -> bytes:
+    """Bars of several series beside each other for every group."""
+    figure, axes = _axes((7.5, 3.6))
+    width = 0.8 / len(series)
+    for number, ((name, values), colour) in enumerate(zip(series.items(), _COLOURS, strict=False)):
+        places = [index + (number - (len(series) - 1) / 2) * width for index in range(len(groups))]
+        drawn = axes.bar(places, values, width * 0.92, label=name, color=colour)  # type: ignore[attr-defined]
+        axes.bar_label(drawn, fmt="%.0f", fontsize=8)  # type: ignore[attr-defined]
+    axes.set_xticks(range(len(groups)), groups)  # type: ignore[attr-defined]
+    axes.set(ylabel=y)  # type: ignore[attr-defined]
+    if log:
+        axes.set_yscale("log")  # type: ignore[attr-defined]
+    axes.legend(frameon=False, ncols=len(series), loc="upper center", bbox_to_anchor=(0.5, 1.15))  # type: ignore[attr-defined]
+    return _png(figure)

@@ -1,0 +1,151 @@
+"""Result directories: the recipe as run, ``metrics.jsonl``, a summary, and what a killed run needs to go on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from raycloud.errors import ResultError
+from raycloud.recipe import Recipe
+
+Mode = Literal["new", "resume", "overwrite"]
+
+RECIPE = "recipe.yaml"
+_LOCK = ".lock"
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Replace a text file as a whole: readers see the old content or the new one, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).chmod(0o644)
+    Path(file.name).replace(path)
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Replace a folder as a whole: ``fill`` writes a scratch folder beside it, which then takes its place."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        fill(scratch)
+        scratch.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        scratch.rename(target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+class ResultDir:
+    """The directory one run writes. Open it with :meth:`open`; one process at a time may hold it."""
+
+    def __init__(self, path: Path, lock: IO[str]) -> None:
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: str | Path, recipe: Recipe, mode: Mode) -> Iterator[ResultDir]:
+        """Make or take over the directory and write the recipe into it.
+
+        Args:
+            path: the directory.
+            recipe: written as ``recipe.yaml``; a resumed run must have the same one, but for ``output``.
+            mode: ``new`` refuses an existing directory, ``resume`` wants one, ``overwrite`` empties it.
+
+        Raises:
+            ResultError: the mode and what is on disk do not agree, or another process holds the directory.
+        """
+        where = cls.check(path, recipe, mode)
+        where.mkdir(parents=True, exist_ok=True)
+        with open(where / _LOCK, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ResultError(f"result directory '{where}' is in use by another run") from None
+            if mode == "overwrite":
+                for child in where.iterdir():
+                    if child.name == _LOCK:
+                        continue
+                    shutil.rmtree(child) if child.is_dir() else child.unlink()
+            if mode != "resume":
+                write_atomically(where / RECIPE, recipe.dump())
+            try:
+                yield cls(where, lock)
+            except BaseException:
+                if {child.name for child in where.iterdir()} <= {RECIPE, _LOCK}:
+                    shutil.rmtree(where)  # nothing was done in it: leave nothing half-written
+                raise
+
+    @staticmethod
+    def check(path: str | Path, recipe: Recipe, mode: Mode) -> Path:
+        """The absolute path of a directory that may be opened in this mode; changes nothing.
+
+        Raises:
+            ResultError: see :meth:`open`.
+        """
+        where = Path(path).expanduser().absolute()
+        _check(where, recipe, mode)
+        return where
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one record to ``metrics.jsonl``."""
+        with open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All records; a last line that a crash cut short is left out."""
+        if not self.metrics_path.is_file():
+            return []
+        records = []
+        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return records
+
+    def keep_metrics(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the records of work that will be done again."""
+        kept = [json.dumps(record) + "\n" for record in self.metrics() if wanted(record)]
+        write_atomically(self.metrics_path, "".join(kept))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write ``summary.json``, the run's headline numbers."""
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def _check(where: Path, recipe: Recipe, mode: Mode) -> None:
+    stored = where / RECIPE
+    if where.exists() and not where.is_dir():
+        raise ResultError(f"result directory '{where}' is a file")
+    occupied = where.is_dir() and any(child.name != _LOCK for child in where.iterdir())
+    if mode == "new" and occupied:
+        raise ResultError(
+            f"result directory '{where}' exists; pass --resume to go on with it or --overwrite to replace it"
+        )
+    if mode == "overwrite" and occupied and not stored.is_file():
+        raise ResultError(f"'{where}' is not a result directory (it holds no {RECIPE}); it is not overwritten")
+    if mode == "resume":
+        if not stored.is_file():
+            raise ResultError(f"nothing to resume in '{where}': it holds no {RECIPE}")
+        before, now = type(recipe).load(stored).model_dump(), recipe.model_dump()
+        changed = [key for key in now if key != "output" and before.get(key) != now[key]]
+        if changed:
+            raise ResultError(f"cannot resume '{where}' with another recipe; changed: {', '.join(changed)}")

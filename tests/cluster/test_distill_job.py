@@ -1,0 +1,230 @@
+"""The distillation job on one Ray: what it leaves, and what it survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raycloud.cluster.edge_student import Beat
+from raycloud.cluster.jobs import distill as job
+from raycloud.cluster.jobs.distill import run
+from raycloud.cluster.rounds import Member, Round
+from raycloud.distill.recipe import DistillRecipe
+from raycloud.errors import ClusterError, DataError, Interrupted, ModelError, ResultError
+from tests.cluster.recipes import small
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+SUMMARY = {
+    "teacher_ppl", "student_ppl_before", "student_ppl_after", "agreement_before", "agreement_after", "teacher_params",
+    "student_params", "teacher_tok_s", "student_tok_s", "wire_bytes_per_token", "rounds", "seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an undisturbed run."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    run(small(tiny_llama, path))
+    return path
+
+
+def records(path: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "student" / "model.safetensors")
+
+
+def test_a_run_leaves_recipe_metrics_summary_report_and_a_model(finished: Path, tiny_llama: Path) -> None:
+    assert DistillRecipe.load(finished / "recipe.yaml") == small(tiny_llama, finished)
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY
+    assert summary["rounds"] == 3
+    assert set(summary["groups"]) == {"movie", "news", "product", "tweet"}
+    assert summary["student_ppl_after"] < summary["student_ppl_before"]
+    assert [(r["round"], r["students"].sort()) for r in records(finished, "round")] == [(n, None) for n in range(3)]
+    assert len(records(finished, "step")) == 3 * 3 * 2
+    assert "newsroom" in (finished / "report.html").read_text()
+    assert {path.name for path in finished.iterdir()} == {
+        ".lock", "recipe.yaml", "metrics.jsonl", "summary.json", "report.html", "student"
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(finished / "student")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "student")
+    assert model.config.num_hidden_layers == 2
+    assert model.generate(**tokenizer("The film", return_tensors="pt"), max_new_tokens=3).shape[1] >= 3
+
+
+def test_the_bytes_are_those_of_the_payloads(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    wire, tokens = summary["wire_bytes"], summary["trained_tokens"]
+    assert tokens == sum(record["tokens"] for record in records(finished, "step"))
+    assert wire["signals"] == tokens * 16 * 2  # hidden 16 in bfloat16
+    assert wire["head"] == 2 * 49_152 * 16 * 2  # once to each edge
+    assert wire["weights_down"] == wire["weights_up"] == 2 * 3 * 4 * summary["student_params"]
+    assert summary["wire_bytes_per_token"] == (wire["ids"] + wire["signals"]) / tokens
+
+
+def test_a_run_can_be_repeated_bit_for_bit(finished: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    run(small(tiny_llama, tmp_path / "again"))
+    for name, tensor in weights(finished).items():
+        assert torch.equal(tensor, weights(tmp_path / "again")[name])
+
+
+def test_a_finished_run_is_refused_and_resuming_it_changes_nothing(finished: Path, tiny_llama: Path) -> None:
+    before = (finished / "summary.json").read_bytes()
+    with pytest.raises(ResultError, match="--resume"):
+        run(small(tiny_llama, finished))
+    assert run(small(tiny_llama, finished), "resume").summary["rounds"] == 3
+    assert (finished / "summary.json").read_bytes() == before
+
+
+def interrupting(monkeypatch: pytest.MonkeyPatch, when: Callable[[dict[str, Member], dict[str, Beat]], None]) -> None:
+    """Call ``when`` once with the members and where they are, in the middle of round 1 (the second)."""
+    original, called = job.run_round, list[bool]()
+
+    def disturbed(index: int, members: Sequence[Member], weights: Any, recipe: Any, watch: Any) -> Round:
+        def watching(beats: dict[str, Beat]) -> None:
+            watch(beats)
+            if index == 1 and "store" in beats and not called:
+                called.append(True)
+                when({member.name: member for member in members}, beats)
+
+        return original(index, members, weights, recipe, watching)
+
+    monkeypatch.setattr(job, "run_round", disturbed)
+
+
+@pytest.mark.parametrize("how", ["sigkill", "ray.kill"])
+def test_a_killed_student_is_left_out_and_takes_part_again(
+    how: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(members: dict[str, Member], beats: dict[str, Beat]) -> None:
+        if how == "sigkill":
+            os.kill(beats["store"].pid, signal.SIGKILL)
+        else:
+            ray.kill(members["store"].actor, no_restart=False)
+
+    interrupting(monkeypatch, kill)
+    # Rounds long enough to be killed in the middle of.
+    recipe = small(tiny_llama, tmp_path / "run", rounds={"count": 3, "steps": 40, "deadline_s": 120})
+    summary = run(recipe).summary
+    assert summary["rounds"] == 3
+    took_part = [sorted(record["students"]) for record in records(tmp_path / "run", "round")]
+    assert took_part == [["newsroom", "store"], ["newsroom"], ["newsroom", "store"]]
+    missed = [(record["round"], record["student"], record["why"]) for record in records(tmp_path / "run", "missed")]
+    assert missed == [(1, "store", "died")]
+
+
+def test_a_late_student_is_left_out_stops_and_takes_part_again(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def suspend(_: dict[str, Member], beats: dict[str, Beat]) -> None:
+        pid = beats["store"].pid
+        os.kill(pid, signal.SIGSTOP)
+        threading.Timer(8.0, os.kill, (pid, signal.SIGCONT)).start()
+
+    interrupting(monkeypatch, suspend)
+    recipe = small(tiny_llama, tmp_path / "run", rounds={"count": 3, "steps": 40, "deadline_s": 6})
+    assert run(recipe).summary["rounds"] == 3
+    missed = [(record["round"], record["student"], record["why"]) for record in records(tmp_path / "run", "missed")]
+    assert (1, "store", "late") in missed
+    assert sorted(records(tmp_path / "run", "round")[2]["students"]) == ["newsroom", "store"]
+
+
+def test_a_stopped_run_resumes_to_the_same_weights(
+    finished: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the second round; the actors of the interrupted run are gone when it goes on."""
+
+    def stop(members: dict[str, Member], _: dict[str, Beat]) -> None:
+        for member in members.values():
+            ray.kill(member.actor)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        interrupting(patched, stop)
+        with pytest.raises(Interrupted, match="go on with: --resume"):
+            run(small(tiny_llama, tmp_path / "run"))
+    assert (tmp_path / "run" / "state" / "round-0001").is_dir()
+    result = run(small(tiny_llama, tmp_path / "run"), "resume")
+    assert result.summary["rounds"] == 3
+    assert [record["round"] for record in records(tmp_path / "run", "round")] == [0, 1, 2]
+    for name, tensor in weights(finished).items():
+        assert torch.equal(tensor, weights(tmp_path / "run")[name])
+
+
+def test_several_replicas_answer_and_a_killed_one_comes_back(
+    finished: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[Any] = []
+    original = job._Run._start_students
+
+    def start(self: Any, config: Any) -> list[Member]:
+        killed.append(self.replicas[1])
+        ray.kill(self.replicas[1], no_restart=False)
+        return original(self, config)
+
+    monkeypatch.setattr(job._Run, "_start_students", start)
+    recipe = small(tiny_llama, tmp_path / "run", teacher={"replicas": 2})
+    assert run(recipe).summary["rounds"] == 3
+    assert killed
+    for name, tensor in weights(finished).items():
+        assert torch.equal(tensor, weights(tmp_path / "run")[name])
+
+
+def test_students_with_one_shard_share_the_teachers_forward_passes(tiny_llama: Path) -> None:
+    from raycloud.cluster.cloud_teacher import CloudTeacher
+    from raycloud.data.batches import Sample, collate
+
+    recipe = small(tiny_llama, Path("unused"))
+    teacher: Any = ray.remote(CloudTeacher).options(resources={"cloud": 1}, num_cpus=0.1).remote(recipe)
+    facts = ray.get(teacher.prepare.remote())
+    batch = collate([Sample((5, 6, 7, 8), 1)], 0)
+    (first,), (second,) = ray.get([teacher.signal.remote(facts.name, batch) for _ in range(2)])
+    assert first == second
+    (other,) = ray.get(teacher.signal.remote(facts.name, collate([Sample((5, 6, 7, 9), 1)], 0)))
+    assert other != first
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"teacher": {"model": "./nowhere"}}, ModelError, "no model at './nowhere'"),
+        ({"student": {"blocks": 5}}, ModelError, "student.blocks is 5; allowed: 1 to 4"),
+        ({"data": {"source": "missing.jsonl"}}, DataError, "no data file at 'missing.jsonl'"),
+        ({"edges": [{"name": "a", "where": {"domain": ["sport"]}}]}, DataError, "there are: movie, news"),
+        ({"teacher": {"replicas": 5}}, ClusterError, "has 4 of the resource 'cloud', this job needs 5"),
+        ({"edges": [{"name": f"e{n}"} for n in range(9)]}, ClusterError, "has 8 of the resource 'edge'"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(
+    changes: dict[str, Any], error: type[Exception], message: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        run(small(tiny_llama, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_rounds_that_nobody_answers_end_the_run(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small(tiny_llama, tmp_path / "run", rounds={"count": 1, "steps": 3, "deadline_s": 0.2, "empty": 2})
+    start = time.monotonic()
+    with pytest.raises(ClusterError, match="no student answered in 2 rounds in a row"):
+        run(recipe)
+    assert time.monotonic() - start < 60

@@ -1,0 +1,60 @@
+"""What all tests share: a temporary home that keeps the real cache, a tiny model with a real tokenizer, one Ray."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before anything reads them. Ray leaves files in the home of whoever runs it; the cache of built-ins stays the user's.
+os.environ.setdefault("RAYCLOUD_CACHE", str(Path.home() / ".cache" / "raycloud"))
+os.environ["HOME"] = tempfile.mkdtemp(prefix="raycloud-home-")
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ.pop("RAY_ADDRESS", None)
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of four narrow blocks with SmolLM2's tokenizer, as a directory."""
+    from raycloud.models.loading import load_tokenizer, resolve
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    config = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    load_tokenizer(resolve("builtin:smollm2-135m-instruct")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """The one Ray session of the fast tests, with room for teachers and students."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        resources={"cloud": 4, "edge": 8},
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=512 * 1024**2,
+    )
+    yield
+    ray.shutdown()

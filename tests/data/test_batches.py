@@ -1,0 +1,86 @@
+"""Samples, labels, padding and the order of samples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raycloud.data.batches import IGNORE, Sample, SampleOrder, collate, encode
+from raycloud.errors import DataError
+from raycloud.models.loading import load_tokenizer, resolve
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(resolve("builtin:smollm2-135m-instruct"))
+
+
+def test_labels_are_the_response_shifted_by_one(tokenizer) -> None:
+    (sample,) = encode(
+        [{"instruction": "Say hello.", "output": "Hello there"}], tokenizer, "alpaca", max_length=99, max_prompt=99
+    )
+    batch = collate([sample], tokenizer.pad_token_id)
+    said = batch.labels[batch.labels != IGNORE].tolist()
+    assert tokenizer.decode(said) == "Hello there" + tokenizer.eos_token
+    assert said == list(sample.ids[sample.prompt :])
+    first = int((batch.labels[0] != IGNORE).nonzero()[0])
+    assert first == sample.prompt - 1
+
+
+def test_plain_text_is_learnt_from_its_second_token_on(tokenizer) -> None:
+    (sample,) = encode([{"text": "A fine film."}], tokenizer, "plain", max_length=99, max_prompt=99)
+    batch = collate([sample], tokenizer.pad_token_id)
+    assert batch.targets == sample.targets == len(sample.ids) - 1
+    assert batch.labels[0, :-1].tolist() == list(sample.ids[1:])
+
+
+def test_a_long_prompt_keeps_its_cue(tokenizer) -> None:
+    row = {"instruction": "Summarise.", "input": "word " * 500, "output": "Words."}
+    (sample,) = encode([row], tokenizer, "alpaca", max_length=200, max_prompt=128)
+    assert sample.prompt == 128
+    assert tokenizer.decode(sample.ids[:128]).endswith("### Response:\n")
+    assert tokenizer.decode(sample.ids[128:]).startswith("Words.")
+
+
+def test_rows_without_anything_to_predict_are_dropped(tokenizer) -> None:
+    rows = [{"text": "a"}, {"text": "a longer one"}]
+    assert len(encode(rows, tokenizer, "plain", max_length=9, max_prompt=9)) == 1
+    with pytest.raises(DataError, match="no row of 1 leaves a token to predict"):
+        encode(rows[:1], tokenizer, "plain", max_length=9, max_prompt=9)
+
+
+@given(st.lists(st.tuples(st.integers(2, 30), st.integers(0, 40)), min_size=1, max_size=8))
+def test_collate_pads_and_labels(shapes: list[tuple[int, int]]) -> None:
+    samples = [Sample(tuple(range(1, length + 1)), min(prompt, length)) for length, prompt in shapes]
+    batch = collate(samples, pad=0)
+    assert batch.targets == sum(max(0, sample.targets) for sample in samples)
+    for row, sample in enumerate(samples):
+        assert batch.ids[row][batch.valid[row]].tolist() == list(sample.ids)
+        labelled = (batch.labels[row] != IGNORE).nonzero()[:, 0]
+        assert torch.equal(batch.labels[row][labelled], batch.ids[row][labelled + 1])
+        assert batch.valid[row][labelled + 1].all()
+
+
+def test_the_order_is_a_function_of_seed_and_step() -> None:
+    lengths = [(7 * n) % 23 + 2 for n in range(103)]
+    order, again = SampleOrder(lengths, 8, seed=3), SampleOrder(lengths, 8, seed=3)
+    backwards = [again.indices(step) for step in reversed(range(30))][::-1]
+    assert [order.indices(step) for step in range(30)] == backwards
+    assert SampleOrder(lengths, 8, seed=4).indices(0) != order.indices(0)
+
+
+def test_an_epoch_takes_every_sample_at_most_once_and_groups_lengths() -> None:
+    lengths = [(7919 * n) % 61 + 2 for n in range(640)]
+    order = SampleOrder(lengths, 16, seed=0)
+    batches = [order.indices(step) for step in range(order.steps_per_epoch)]
+    flat = [index for batch in batches for index in batch]
+    assert sorted(flat) == list(range(640))
+    padded = sum(max(lengths[i] for i in batch) * 16 for batch in batches)
+    assert sum(lengths) / padded > 0.85
+    assert [order.indices(order.steps_per_epoch + s) for s in range(3)] != batches[:3]
+
+
+def test_fewer_samples_than_a_batch_make_one_batch() -> None:
+    assert sorted(SampleOrder([5, 6, 7], 32, seed=0).indices(9)) == [0, 1, 2]

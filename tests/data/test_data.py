@@ -1,0 +1,134 @@
+"""Built-in sets, files, splits, shards and prompts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raycloud.data.instruct import instruct
+from raycloud.data.prompts import alpaca, chat, example
+from raycloud.data.reviews import label_of, reviews
+from raycloud.data.sources import load_rows
+from raycloud.data.splits import select, shard, split_of
+from raycloud.errors import DataError
+from raycloud.models.loading import load_tokenizer, resolve
+
+SHARED = Path(os.environ.get("RAYCLOUD_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+def test_reviews_are_complete_and_clean() -> None:
+    table = reviews()
+    assert Counter(table["domain"].to_pylist()) == {"movie": 10_605, "news": 5_190, "tweet": 4_200, "product": 3_708}
+    assert table.column_names == ["domain", "text", "score", "label"]
+    for row in table.to_pylist():
+        assert row["text"].strip() == row["text"] != ""
+        assert -4 <= row["score"] <= 4
+        assert "&amp;" not in row["text"]
+        assert (row["score"] >= 0.5) == (row["label"] == "positive")
+
+
+def test_splits_are_disjoint_by_text_and_nearly_of_their_sizes() -> None:
+    rows = {split: load_rows("builtin:reviews", split) for split in ("train", "valid", "test")}
+    texts = {split: {row["text"] for row in some} for split, some in rows.items()}
+    assert not texts["train"] & texts["test"]
+    assert not texts["train"] & texts["valid"]
+    assert sum(map(len, rows.values())) == 23_703
+    assert 0.78 < len(rows["train"]) / 23_703 < 0.82
+
+
+def test_instructions_have_real_answers_and_leak_nothing() -> None:
+    rows = instruct().to_pylist()
+    assert len(rows) == 23_703
+    assert set(Counter(row["task"] for row in rows)) == {"sentiment", "domain", "compare", "complete"}
+    scores: dict[str, set[float]] = {}
+    for row in reviews().to_pylist():
+        scores.setdefault(row["text"], set()).add(row["score"])
+    trained = {row["text"] for row in rows if split_of(row) == "train"}
+    for row in rows:
+        if row["task"] == "complete":
+            assert f"{row['input']} {row['output']}" == row["text"]
+        elif row["task"] == "sentiment":
+            assert any(label_of(score) in row["output"] for score in scores[row["text"]])
+        elif row["task"] == "compare":
+            first, second = (line[3:] for line in row["input"].split("\n"))
+            better = first if "first" in row["output"] else second
+            worse = second if better == first else first
+            assert max(scores[better]) >= min(scores[worse]) + 0.499
+            if split_of(row) == "test":
+                assert not {first, second} & trained
+
+
+def test_files_and_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": f"sentence {n}", "n": n} for n in range(200)]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "some.parquet")
+    monkeypatch.setenv("RAYCLOUD_DATA", str(tmp_path))
+    from_jsonl = load_rows("some.jsonl", "train")
+    assert from_jsonl == load_rows(str(tmp_path / "some.parquet"), "train")
+    assert 130 < len(from_jsonl) < 190
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "no data file at"),
+        ("empty.jsonl", "", "is empty"),
+        ("broken.jsonl", '{"text": "a"\n{', "cannot read"),
+        ("broken.parquet", "no parquet", "cannot read"),
+    ],
+)
+def test_files_that_are_none(name: str, content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message) as raised:
+        load_rows(str(tmp_path / name), "train")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("source", ["builtin:tweets", "./folder"])
+def test_sources_that_are_none(source: str) -> None:
+    with pytest.raises(DataError, match="builtin:"):
+        load_rows(source, "train")
+
+
+def test_selections_and_shards() -> None:
+    rows = load_rows("builtin:reviews", "test")
+    news = select(rows, {"domain": ["news"]})
+    assert {row["domain"] for row in news} == {"news"}
+    parts = [shard(news, part, 3) for part in range(3)]
+    assert sorted(row["text"] for part in parts for row in part) == sorted(row["text"] for row in news)
+    with pytest.raises(DataError, match="no column 'topic'; the rows have: domain, text, score, label"):
+        select(rows, {"topic": ["news"]})
+    with pytest.raises(DataError, match=r"no row with domain in \['sport'\]; there are: movie, news, product, tweet"):
+        select(rows, {"domain": ["sport"]})
+    with pytest.raises(DataError, match="shard 7 of 9 is empty"):
+        shard(news[:3], 7, 9)
+
+
+@pytest.mark.parametrize("name", ["dolly/dev.jsonl", "dolly/valid.jsonl", "self-inst/valid.jsonl"])
+def test_alpaca_prompts_equal_the_published_ones_byte_for_byte(name: str) -> None:
+    if not (SHARED / name).is_file():
+        pytest.skip(f"{name} is not here")
+    rows = [json.loads(line) for line in (SHARED / name).read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        assert alpaca(row["instruction"], row["input"]).text == row["prompt"]
+
+
+def test_chat_prompts_are_the_templates() -> None:
+    tokenizer = load_tokenizer(resolve("builtin:smollm2-135m-instruct"))
+    prompt = chat(tokenizer, "Say it.", "Now.")
+    messages = [{"role": "user", "content": "Say it.\n\nNow."}]
+    assert prompt.text == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt.body == "Now."
+
+
+def test_rows_that_lack_a_column_are_refused() -> None:
+    tokenizer = load_tokenizer(resolve("builtin:smollm2-135m-instruct"))
+    with pytest.raises(DataError, match="needs the text column 'output'; the rows have: instruction"):
+        example({"instruction": "a"}, "alpaca", tokenizer)

@@ -1,0 +1,41 @@
+"""Small random models of every family with an anatomy record: one line each, for tests of exactness."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 97}
+_GQA = {**_SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _GQA),
+    "llama-tied": ("llama", {**_GQA, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {**_GQA, "sliding_window": 16}),
+    "qwen2": ("qwen2", {**_GQA, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3}),
+    "qwen3": ("qwen3", {**_GQA, "head_dim": 16, "tie_word_embeddings": True}),
+    "gemma3": ("gemma3_text", {**_GQA, "head_dim": 16, "sliding_window": 16, "sliding_window_pattern": 3}),
+    "gemma3-untied": (
+        "gemma3_text",
+        {**_GQA, "head_dim": 16, "sliding_window": 16, "tie_word_embeddings": False, "final_logit_softcapping": 5.0},
+    ),
+    "gpt2": ("gpt2", {**_SMALL, "n_positions": 128}),
+    "gpt2-untied": ("gpt2", {**_SMALL, "n_positions": 128, "tie_word_embeddings": False}),
+    "opt": ("opt", {**_SMALL, "ffn_dim": 48, "max_position_embeddings": 128}),
+    "opt-projected": ("opt", {**_SMALL, "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "bert": ("bert", {**_SMALL, "intermediate_size": 48, "max_position_embeddings": 128}),
+}
+
+
+def tiny(name: str, *, attention: str = "sdpa", dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
+    """A random model of the family, wide enough in its weights that every token matters."""
+    model_type, options = FAMILIES[name]
+    options = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **options}
+    wide = "init_std" if model_type == "opt" else "initializer_range"
+    config = CONFIG_MAPPING[model_type](**options, **{wide: 0.15}, attn_implementation=attention)
+    auto = AutoModelForMaskedLM if model_type == "bert" else AutoModelForCausalLM
+    torch.manual_seed(seed)
+    return auto.from_config(config, attn_implementation=attention).to(dtype).eval()

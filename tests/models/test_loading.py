@@ -1,0 +1,83 @@
+"""Models from directories, GGUF files and built-in names; clear errors for everything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import T5Config
+
+from raycloud.errors import FetchError, ModelError
+from raycloud.models.loading import load, load_config, resolve
+from tests.models.families import tiny
+
+
+def test_a_directory_loads_with_its_tokenizer(tiny_llama: Path) -> None:
+    loaded = load(str(tiny_llama), device="cpu")
+    assert loaded.model.config.model_type == "llama"
+    assert loaded.model.dtype == torch.float32
+    assert loaded.tokenizer.pad_token_id is not None
+    assert not loaded.model.training
+
+
+def test_the_built_in_teacher_knows_its_capitals() -> None:
+    loaded = load("builtin:smollm2-135m-instruct", device="cpu")
+    assert loaded.model.config.num_hidden_layers == 30
+    ids = loaded.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        best = int(loaded.model(input_ids=ids).logits[0, -1].argmax())
+    assert loaded.tokenizer.decode(best) == " Paris"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not a GGUF file"),
+        (b"PK\x03\x04zip", "is not a GGUF file"),
+        (b"GGUF" + b"\x07" * 64, "cannot read GGUF"),
+    ],
+)
+def test_a_corrupt_gguf_is_one_line_and_leaves_nothing(
+    content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYCLOUD_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "bad.gguf").write_bytes(content)
+    with pytest.raises(ModelError, match=message) as raised:
+        load(str(tmp_path / "bad.gguf"))
+    assert "\n" not in str(raised.value)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("builtin:nothing", FetchError, "there are: builtin:smollm2-135m-instruct"),
+        ("builtin:reviews", ModelError, "is data, not a model"),
+        ("./nowhere", ModelError, "allowed: a directory"),
+        ("/nowhere/model.gguf", ModelError, "no GGUF file"),
+        ("a b c", ModelError, "allowed: a directory"),
+    ],
+)
+def test_sources_that_are_none(source: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        resolve(source)
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        resolve(str(tmp_path))
+
+
+def test_a_family_without_a_record_lists_those_with_one(tmp_path: Path) -> None:
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"'t5' has no anatomy record; known: bert, gemma3_text, gpt2, llama"):
+        load_config(str(tmp_path))
+
+
+def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
+    tiny("llama", dtype=torch.float32).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ModelError, match="cannot load") as raised:
+        load(str(tmp_path))
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,103 @@
+"""Students cut from a model, and one model from several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from raycloud.errors import ModelError
+from raycloud.models.anatomy import blocks_of
+from raycloud.models.segments import Segment
+from raycloud.models.surgery.extraction import extract
+from raycloud.models.surgery.importance import angular_distances, evenly_spaced, largest
+from raycloud.models.surgery.merging import weighted_average
+from raycloud.models.weights import build, load_weights, weights_of
+from tests.models.families import FAMILIES, tiny
+
+IDS = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_is_its_blocks_and_loads_like_any_model(family: str, tmp_path: Path) -> None:
+    model, blocks = tiny(family, dtype=torch.float32), [0, 2, 3, 5]
+    student = extract(model, blocks)
+    with torch.no_grad():
+        rows = Segment(model, 0, 0, head=False).rows(IDS)
+        for index in blocks:
+            rows = Segment(model, index, index + 1, embed=False, head=False).rows(rows)
+        expected = Segment(model, 6, 6)(rows)
+        assert torch.allclose(student(input_ids=IDS).logits, expected, atol=1e-5)
+        student.save_pretrained(tmp_path)
+        auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
+        loaded = auto.from_pretrained(tmp_path)
+        assert torch.allclose(loaded(input_ids=IDS).logits, expected, atol=1e-5)
+        if family != "bert":
+            made = loaded.generate(IDS, max_new_tokens=4, do_sample=False)
+            assert made.shape[1] <= IDS.shape[1] + 4
+
+
+def test_a_student_is_a_copy() -> None:
+    model = tiny("llama")
+    before = weights_of(model)["model.layers.0.mlp.up_proj.weight"].clone()
+    extract(model, [0, 1]).model.layers[0].mlp.up_proj.weight.data.zero_()
+    assert torch.equal(weights_of(model)["model.layers.0.mlp.up_proj.weight"], before)
+
+
+@pytest.mark.parametrize("blocks", [[], [6], [-1]])
+def test_blocks_the_model_has_not_are_refused(blocks: list[int]) -> None:
+    with pytest.raises(ValueError, match="some of 0 to 5"):
+        extract(tiny("llama"), blocks)
+
+
+def test_even_spacing_keeps_both_ends() -> None:
+    assert evenly_spaced(30, 4) == [0, 10, 19, 29]
+    assert evenly_spaced(6, 6) == list(range(6))
+    with pytest.raises(ValueError, match="from 1 to 6"):
+        evenly_spaced(6, 7)
+
+
+def test_a_block_that_does_nothing_matters_least() -> None:
+    model = tiny("llama")
+    idle = blocks_of(model)[3]
+    for layer in (idle.self_attn.o_proj, idle.mlp.down_proj):
+        nn.init.zeros_(layer.weight)
+    valid = torch.ones_like(IDS, dtype=torch.bool)
+    distances = angular_distances(model, [(IDS, valid)])
+    assert distances[3] == pytest.approx(0, abs=1e-3)
+    assert largest(distances, 5) == [0, 1, 2, 4, 5]
+
+
+def test_padding_does_not_change_importance() -> None:
+    model, valid = tiny("llama"), torch.ones_like(IDS, dtype=torch.bool)
+    padded = torch.cat([IDS, torch.zeros(2, 7, dtype=torch.long)], dim=1)
+    mask = torch.cat([valid, torch.zeros(2, 7, dtype=torch.bool)], dim=1)
+    plain, ragged = angular_distances(model, [(IDS, valid)]), angular_distances(model, [(padded, mask)])
+    assert torch.allclose(plain, ragged, atol=1e-6)
+
+
+def test_averages_are_weighted_by_share() -> None:
+    a, b = {"w": torch.zeros(3)}, {"w": torch.full((3,), 4.0)}
+    assert torch.equal(weighted_average([a, b], [3, 1])["w"], torch.ones(3))
+    assert torch.equal(weighted_average([b], [7])["w"], b["w"])
+    with pytest.raises(ValueError, match="positive shares"):
+        weighted_average([a, b], [1, 0])
+    with pytest.raises(ValueError, match="same tensors"):
+        weighted_average([a, {"v": torch.zeros(3)}], [1, 1])
+
+
+def test_weights_rebuild_the_model_and_strange_ones_are_refused() -> None:
+    model = tiny("gpt2", dtype=torch.float32)
+    model.config.architectures = ["GPT2LMHeadModel"]
+    twin = build(model.config, weights_of(model), device=torch.device("cpu"), dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(twin(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    strange = {**weights_of(model), "extra": torch.zeros(1)}
+    with pytest.raises(ModelError, match="the first is 'extra'"):
+        load_weights(model, strange)
+    model.config.architectures = ["Path"]
+    with pytest.raises(ModelError, match="architecture is 'Path'"):
+        build(model.config, weights_of(model), device=torch.device("cpu"), dtype=torch.float32)

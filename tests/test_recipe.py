@@ -1,0 +1,82 @@
+"""Recipes: overrides, and one clear line for everything that is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raycloud.distill.recipe import DistillRecipe
+from raycloud.errors import RecipeError
+
+DEMO = Path(__file__).parents[1] / "jobs" / "recipes" / "demo.yaml"
+
+
+def test_every_shipped_recipe_is_valid_and_survives_its_own_dump(tmp_path: Path) -> None:
+    for path in DEMO.parent.glob("*.yaml"):
+        recipe = DistillRecipe.load(path)
+        (tmp_path / "again.yaml").write_text(recipe.dump())
+        assert DistillRecipe.load(tmp_path / "again.yaml") == recipe
+
+
+def test_overrides_reach_any_depth() -> None:
+    recipe = DistillRecipe.load(
+        DEMO,
+        [
+            "training.lr=1e-3",
+            "edges.1.name=depot",
+            "objective.divergence={name: js_divergence, beta: 0.3}",
+            "evaluation.by=null",
+            "student.blocks=[0, 3, 29]",
+        ],
+    )
+    assert recipe.training.lr == 1e-3
+    assert recipe.edges[1].name == "depot"
+    assert recipe.objective.divergence.model_dump()["beta"] == 0.3
+    assert recipe.evaluation.by is None
+    assert recipe.student.blocks == [0, 3, 29]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.lrr=1", r"unknown key 'training.lrr' \(allowed: lr, lr_floor, schedule"),
+        ("colour=red", r"unknown key 'colour' \(allowed: job, output, seed"),
+        ("training.lr=-1", "training.lr: input should be greater than 0, got -1"),
+        ("training.lr=fast", "training.lr: input should be a valid number.*got 'fast'"),
+        ("objective.divergence.name=kl", "forward_kl.*reverse_kl.*adaptive_kl"),
+        ("objective={kd_weight: 0}", "ce_weight and kd_weight must not both be 0"),
+        ("edges.0.name=newsroom", "the name 'newsroom' is given twice"),
+        ("edges.0.part=2", "has part 2 of 1; allowed: 0 to 0"),
+        ("edges.0.colour=red", r"unknown key 'edges.0.colour' \(allowed: name, where, part, of\)"),
+        ("edges.7.name=x", "'7' must be an index from 0 to 1"),
+        ("seed", "must look like key.sub=value"),
+        ("seed.sub=1", "'seed' is a value, it has no keys"),
+        ("seed={", "the value is not YAML"),
+        ("device=tpu", "device: input should be 'auto', 'cpu' or 'cuda', got 'tpu'"),
+    ],
+)
+def test_mistakes_are_one_line_that_says_what_is_allowed(override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as raised:
+        DistillRecipe.load(DEMO, [override])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot read recipe"), ("", "must be a mapping.*empty"), ("- 1", "a list"), ("a: [", "is not YAML")],
+)
+def test_files_that_are_no_recipe(content: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RecipeError, match=message) as raised:
+        DistillRecipe.load(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_schema_describes_every_field() -> None:
+    schema = DistillRecipe.model_json_schema()
+    assert schema["additionalProperties"] is False
+    assert "Peak learning rate" in yaml.safe_dump(schema)
