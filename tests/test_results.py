@@ -28,7 +28,7 @@ def test_a_new_directory_holds_the_recipe_as_run(tmp_path: Path) -> None:
 def test_an_existing_one_is_refused_resumed_or_replaced(tmp_path: Path) -> None:
     path = tmp_path / "run"
     make(path)
-    with pytest.raises(ResultError, match="--resume goes on with it, --overwrite replaces it"):
+    with pytest.raises(ResultError, match="pass --resume to go on with it or --overwrite to replace it"):
         make(path)
     with ResultDir.open(path, RECIPE, "resume") as results:
         assert results.metrics() == [{"round": 0}, {"round": 1}]

@@ -67,7 +67,7 @@ class EdgeStudent:
         index: which of the recipe's edges it is.
         recipe: the whole recipe.
         config: the model's.
-        replicas: handles of the teacher's actors.
+        replicas: names of the teacher's actors.
         state: folder for the optimiser's state, one file a round; on the edge's own disk where none is shared.
     """
 
@@ -76,10 +76,10 @@ class EdgeStudent:
         index: int,
         recipe: DistillRecipe,
         config: PretrainedConfig,
-        replicas: Sequence[Any],
+        replicas: Sequence[str],
         state: Path,
     ) -> None:
-        self._edge, self._recipe, self._config, self._replicas = recipe.edges[index], recipe, config, replicas
+        self._edge, self._recipe, self._config, self._names = recipe.edges[index], recipe, config, replicas
         self._folder = state / self._edge.name
         self._round = -1
         self._beat: Beat | None = None
@@ -101,6 +101,7 @@ class EdgeStudent:
         """Does nothing the second time."""
         if not self._ready:
             data, training = self._recipe.data, self._recipe.training
+            self._replicas = [ray.get_actor(name) for name in self._names]
             facts = self._ask("prepare")
             self._teacher, self._tokenizer = facts.name, facts.tokenizer
             rows = shard(select(load_rows(data.source, "train"), self._edge.where), self._edge.part, self._edge.of)

@@ -122,6 +122,7 @@ def run_round(index: int, members: Sequence[Member], weights: Weights, recipe: R
         member.prepare()
     done.missed.extend(Missed(member.name, "absent", "not started") for member in preparing.values())
     done.seconds = time.monotonic() - begun
+    done.answers.sort(key=lambda answer: answer.name)  # sums depend on their order, and arrival is chance
     if done.answers:
         done.weights = weighted_average([one.weights for one in done.answers], [one.tokens for one in done.answers])
     return done

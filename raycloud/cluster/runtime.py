@@ -96,7 +96,10 @@ def computing_with(threads: int) -> Iterator[None]:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Let ``ray job stop``, which sends SIGTERM, end a job in the same orderly way as Ctrl-C."""
+    """Let ``ray job stop``, which sends SIGTERM, end a job in the same orderly way as Ctrl-C.
+
+    To be entered after :func:`joined`: connecting, Ray puts its own handlers in, which end the process at once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

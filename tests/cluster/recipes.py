@@ -8,7 +8,7 @@ from typing import Any
 from raycloud.distill.recipe import DistillRecipe
 
 
-def small(teacher: Path, output: Path, **changes: Any) -> DistillRecipe:
+def small(teacher: Path, output: Path, /, **changes: Any) -> DistillRecipe:
     """Two edges, three rounds of three steps; about a second a round."""
     values: dict[str, Any] = {
         "output": str(output),

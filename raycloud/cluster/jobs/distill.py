@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from raycloud.distill.examination import ALL, Comparison, Score, gap_closed
 from raycloud.distill.recipe import DistillRecipe, Placement
 from raycloud.distill.student import check_blocks
 from raycloud.errors import ClusterError, Interrupted, RaycloudError
-from raycloud.models.loading import load_config, resolve
+from raycloud.models.loading import load_config, quiet_transformers, resolve
 from raycloud.models.weights import Weights, build
 from raycloud.report.console import bars, console, working
 from raycloud.report.distillation import print_summary, write_page
@@ -57,16 +58,15 @@ def run(recipe: DistillRecipe, mode: Mode = "new") -> Result:
     ResultDir.check(recipe.output, recipe, mode)
     _preflight(recipe)
     needs = {"cloud": float(recipe.teacher.replicas), "edge": float(len(recipe.edges))}
-    with stoppable():
-        try:
-            with joined(needs), ResultDir.open(recipe.output, recipe, mode) as results:
-                return _Run(recipe, results).whole()
-        except KeyboardInterrupt:
-            raise Interrupted(f"stopped; go on with: --resume (results so far: {recipe.output})") from None
-        except RayTaskError as error:
-            if isinstance(error.cause, RaycloudError):
-                raise error.cause from None
-            raise
+    try:
+        with joined(needs), stoppable(), ResultDir.open(recipe.output, recipe, mode) as results:
+            return _Run(recipe, results).whole()
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; go on with: --resume (results so far: {recipe.output})") from None
+    except RayTaskError as error:
+        if isinstance(error.cause, RaycloudError):
+            raise error.cause from None
+        raise
 
 
 def _preflight(recipe: DistillRecipe) -> None:
@@ -107,8 +107,11 @@ class _Run:
 
     def _start_teacher(self) -> None:
         place = _place(self.recipe.teacher.placement, "cloud")
-        actor: Any = ray.remote(CloudTeacher).options(max_restarts=-1, max_task_retries=-1, **place)
-        self.replicas = [actor.remote(self.recipe) for _ in range(self.recipe.teacher.replicas)]
+        actor: Any = ray.remote(max_restarts=-1, max_task_retries=-1, **place)(CloudTeacher)
+        # Students find the replicas by name: a handle among their own constructor's arguments would tie restarts to it.
+        run = uuid.uuid4().hex[:8]
+        self.names = [f"teacher-{run}-{index}" for index in range(self.recipe.teacher.replicas)]
+        self.replicas = [actor.options(name=name).remote(self.recipe) for name in self.names]
         ready: list[TeacherFacts] = self._ask([replica.prepare.remote() for replica in self.replicas])
         self.teacher = ready[0]
 
@@ -150,7 +153,7 @@ class _Run:
         return [
             Member(
                 edge.name,
-                student.options(**options).remote(index, self.recipe, config, self.replicas, folder),
+                student.options(**options).remote(index, self.recipe, config, self.names, folder),
             )
             for index, edge in enumerate(self.recipe.edges)
         ]
@@ -217,8 +220,9 @@ class _Run:
         model = build(checkpoint.config, checkpoint.weights, device=torch.device("cpu"), dtype=torch.float32)
 
         def fill(to: Path) -> None:
-            model.save_pretrained(to)
-            self.teacher.tokenizer.save_pretrained(to)
+            with quiet_transformers():
+                model.save_pretrained(to)
+                self.teacher.tokenizer.save_pretrained(to)
 
         write_folder(self.results.path / "student", fill)
         checkpoint.facts["seconds"] += self._elapsed()

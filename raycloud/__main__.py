@@ -1,0 +1,5 @@
+"""``python -m raycloud``."""
+
+from raycloud.cli.app import main
+
+main()

@@ -1,0 +1,72 @@
+"""The command line as a user meets it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raycloud.cli.app import app
+
+ROOT = Path(__file__).parents[2]
+DEMO = str(ROOT / "jobs" / "recipes" / "demo.yaml")
+
+
+def raycloud(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "raycloud", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+def test_the_surface_is_frozen() -> None:
+    """A new verb is a decision, not an accident."""
+    verbs = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
+    assert verbs == {"distill", "validate", "schema", "fetch", "bench"}
+
+
+def test_help_is_enough_to_start() -> None:
+    done = raycloud("--help")
+    assert done.returncode == 0
+    for verb in ("distill", "validate", "schema", "fetch", "bench"):
+        assert verb in done.stdout
+
+
+def test_validate_shows_the_whole_recipe() -> None:
+    done = raycloud("validate", DEMO, "rounds.count=7", "--show")
+    assert done.returncode == 0
+    assert "count: 7" in done.stdout
+    assert "weight_decay" in done.stdout
+
+
+def test_the_schema_is_json_schema() -> None:
+    schema = json.loads(raycloud("schema", "distill").stdout)
+    assert schema["properties"]["rounds"]
+
+
+def test_fetch_lists_what_there_is() -> None:
+    done = raycloud("fetch")
+    assert "builtin:smollm2-135m-instruct" in done.stdout
+    assert "Apache-2.0" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["validate", "nowhere.yaml"], "cannot read recipe 'nowhere.yaml'"),
+        (["validate", DEMO, "training.lrr=1"], "unknown key 'training.lrr' (allowed: lr,"),
+        (["validate", DEMO, "job=tune"], "job: input should be 'distill', got 'tune'"),
+        (["schema", "tune"], "no job 'tune'; allowed: distill"),
+        (["fetch", "gpt5"], "no built-in named 'gpt5'; there are: builtin:smollm2-135m-instruct"),
+        (["distill", "--recipe", DEMO, "training.lr=0"], "training.lr: input should be greater than 0, got 0"),
+        (["distill", "--recipe", DEMO, "--resume", "--overwrite"], "exclude each other"),
+        (["distill", "--recipe", DEMO, "data.source=none.jsonl", "output=never"], "no data file at 'none.jsonl'"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(words: list[str], message: str) -> None:
+    done = raycloud(*words)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert not (ROOT / "never").exists()

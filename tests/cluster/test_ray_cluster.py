@@ -1,0 +1,160 @@
+"""The job on clusters of its own, in processes of its own: submitted with a token, its driver killed, stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.cluster.recipes import small
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    path = f"{BIN}:{os.environ['PATH']}"
+    return {**kept, "HOME": str(home), "PATH": path, "RAY_USAGE_STATS_ENABLED": "0", **more}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"timed out: {what}"
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def recipe(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A run of three rounds, long enough each to be met in the middle."""
+    path = tmp_path / "recipe.yaml"
+    steps = {"count": 3, "steps": 25, "deadline_s": 120}
+    path.write_text(small(tiny_llama, tmp_path / "run", rounds=steps).dump())
+    return path
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[tuple[dict[str, str], int]]:
+    """``ray start --head`` with a token, custom resources and free ports; its environment and dashboard port."""
+    # Sockets have short names only.
+    scratch = Path(tempfile.mkdtemp(prefix="rc-"))
+    env = environment(scratch, RAY_AUTH_MODE="token")
+    subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=env, check=True, capture_output=True)
+    port, dashboard = free_port(), free_port()
+    words = [f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={scratch / 't'}", "--num-cpus=4"]
+    words += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", '--resources={"cloud": 1, "edge": 2}']
+    words += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
+    words += ["--object-store-memory=500000000"]
+    subprocess.run([BIN / "ray", "start", "--head", *words], env=env, check=True, capture_output=True, timeout=120)
+    try:
+        yield {**env, "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}, port
+    finally:
+        # Only the processes of this cluster: they name its folder.
+        subprocess.run(["pkill", "-9", "-f", str(scratch)], check=False)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def submit(env: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    command = [BIN / "ray", "job", "submit", "--working-dir", ".", "--submission-id", "it", *words]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400)
+
+
+def test_a_job_is_submitted_with_a_token(head: tuple[dict[str, str], int], recipe: Path, tmp_path: Path) -> None:
+    env, _ = head
+    without = submit({**env, "RAY_AUTH_MODE": "disabled"}, "--", "python", "jobs/distill.py", "--help")
+    assert without.returncode != 0
+    done = submit(env, "--", "python", "jobs/distill.py", "--recipe", str(recipe))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 3
+    assert "gap closed" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_ray_job_stop_leaves_a_directory_that_resumes(
+    head: tuple[dict[str, str], int], recipe: Path, tmp_path: Path
+) -> None:
+    env, _ = head
+    entry = ["--", "python", "jobs/distill.py", "--recipe", str(recipe)]
+    assert submit(env, "--no-wait", *entry).returncode == 0
+    state = tmp_path / "run" / "state"
+    wait_for((state / "round-0001").is_dir, 200, "the first round")
+    subprocess.run([BIN / "ray", "job", "stop", "it"], env=env, check=True, capture_output=True, timeout=60)
+    logs = subprocess.run([BIN / "ray", "job", "logs", "it"], env=env, capture_output=True, text=True, timeout=60)
+    assert "go on with: --resume" in logs.stdout
+    assert not (tmp_path / "run" / "summary.json").exists()
+    resumed = subprocess.run(
+        [BIN / "raycloud", "distill", "--recipe", recipe, "--resume"],
+        env={**env, "RAY_ADDRESS": f"127.0.0.1:{head[1]}"}, cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 3
+
+
+def test_a_cluster_without_edges_is_one_line(recipe: Path, tmp_path: Path) -> None:
+    script = (
+        "import ray, sys; from raycloud.cli.app import main; "
+        "ray.init(address='local', num_cpus=2, resources={'cloud': 1}, include_dashboard=False, log_to_driver=False);"
+        f"sys.argv[1:] = ['--recipe', {str(recipe)!r}]; main(['distill'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(tmp_path), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "has 0 of the resource 'edge', this job needs 2; start nodes with: ray start" in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_driver_resumes_to_the_same_weights(recipe: Path, tmp_path: Path) -> None:
+    """SIGKILL of the driver between rounds, its Ray gone with it; the resumed run ends as an undisturbed one."""
+    env = environment(tmp_path)
+    command = [str(BIN / "raycloud"), "distill", "--recipe", str(recipe)]
+    driver = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for((tmp_path / "run" / "state" / "round-0001").is_dir, 200, "the first round")
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    done = subprocess.run([*command, "--resume"], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["round"] for record in records if record["kind"] == "round"] == [0, 1, 2]
+    whole = subprocess.run(
+        [*command, f"output={tmp_path / 'whole'}"], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert whole.returncode == 0, whole.stderr
+    resumed, undisturbed = (load_file(tmp_path / one / "student" / "model.safetensors") for one in ("run", "whole"))
+    assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in resumed.items())
+
+
+def test_ctrl_c_ends_cleanly(recipe: Path, tmp_path: Path) -> None:
+    command = [str(BIN / "raycloud"), "distill", "--recipe", str(recipe)]
+    driver = subprocess.Popen(
+        command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for((tmp_path / "run" / "state" / "round-0001").is_dir, 200, "the first round")
+    driver.send_signal(signal.SIGINT)
+    _, errors = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert [line for line in errors.splitlines() if line.startswith("error: stopped; go on with: --resume")]
+    assert "Traceback" not in errors
