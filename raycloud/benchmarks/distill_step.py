@@ -14,12 +14,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from raycloud.benchmarks.measure import in_subprocess, interleaved, median_ratio, peak_growth_mb, show
+from raycloud.benchmarks.measure import PAIRS, in_subprocess, interleaved, median_ratio, peak_growth_mb, show
 from raycloud.data.batches import IGNORE
 from raycloud.distill.objective import StudentOutput, weighted_sum
 from raycloud.distill.objectives import DIVERGENCES
 from raycloud.distill.signals import FrozenHead, Signal
 from raycloud.link.codecs import CODECS
+from raycloud.report.console import working
 
 BATCH, LENGTH, WORDS, HIDDEN, LABELLED = 4, 512, 49_152, 576, 0.16
 
@@ -83,9 +84,12 @@ def difference(case: Case) -> float:
 def run(as_json: bool) -> dict[str, float]:
     """Measure, print, and return the figures."""
     case = Case()
-    apart = difference(case)
-    times = interleaved({name: case.formulation(name) for name in ("dense", "ours")})
-    memory = {name: float(in_subprocess(__name__, name)["mb"]) for name in ("dense", "ours")}
+    with working("equality"):
+        apart = difference(case)
+    with working(f"time, {PAIRS} pairs"):
+        times = interleaved({name: case.formulation(name) for name in ("dense", "ours")})
+    with working("memory, one process each"):
+        memory = {name: float(in_subprocess(__name__, name)["mb"]) for name in ("dense", "ours")}
     result = {
         "ms_dense": statistics.median(times["dense"]),
         "ms_ours": statistics.median(times["ours"]),
@@ -99,7 +103,7 @@ def run(as_json: bool) -> dict[str, float]:
     rows.append(["dense / ours", f"{result['speedup']:.1f}", f"{result['memory_ratio']:.1f}"])
     rows.append(["largest difference", f"{apart:.1e}", ""])
     title = f"forward-KL step, batch {BATCH} x {LENGTH}, vocabulary {WORDS}, {LABELLED:.0%} labelled"
-    show(title, ["", "ms (median of 7)", "MB of peak growth"], rows, result, as_json)
+    show(title, ["", f"ms (median of {PAIRS})", "MB of peak growth"], rows, result, as_json)
     return result
 
 

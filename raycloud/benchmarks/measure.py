@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -40,11 +40,20 @@ def median_ratio(above: list[float], below: list[float]) -> float:
 
 
 def peak_growth_mb(prepare: Callable[[], Callable[[], object]]) -> float:
-    """By how many MB (1e6 bytes) one call raises this process's peak resident size over what its inputs took."""
+    """By how many MB (1e6 bytes) one call raises this process's resident size at its peak. Linux only.
+
+    The peak is set back after ``prepare``, whose temporaries would hide the call's own.
+    """
     call = prepare()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_kib("VmRSS")
     call()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6
+    return (_status_kib("VmHWM") - before) * 1024 / 1e6
+
+
+def _status_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def in_subprocess(module: str, *arguments: str) -> Any:

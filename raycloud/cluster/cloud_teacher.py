@@ -20,7 +20,7 @@ from raycloud.distill.signals import FrozenHead, Signal, frozen_head, observe, s
 from raycloud.distill.student import initial_student
 from raycloud.models.loading import Pretrained, load, pick_device
 from raycloud.models.segments import Segment
-from raycloud.models.weights import Weights, build, weights_of
+from raycloud.models.weights import Weights, build, fingerprint, weights_of
 from raycloud.training.precision import compute_type, computing_in
 
 
@@ -53,7 +53,6 @@ class CloudTeacher:
 
     def __init__(self, recipe: DistillRecipe) -> None:
         self._recipe = recipe
-        self._threads = share_of_cores(recipe.threads, len(recipe.edges))
         self._shared: OrderedDict[str, tuple[ray.ObjectRef, int]] = OrderedDict()
         self._shared_bytes = 0
         self._pretrained: Pretrained | None = None
@@ -62,8 +61,7 @@ class CloudTeacher:
     def prepare(self) -> TeacherFacts:
         """Load the model."""
         model = self._teacher.model
-        # The weights are told apart by where they came from; a directory's content may change, its config less often.
-        name = f"{self._recipe.teacher.model}|{model.config.to_json_string()}|{model.dtype}"
+        name = f"{self._recipe.teacher.model}@{fingerprint(weights_of(model))}"
         return TeacherFacts(name, self._teacher.tokenizer, model.num_parameters())
 
     @property
@@ -89,7 +87,9 @@ class CloudTeacher:
             self._shared.move_to_end(key)
         else:
             device = self._teacher.model.device
-            with computing_with(self._threads), computing_in(compute_type(recipe.dtype, device), device):
+            # Students train while this runs; where they share its node, it takes one student's share of the cores.
+            threads = share_of_cores(recipe.threads, "edge", len(recipe.edges))
+            with computing_with(threads), computing_in(compute_type(recipe.dtype, device), device):
                 said = observe(self._segment, name, batch.to(device), recipe.signal, temperatures)
             self._share(key, said)
         return [self._shared[key][0]]

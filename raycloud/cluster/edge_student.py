@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,7 @@ class Answer:
     tokens: int
     steps: list[Step]
     seconds: float
-    meter: Meter = field(default_factory=Meter)
-    late: bool = False
-    """The round was over before the student was; then there are no weights."""
+    meter: Meter
 
 
 class EdgeStudent:
@@ -81,7 +79,7 @@ class EdgeStudent:
     ) -> None:
         self._edge, self._recipe, self._config, self._names = recipe.edges[index], recipe, config, replicas
         self._folder = state / self._edge.name
-        self._round = -1
+        self._latest = 0
         self._beat: Beat | None = None
         self._ready = False
 
@@ -121,32 +119,33 @@ class EdgeStudent:
         return self._beat
 
     @ray.method(concurrency_group="control", max_task_retries=-1)
-    def advance(self, current: int) -> None:
-        """Tell the student which round it is; if that is not the one it is training for, it stops between two steps."""
-        self._round = current
+    def advance(self, round_id: int) -> None:
+        """Tell the student the newest round id; if the one it trains for is older, it stops between two steps."""
+        self._latest = max(self._latest, round_id)
 
-    def train(self, current: int, weights: Weights) -> Answer:
-        """Train for one round from the given weights and save the optimiser's state.
+    def train(self, round_id: int, current: int, weights: Weights) -> Answer | None:
+        """Train for one round from the given weights and save the optimiser's state; None if the round is over before.
 
         Args:
+            round_id: grows with every attempt at a round; an old one is not trained for.
             current: the round, counted from 0.
             weights: the average that the round starts from.
         """
         start = time.perf_counter()
         self._load()
-        self._round, self._beat = current, None
+        self._latest, self._beat = max(self._latest, round_id), None
         meter = Meter()
         signals = self._signals(meter)
         meter.add("weights_down", nbytes(weights))
         trainer = self._resumed(current, weights, meter)
         loss = loss_from_signals(self._segment, self._recipe.objective, signals, self._head)
         steps: list[Step] = []
-        with computing_with(share_of_cores(self._recipe.threads, len(self._recipe.edges))):
+        with computing_with(share_of_cores(self._recipe.threads, "edge", len(self._recipe.edges))):
             for micro in self._batches(trainer.step_index):
                 signals.prefetch(micro)
             for _ in range(self._recipe.rounds.steps):
-                if self._round != current:
-                    return Answer(self._edge.name, current, {}, 0, steps, time.perf_counter() - start, meter, late=True)
+                if self._latest > round_id:
+                    return None
                 batches = self._batches(trainer.step_index)
                 if len(steps) + 1 < self._recipe.rounds.steps:
                     for micro in self._batches(trainer.step_index + 1):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raycloud.cluster.edge_student import Answer, Beat
 from raycloud.distill.recipe import RoundsRecipe
-from raycloud.errors import ClusterError, RaycloudError
+from raycloud.errors import ClusterError, RaycloudError, TrainingError
 from raycloud.models.surgery.merging import weighted_average
 from raycloud.models.weights import Weights
 
@@ -69,8 +69,18 @@ Watch = Callable[[dict[str, Beat]], None]
 """Told where every student is, about twice a second."""
 
 
-def run_round(index: int, members: Sequence[Member], weights: Weights, recipe: RoundsRecipe, watch: Watch) -> Round:
+def run_round(
+    round_id: int, index: int, members: Sequence[Member], weights: Weights, recipe: RoundsRecipe, watch: Watch
+) -> Round:
     """Train one round and average it; without any answer the result has no weights.
+
+    Args:
+        round_id: larger than that of every earlier call, also where a round is tried again.
+        index: the round, counted from 0.
+        members: the students.
+        weights: what they all start from.
+        recipe: deadline and patience.
+        watch: see :data:`Watch`.
 
     Raises:
         RaycloudError: a student's own data or recipe is at fault, which starting again would not mend.
@@ -84,7 +94,7 @@ def run_round(index: int, members: Sequence[Member], weights: Weights, recipe: R
     done = Round(index)
 
     def train(member: Member) -> None:
-        training[member.actor.train.remote(index, current)] = member
+        training[member.actor.train.remote(round_id, index, current)] = member
 
     for member in members:
         if member.ready:
@@ -96,7 +106,8 @@ def run_round(index: int, members: Sequence[Member], weights: Weights, recipe: R
             break
         finished, _ = ray.wait([*training, *preparing], num_returns=1, timeout=_POLL_S)
         for ref in finished:
-            member = training.pop(ref) if ref in training else preparing.pop(ref)
+            was_training = ref in training
+            member = training.pop(ref) if was_training else preparing.pop(ref)
             try:
                 outcome = ray.get(ref)
             except RayTaskError as error:
@@ -108,17 +119,17 @@ def run_round(index: int, members: Sequence[Member], weights: Weights, recipe: R
                 member.lost()
                 member.prepare()
             else:
-                if isinstance(outcome, Answer):
-                    done.answers.append(outcome)
-                else:
+                if not was_training:
                     member.ready, member.preparing = True, None
                     train(member)
+                elif outcome is not None:
+                    done.answers.append(outcome)
         _listen(members, beats, index)
         watch(beats)
     for member in training.values():
         done.missed.append(Missed(member.name, "late", f"no answer in {recipe.deadline_s:g} s"))
         member.lost()
-        member.actor.advance.remote(index + 1)
+        member.actor.advance.remote(round_id + 1)
         member.prepare()
     done.missed.extend(Missed(member.name, "absent", "not started") for member in preparing.values())
     done.seconds = time.monotonic() - begun
@@ -146,9 +157,9 @@ def _listen(members: Sequence[Member], beats: dict[str, Beat], index: int) -> No
 
 
 def _reraise(error: RayTaskError) -> None:
-    """An error the user can mend ends the run as itself, without the remote traceback."""
+    """An error the user can mend, which would come again, ends the run as itself, without the remote traceback."""
     cause = error.cause
-    if isinstance(cause, RaycloudError) and not isinstance(cause, ClusterError):
+    if isinstance(cause, RaycloudError) and not isinstance(cause, ClusterError | TrainingError):
         raise cause from None
 
 

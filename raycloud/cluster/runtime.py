@@ -78,9 +78,16 @@ def check_capacity(needs: Mapping[str, float]) -> None:
             )
 
 
-def share_of_cores(threads: int, actors: int) -> int:
-    """CPU threads of one of ``actors`` that compute at the same time on this node; ``threads`` if it is set."""
-    return threads or max(1, (os.cpu_count() or 1) // max(1, actors))
+def share_of_cores(threads: int, tier: str, actors: int) -> int:
+    """CPU threads of one of ``actors`` with the resource ``tier``; ``threads`` if that is set.
+
+    They share the cores of this node as far as they fit on it; a node without the resource has its cores to itself.
+    """
+    if threads:
+        return threads
+    here = ray.get_runtime_context().get_node_id()
+    fitting = next(int(node["Resources"].get(tier, 0)) for node in ray.nodes() if node["NodeID"] == here)
+    return max(1, (os.cpu_count() or 1) // max(1, min(actors, fitting)))
 
 
 @contextmanager

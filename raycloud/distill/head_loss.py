@@ -32,23 +32,19 @@ class _HeadLoss(torch.autograd.Function):
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         wants_rows, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        d_rows = torch.empty_like(rows) if wants_rows else None
+        d_rows = torch.zeros_like(rows) if wants_rows else None
         d_weight = torch.zeros_like(weight) if wants_weight else None
         d_bias = torch.zeros_like(bias) if wants_bias and bias is not None else None
         sums = torch.zeros(len(term_weights), dtype=torch.float64, device=rows.device)
         for start in range(0, len(rows), chunk):
             at = slice(start, min(start + chunk, len(rows)))
-            with torch.enable_grad():
-                raw = nn.functional.linear(rows[at], weight, bias).detach()
-                raw.requires_grad_(wants_rows or wants_weight or wants_bias)
-                logits = raw if raw.dtype == torch.float64 else raw.float()
-                if softcap:
-                    logits = torch.tanh(logits / softcap) * softcap
-                terms = loss(logits, at)
-                total = (terms * term_weights.to(terms.dtype)).sum()
-                # A term may not depend on the logits at all, as where every weight is zero.
-                d_logits = torch.autograd.grad(total, raw)[0] if total.requires_grad else torch.zeros_like(raw)
-            sums += terms.detach()
+            raw = nn.functional.linear(rows[at], weight, bias).detach()
+            raw.requires_grad_(wants_rows or wants_weight or wants_bias)
+            terms, d_logits = _chunk(raw, at, term_weights, loss, softcap)
+            sums += terms
+            del raw  # or it would live on beside the next chunk's
+            if d_logits is None:
+                continue
             # Under autocast the logits are in half precision, and so are these products; their sums are not.
             if d_rows is not None:
                 d_rows[at] = d_logits @ weight.to(d_logits.dtype)
@@ -58,6 +54,7 @@ class _HeadLoss(torch.autograd.Function):
                 d_weight += d_logits.t() @ rows[at].to(d_logits.dtype)
             if d_bias is not None:
                 d_bias += d_logits.sum(dim=0)
+            del d_logits
         ctx.gradients = (d_rows, d_weight, d_bias)
         ctx.mark_non_differentiable(sums)
         return (sums * term_weights.to(sums.dtype)).sum().to(torch.promote_types(rows.dtype, torch.float32)), sums
@@ -70,6 +67,20 @@ class _HeadLoss(torch.autograd.Function):
         gradients = tuple(None if gradient is None else gradient.mul_(d_total) for gradient in ctx.gradients)
         ctx.gradients = None
         return (*gradients, None, None, None, None)
+
+
+def _chunk(
+    raw: Tensor, at: slice, term_weights: Tensor, loss: ChunkLoss, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """The sums of the terms, and the gradient of their weighted sum in the head's output (None if there is none)."""
+    with torch.enable_grad():
+        logits = raw if raw.dtype == torch.float64 else raw.float()
+        if softcap:
+            logits = torch.tanh(logits / softcap) * softcap
+        terms = loss(logits, at)
+        del logits
+        total = (terms * term_weights.to(terms.dtype)).sum()
+        return terms.detach(), torch.autograd.grad(total, raw)[0] if total.requires_grad else None
 
 
 def head_loss(

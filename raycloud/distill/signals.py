@@ -51,7 +51,7 @@ class Targets:
 
     def log_q(self, logits: Tensor, temperature: float) -> Tensor:
         """The student's log-probabilities (c, S) over the same support, from its logits (c, V)."""
-        log_q = torch.log_softmax(logits / temperature, dim=-1)
+        log_q = torch.log_softmax(_tempered(logits, temperature), dim=-1)
         if self.ids is None:
             return log_q
         return _with_tail(log_q.gather(-1, self.ids))
@@ -125,7 +125,11 @@ class Signal:
             if head is None:
                 raise ValueError("a hidden signal needs the teacher's head")
             numbers = head.logits(numbers)
-        return Targets(torch.log_softmax(numbers / temperature, dim=-1).clamp_min(_LOG_ZERO))
+        return Targets(torch.log_softmax(_tempered(numbers, temperature), dim=-1).clamp_min_(_LOG_ZERO))
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def _with_tail(log_p: Tensor) -> Tensor:

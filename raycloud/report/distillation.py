@@ -99,19 +99,20 @@ def write_page(folder: Path, summary: Summary, metrics: Sequence[dict[str, Any]]
                 "after": [group["student_ppl_after"] for group in groups.values()],
                 "teacher": [group["teacher_ppl"] for group in groups.values()],
             },
-            "perplexity (log scale)",
-            log=True,
+            "perplexity",
         ),
         "perplexity by group",
     )
     page.heading("Link")
     page.table(*_link(summary))
     page.heading("Completions")
-    page.table(["prompt", "teacher", "student"], [list(one.values()) for one in summary["completions"]])
+    page.table(["prompt", "teacher", "student"], [list(one.values()) for one in summary["completions"]], prose=True)
     missed = [record for record in metrics if record["kind"] == "missed"]
     if missed:
         page.heading("Rounds without a student")
-        page.table(["round", "student", "why"], [[str(r["round"] + 1), r["student"], r["why"]] for r in missed])
+        page.table(
+            ["round", "student", "why"], [[str(r["round"] + 1), r["student"], r["why"]] for r in missed], prose=True
+        )
     page.heading("Recipe")
     page.preformatted(recipe)
     write_atomically(folder / "report.html", page.html())

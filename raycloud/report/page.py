@@ -11,7 +11,7 @@ body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:60rem;margin:2rem a
 h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
 table{border-collapse:collapse;margin:.5rem 0}
 th,td{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:right}
-th:first-child,td:first-child{text-align:left}
+th:first-child,td:first-child,.prose th,.prose td{text-align:left}
 th{border-bottom:2px solid #999}
 img{max-width:100%}
 pre{background:#f5f5f5;padding:1rem;overflow-x:auto;font-size:13px}
@@ -37,11 +37,12 @@ class Page:
         """A paragraph."""
         self._parts.append(f'<p class="note">{escape(text)}</p>')
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table; its first column names the rows."""
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], *, prose: bool = False) -> None:
+        """A table whose first column names the rows; numbers stand on the right, ``prose`` on the left."""
         head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
         body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        kind = ' class="prose"' if prose else ""
+        self._parts.append(f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
     def picture(self, png: bytes, alt: str) -> None:
         """A PNG, inside the page."""

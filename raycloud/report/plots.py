@@ -29,7 +29,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, 
     """Lines by name through (x, y) points; ``marks`` are drawn as faint vertical lines."""
     figure, axes = _axes((7.5, 3.6))
     for at in marks:
-        axes.axvline(at, color="#999999", linewidth=0.7, linestyle=":")  # type: ignore[attr-defined]
+        axes.axvline(at, color="#777777", linewidth=1.2, linestyle=":")  # type: ignore[attr-defined]
     for (name, points), colour in zip(series.items(), _COLOURS * len(series), strict=False):
         axes.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=1.6)  # type: ignore[attr-defined]
     axes.set(xlabel=x, ylabel=y)  # type: ignore[attr-defined]
@@ -37,7 +37,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, 
     return _png(figure)
 
 
-def grouped_bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], y: str, *, log: bool = False) -> bytes:
+def grouped_bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], y: str) -> bytes:
     """Bars of several series beside each other for every group."""
     figure, axes = _axes((7.5, 3.6))
     width = 0.8 / len(series)
@@ -47,7 +47,5 @@ def grouped_bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], y
         axes.bar_label(drawn, fmt="%.0f", fontsize=8)  # type: ignore[attr-defined]
     axes.set_xticks(range(len(groups)), groups)  # type: ignore[attr-defined]
     axes.set(ylabel=y)  # type: ignore[attr-defined]
-    if log:
-        axes.set_yscale("log")  # type: ignore[attr-defined]
     axes.legend(frameon=False, ncols=len(series), loc="upper center", bbox_to_anchor=(0.5, 1.15))  # type: ignore[attr-defined]
     return _png(figure)

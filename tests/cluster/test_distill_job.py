@@ -93,18 +93,23 @@ def test_a_finished_run_is_refused_and_resuming_it_changes_nothing(finished: Pat
     assert (finished / "summary.json").read_bytes() == before
 
 
-def interrupting(monkeypatch: pytest.MonkeyPatch, when: Callable[[dict[str, Member], dict[str, Beat]], None]) -> None:
-    """Call ``when`` once with the members and where they are, in the middle of round 1 (the second)."""
+def interrupting(
+    monkeypatch: pytest.MonkeyPatch,
+    when: Callable[[dict[str, Member], dict[str, Beat]], None],
+    *,
+    anytime: bool = False,
+) -> None:
+    """Call ``when`` once in round 1 (the second): when "store" has trained some of its steps, or at any time."""
     original, called = job.run_round, list[bool]()
 
-    def disturbed(index: int, members: Sequence[Member], weights: Any, recipe: Any, watch: Any) -> Round:
+    def disturbed(number: int, index: int, members: Sequence[Member], weights: Any, recipe: Any, watch: Any) -> Round:
         def watching(beats: dict[str, Beat]) -> None:
             watch(beats)
-            if index == 1 and "store" in beats and not called:
+            if index == 1 and not called and (anytime or "store" in beats):
                 called.append(True)
                 when({member.name: member for member in members}, beats)
 
-        return original(index, members, weights, recipe, watching)
+        return original(number, index, members, weights, recipe, watching)
 
     monkeypatch.setattr(job, "run_round", disturbed)
 
@@ -157,7 +162,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        interrupting(patched, stop)
+        interrupting(patched, stop, anytime=True)
         with pytest.raises(Interrupted, match="go on with: --resume"):
             run(small(tiny_llama, tmp_path / "run"))
     assert (tmp_path / "run" / "state" / "round-0001").is_dir()

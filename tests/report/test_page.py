@@ -12,7 +12,7 @@ def test_everything_is_inside_the_page_and_escaped() -> None:
     page.table(["x"], [["<b>"]])
     page.preformatted("</pre>")
     page.picture(curves({"one": [(0, 1), (1, 0.5)]}, "step", "loss", marks=[0.5]), 'a "curve"')
-    page.picture(grouped_bars(["g"], {"a": [1.0], "b": [20.0]}, "y", log=True), "bars")
+    page.picture(grouped_bars(["g"], {"a": [1.0], "b": [20.0]}, "y"), "bars")
     html = page.html()
     assert "<script>" not in html
     assert "&lt;b&gt;" in html

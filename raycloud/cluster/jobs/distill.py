@@ -30,7 +30,7 @@ from raycloud.models.loading import load_config, quiet_transformers, resolve
 from raycloud.models.weights import Weights, build
 from raycloud.report.console import bars, console, working
 from raycloud.report.distillation import print_summary, write_page
-from raycloud.results import Mode, ResultDir, write_folder
+from raycloud.results import RECIPE, Mode, ResultDir, write_folder
 
 _ANSWER_S = 3600.0
 """The longest one answer of the teacher may take: loading it, cutting a student, an examination."""
@@ -62,7 +62,9 @@ def run(recipe: DistillRecipe, mode: Mode = "new") -> Result:
         with joined(needs), stoppable(), ResultDir.open(recipe.output, recipe, mode) as results:
             return _Run(recipe, results).whole()
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped; go on with: --resume (results so far: {recipe.output})") from None
+        if (Path(recipe.output) / RECIPE).is_file():
+            raise Interrupted(f"stopped; go on with: --resume (results so far: {recipe.output})") from None
+        raise Interrupted("stopped before there was anything to keep") from None
     except RayTaskError as error:
         if isinstance(error.cause, RaycloudError):
             raise error.cause from None
@@ -89,6 +91,7 @@ class _Run:
         self.recipe, self.results = recipe, results
         self.state = results.path / "state"
         self.begun = time.monotonic()
+        self.round_id = 0
 
     def whole(self) -> Result:
         """From wherever the directory stands to its end."""
@@ -172,7 +175,8 @@ class _Run:
                             f"loss {beat.loss:.3f}  {beat.tokens_per_second:.0f} tokens/s",
                         )
 
-                done = run_round(index, members, checkpoint.weights, recipe, watch)
+                self.round_id += 1
+                done = run_round(self.round_id, index, members, checkpoint.weights, recipe, watch)
             self._log(done)
             if done.answers:
                 break
