@@ -43,7 +43,11 @@ class MissingExtra(RaycloudError):
     """An optional dependency that this command needs."""
 
     def __init__(self, what: str, extra: str) -> None:
+        self._parts = (what, extra)
         super().__init__(f"{what} needs the extra '{extra}': pip install 'raycloud[{extra}]'")
+
+    def __reduce__(self) -> tuple[type[MissingExtra], tuple[str, str]]:
+        return type(self), self._parts
 
 
 class Interrupted(RaycloudError):

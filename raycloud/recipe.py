@@ -15,7 +15,7 @@ from raycloud.errors import RecipeError
 class Recipe(BaseModel):
     """Base of every recipe and every part of one: unknown keys are refused, values do not change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -75,20 +75,24 @@ def _apply(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise RecipeError(f"override '{override}': the value is not YAML: {' '.join(str(error).split())}") from None
     if isinstance(at, list):
-        _child(at, keys[-1], override)
-        at[int(keys[-1])] = value
+        at[_index(at, keys[-1], override)] = value
     else:
         at[keys[-1]] = value
 
 
+def _index(at: list[Any], key: str, override: str) -> int:
+    if not key.isdecimal() or int(key) >= len(at):
+        raise RecipeError(f"override '{override}': '{key}' must be an index from 0 to {len(at) - 1}")
+    return int(key)
+
+
 def _child(at: Any, key: str, override: str) -> Any:
     if isinstance(at, list):
-        if not key.isdecimal() or int(key) >= len(at):
-            raise RecipeError(f"override '{override}': '{key}' must be an index from 0 to {len(at) - 1}")
-        return at[int(key)]
-    child = at.setdefault(key, {})
-    if child is None:
-        child = at[key] = {}
+        child = at[_index(at, key, override)]
+    else:
+        child = at.setdefault(key, {})
+        if child is None:
+            child = at[key] = {}
     if not isinstance(child, dict | list):
         raise RecipeError(f"override '{override}': '{key}' is a value, it has no keys of its own")
     return child
@@ -103,6 +107,8 @@ def _lines(cls: type[BaseModel], error: ValidationError) -> list[str]:
             case "extra_forbidden":
                 allowed = ", ".join(_keys_at(cls, problem["loc"][:-1]))
                 lines.append(f"unknown key '{where}'" + (f" (allowed: {allowed})" if allowed else ""))
+            case "union_tag_not_found":
+                lines.append(f"missing key '{where}.{problem['ctx']['discriminator'].strip(chr(39))}'")
             case "missing":
                 lines.append(f"missing key '{where}'")
             case "value_error":
@@ -119,7 +125,13 @@ def _keys_at(cls: type[BaseModel], path: Sequence[str | int]) -> list[str]:
     at: dict[str, Any] = schema
     for key in path:
         at = _resolved(at, schema)
-        at = at.get("items", {}) if isinstance(key, int) else at.get("properties", {}).get(key, {})
+        chosen = at.get("discriminator", {}).get("mapping", {}).get(key)
+        if chosen:
+            at = {"$ref": chosen}
+        elif isinstance(key, int):
+            at = at.get("items", {})
+        else:
+            at = at.get("properties", {}).get(key, {})
     return list(_resolved(at, schema).get("properties", {}))
 
 

@@ -24,7 +24,9 @@ _LOCK = ".lock"
 def write_atomically(path: Path, content: str) -> None:
     """Replace a text file as a whole: readers see the old content or the new one, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
+    ) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -39,9 +41,12 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     try:
         fill(scratch)
         scratch.chmod(0o755)
+        # The old one stays whole until the new one is.
+        aside = scratch.with_name(scratch.name + "-old")
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(aside)
         scratch.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -75,10 +80,7 @@ class ResultDir:
             except BlockingIOError:
                 raise ResultError(f"result directory '{where}' is in use by another run") from None
             if mode == "overwrite":
-                for child in where.iterdir():
-                    if child.name == _LOCK:
-                        continue
-                    shutil.rmtree(child) if child.is_dir() else child.unlink()
+                _empty(where)
             if mode != "resume":
                 write_atomically(where / RECIPE, recipe.dump())
             try:
@@ -129,6 +131,17 @@ class ResultDir:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``, the run's headline numbers."""
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def _empty(where: Path) -> None:
+    """Remove everything but the lock, the recipe last: it is what tells a result directory."""
+    for child in sorted(where.iterdir(), key=lambda child: child.name == RECIPE):
+        if child.name == _LOCK:
+            continue
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
 
 
 def _check(where: Path, recipe: Recipe, mode: Mode) -> None:

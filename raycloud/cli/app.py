@@ -47,3 +47,6 @@ def main(before: Sequence[str] = ()) -> None:
     except RaycloudError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:  # a full disk, a folder that may not be written
+        typer.echo(f"error: {error.filename or 'input/output'}: {error.strerror or error}", err=True)
+        sys.exit(2)

@@ -14,7 +14,7 @@ def recipe_class(job: object) -> type[Recipe]:
     """
     from raycloud.distill.recipe import DistillRecipe
 
-    known: dict[object, type[Recipe]] = {"distill": DistillRecipe}
-    if job not in known:
-        raise RecipeError(f"no job {job!r}; allowed: {', '.join(map(str, known))}")
+    known: dict[str, type[Recipe]] = {"distill": DistillRecipe}
+    if not isinstance(job, str) or job not in known:
+        raise RecipeError(f"no job {job!r}; allowed: {', '.join(known)}")
     return known[job]

@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import ray
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from raycloud.distill.examination import Comparison, Examiner, Score
 from raycloud.distill.recipe import DistillRecipe
 from raycloud.distill.signals import FrozenHead, Signal, frozen_head, observe, signal_key
 from raycloud.distill.student import initial_student
+from raycloud.errors import ClusterError
 from raycloud.models.loading import Pretrained, load, pick_device
 from raycloud.models.segments import Segment
 from raycloud.models.weights import Weights, build, fingerprint, weights_of
@@ -55,38 +57,44 @@ class CloudTeacher:
         self._recipe = recipe
         self._shared: OrderedDict[str, tuple[ray.ObjectRef, int]] = OrderedDict()
         self._shared_bytes = 0
-        self._pretrained: Pretrained | None = None
-        self._examiner: Examiner | None = None
 
     def prepare(self) -> TeacherFacts:
         """Load the model."""
-        model = self._teacher.model
-        name = f"{self._recipe.teacher.model}@{fingerprint(weights_of(model))}"
-        return TeacherFacts(name, self._teacher.tokenizer, model.num_parameters())
+        return TeacherFacts(self._name, self._teacher.tokenizer, self._teacher.model.num_parameters())
 
-    @property
+    @cached_property
     def _teacher(self) -> Pretrained:
-        if self._pretrained is None:
-            recipe = self._recipe
-            # On a CPU the weights stay float32, for exact examinations; signals are computed under autocast.
-            dtype = "float32" if pick_device(recipe.device).type == "cpu" else recipe.dtype
-            self._pretrained = load(recipe.teacher.model, device=recipe.device, dtype=dtype)
-            self._segment = Segment(self._pretrained.model)
-        return self._pretrained
+        # On a CPU the weights stay float32, for exact examinations; signals are computed under autocast.
+        recipe = self._recipe
+        dtype = "float32" if pick_device(recipe.device).type == "cpu" else recipe.dtype
+        return load(recipe.teacher.model, device=recipe.device, dtype=dtype)
+
+    @cached_property
+    def _segment(self) -> Segment:
+        return Segment(self._teacher.model)
+
+    @cached_property
+    def _name(self) -> str:
+        return f"{self._recipe.teacher.model}@{fingerprint(weights_of(self._teacher.model))}"
 
     def head(self) -> FrozenHead:
         """A copy of the head as it crosses the link, for ``hidden`` signals."""
-        return frozen_head(Segment(self._teacher.model), self._recipe.signal.codec)
+        return frozen_head(self._segment, self._recipe.signal.codec)
 
     def signal(self, name: str, batch: Batch) -> list[ray.ObjectRef]:
-        """The one-element list of a reference to what the teacher says about a batch."""
-        recipe = self._recipe
+        """The one-element list of a reference to what the teacher says about a batch.
+
+        Raises:
+            ClusterError: this replica's weights are not those of the teacher called ``name``.
+        """
+        recipe, device = self._recipe, self._teacher.model.device
+        if name != self._name:
+            raise ClusterError(f"asked for signals of the teacher '{name}', this is '{self._name}'")
         temperatures = [recipe.objective.divergence.temperature]
         key = signal_key(name, batch, recipe.signal, temperatures)
         if key in self._shared:
             self._shared.move_to_end(key)
         else:
-            device = self._teacher.model.device
             # Students train while this runs; where they share its node, it takes one student's share of the cores.
             threads = share_of_cores(recipe.threads, "edge", len(recipe.edges))
             with computing_with(threads), computing_in(compute_type(recipe.dtype, device), device):
@@ -116,16 +124,14 @@ class CloudTeacher:
             rows, self._teacher.tokenizer, data.format, max_length=data.max_length, max_prompt=data.max_prompt
         )
 
-    @property
+    @cached_property
     def _examination(self) -> Examiner:
-        if self._examiner is None:
-            recipe = self._recipe.evaluation
-            groups: dict[str, list[Row]] = {}
-            for row in load_rows(self._recipe.data.source, recipe.split):
-                groups.setdefault(str(row.get(recipe.by)) if recipe.by else "held-out", []).append(row)
-            held_out = {group: self._encode(spread(rows, recipe.samples)) for group, rows in sorted(groups.items())}
-            self._examiner = Examiner(self._teacher, held_out)
-        return self._examiner
+        recipe = self._recipe.evaluation
+        groups: dict[str, list[Row]] = {}
+        for row in load_rows(self._recipe.data.source, recipe.split):
+            groups.setdefault(str(row[recipe.by]) if recipe.by else "held-out", []).append(row)
+        held_out = {group: self._encode(spread(rows, recipe.samples)) for group, rows in sorted(groups.items())}
+        return Examiner(self._teacher, held_out)
 
     def teacher_scores(self) -> dict[str, Score]:
         """The teacher on held-out text, by group and over all."""

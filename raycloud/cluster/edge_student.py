@@ -110,6 +110,7 @@ class EdgeStudent:
             self._order = SampleOrder(lengths, training.batch_size, self._recipe.seed)
             self._device = pick_device(self._recipe.device)
             self._trainer: Trainer | None = None
+            self._through: int | None = None
             self._head: FrozenHead | None = None
             self._ready = True
 
@@ -141,22 +142,21 @@ class EdgeStudent:
         loss = loss_from_signals(self._segment, self._recipe.objective, signals, self._head)
         steps: list[Step] = []
         with computing_with(share_of_cores(self._recipe.threads, "edge", len(self._recipe.edges))):
-            for micro in self._batches(trainer.step_index):
-                signals.prefetch(micro)
+            self._prefetch(signals, trainer.step_index)
             for _ in range(self._recipe.rounds.steps):
                 if self._latest > round_id:
                     return None
                 batches = self._batches(trainer.step_index)
                 if len(steps) + 1 < self._recipe.rounds.steps:
-                    for micro in self._batches(trainer.step_index + 1):
-                        signals.prefetch(micro)
+                    self._prefetch(signals, trainer.step_index + 1)
                 steps.append(trainer.step(batches, loss))
                 tokens = sum(step.tokens for step in steps)
                 seconds = time.perf_counter() - start
                 self._beat = Beat(current, len(steps), steps[-1].loss, tokens / seconds, os.getpid())
+        self._save(current, trainer)
+        self._through = current
         learnt = {name: tensor.cpu() for name, tensor in weights_of(self._model).items()}
         meter.add("weights_up", nbytes(learnt))
-        self._save(current, trainer)
         tokens = sum(step.tokens for step in steps)
         return Answer(self._edge.name, current, learnt, tokens, steps, time.perf_counter() - start, meter)
 
@@ -169,6 +169,12 @@ class EdgeStudent:
         return ObjectStoreSignals(
             self._replicas, self._teacher, recipe.signal, temperature, recipe.teacher.timeout_s, meter
         )
+
+    def _prefetch(self, signals: ObjectStoreSignals, step: int) -> None:
+        """Have the teacher work on a step's batches ahead of it, where the objective asks the teacher at all."""
+        if self._recipe.objective.kd_weight:
+            for batch in self._batches(step):
+                signals.prefetch(batch)
 
     def _batches(self, step: int) -> list[Batch]:
         """The micro-batches of a global step: a pure function of it."""
@@ -193,9 +199,13 @@ class EdgeStudent:
                 seed=recipe.seed,
                 autocast=compute_type(recipe.dtype, self._device),
             )
-            saved = self._folder / f"round-{current - 1:04d}" / "optimizer.safetensors"
-            if saved.is_file():
-                self._trainer.load_state(load_file(saved))
+        if self._through is None or self._through != current - 1:
+            # A new process, or a round that was begun and not finished: what counts is the last finished one.
+            finished = [number for number in self._saved() if number < current]
+            self._trainer.optimizer.state.clear()
+            if finished:
+                self._trainer.load_state(load_file(self._file(max(finished))))
+        self._through = None
         load_weights(self._model, weights)
         # A student that missed a round is where the others are in the schedule.
         self._trainer.step_index = current * recipe.rounds.steps
@@ -207,9 +217,14 @@ class EdgeStudent:
 
     def _save(self, current: int, trainer: Trainer) -> None:
         """Keep this round's state and the one before: which of them a resumed run needs, only the driver knows."""
-        write_folder(
-            self._folder / f"round-{current:04d}", lambda to: save_file(trainer.state(), to / "optimizer.safetensors")
-        )
-        for old in self._folder.glob("round-*"):
-            if int(old.name.removeprefix("round-")) < current - 1:
-                shutil.rmtree(old)
+        folder = self._file(current).parent
+        write_folder(folder, lambda to: save_file(trainer.state(), to / self._file(current).name))
+        before = [number for number in self._saved() if number < current]
+        for number in sorted(before)[:-1]:
+            shutil.rmtree(self._file(number).parent)
+
+    def _saved(self) -> list[int]:
+        return [int(folder.name.removeprefix("round-")) for folder in self._folder.glob("round-*")]
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"round-{number:04d}" / "optimizer.safetensors"

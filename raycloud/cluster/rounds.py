@@ -7,7 +7,7 @@ weights and takes part in the next round. No failure of a student ends the run w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,6 +31,8 @@ class Member:
     name: str
     actor: Any
     ready: bool = False
+    met: bool = False
+    """Whether it has ever been ready; until then a round's deadline is the only limit."""
     preparing: ray.ObjectRef | None = None
     beating: ray.ObjectRef | None = None
 
@@ -40,9 +42,14 @@ class Member:
             self.preparing = self.actor.prepare.remote()
         return self.preparing
 
-    def lost(self) -> None:
-        """The actor has to come back before it can train again."""
+    def leave(self, round_id: int) -> None:
+        """The round goes on without it; it has to answer again before it can train again.
+
+        It is told, since it may be alive and only out of reach.
+        """
         self.ready, self.preparing, self.beating = False, None, None
+        self.actor.advance.remote(round_id + 1)
+        self.prepare()
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ def run_round(
             train(member)
         else:
             preparing[member.prepare()] = member
-    while training or (preparing and time.monotonic() < patience):
+    while training or _worth_waiting(preparing.values(), patience):
         if time.monotonic() >= deadline:
             break
         finished, _ = ray.wait([*training, *preparing], num_returns=1, timeout=_POLL_S)
@@ -113,14 +120,13 @@ def run_round(
             except RayTaskError as error:
                 _reraise(error)
                 done.missed.append(Missed(member.name, "failed", _last_line(error)))
-                member.lost()
+                member.leave(round_id)
             except RayError as error:
                 done.missed.append(Missed(member.name, "died", _last_line(error)))
-                member.lost()
-                member.prepare()
+                member.leave(round_id)
             else:
                 if not was_training:
-                    member.ready, member.preparing = True, None
+                    member.ready, member.met, member.preparing = True, True, None
                     train(member)
                 elif outcome is not None:
                     done.answers.append(outcome)
@@ -128,15 +134,17 @@ def run_round(
         watch(beats)
     for member in training.values():
         done.missed.append(Missed(member.name, "late", f"no answer in {recipe.deadline_s:g} s"))
-        member.lost()
-        member.actor.advance.remote(round_id + 1)
-        member.prepare()
+        member.leave(round_id)
     done.missed.extend(Missed(member.name, "absent", "not started") for member in preparing.values())
     done.seconds = time.monotonic() - begun
     done.answers.sort(key=lambda answer: answer.name)  # sums depend on their order, and arrival is chance
     if done.answers:
         done.weights = weighted_average([one.weights for one in done.answers], [one.tokens for one in done.answers])
     return done
+
+
+def _worth_waiting(preparing: Iterable[Member], patience: float) -> bool:
+    return any(not member.met or time.monotonic() < patience for member in preparing)
 
 
 def _listen(members: Sequence[Member], beats: dict[str, Beat], index: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -16,11 +17,12 @@ import torch
 
 from raycloud.errors import ClusterError
 
+_START = "ray start --address=… --resources='{{\"{}\": 1}}'"
 _FORWARDED = ("RAYCLOUD_CACHE", "RAYCLOUD_DATA")
 
 
 @contextmanager
-def joined(needs: Mapping[str, float]) -> Iterator[None]:
+def joined(needs: Mapping[str, float], shares: Mapping[str, float]) -> Iterator[None]:
     """A connection to Ray for the length of a job.
 
     An initialised session is used as it is. Otherwise the cluster at ``RAY_ADDRESS`` or the one that ``ray start`` runs
@@ -28,15 +30,19 @@ def joined(needs: Mapping[str, float]) -> Iterator[None]:
 
     Args:
         needs: custom resources the job takes in all, such as ``{"cloud": 1, "edge": 2}``.
+        shares: ``CPU`` and ``GPU`` it takes in all.
 
     Raises:
         ClusterError: the cluster cannot be reached or has less than that.
     """
     if ray.is_initialized():
-        check_capacity(needs)
+        check_capacity({**needs, **shares})
         yield
         return
-    forwarded = {name: os.environ[name] for name in _FORWARDED if name in os.environ}
+    # What the job was submitted with already reaches the workers; Ray refuses to be told twice.
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    known = submitted.get("env_vars", {})
+    forwarded = {name: os.environ[name] for name in _FORWARDED if name in os.environ and name not in known}
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if forwarded:
         options["runtime_env"] = {"env_vars": forwarded}
@@ -51,7 +57,7 @@ def joined(needs: Mapping[str, float]) -> Iterator[None]:
         ray.init(address="local", resources=dict(needs), include_dashboard=False, **options)
         _hide_token()
     try:
-        check_capacity(needs)
+        check_capacity({**needs, **shares})
         yield
     finally:
         ray.shutdown()
@@ -72,9 +78,9 @@ def check_capacity(needs: Mapping[str, float]) -> None:
     there = ray.cluster_resources()
     for name, amount in needs.items():
         if there.get(name, 0) < amount:
+            mend = f"add nodes with {name}s" if name in ("CPU", "GPU") else f"start nodes with: {_START.format(name)}"
             raise ClusterError(
-                f"the cluster has {there.get(name, 0):g} of the resource '{name}', this job needs {amount:g}; "
-                f"start nodes with: ray start --address=… --resources='{{\"{name}\": 1}}'"
+                f"the cluster has {there.get(name, 0):g} of the resource '{name}', this job needs {amount:g}; {mend}"
             )
 
 

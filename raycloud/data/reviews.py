@@ -21,6 +21,9 @@ DOMAINS = {
 }
 """Our name of each domain and the name of its file."""
 
+_ENTRY = "reviews-1"
+"""The number grows whenever sentences are parsed in another way."""
+
 SCHEMA = pa.schema([("domain", pa.string()), ("text", pa.string()), ("score", pa.float64()), ("label", pa.string())])
 
 
@@ -36,7 +39,7 @@ def reviews(notify: Callable[[str], None] = lambda line: None) -> pa.Table:
     def prepare(folder: Path) -> None:
         pq.write_table(pa.Table.from_pylist(list(_parse(archive)), schema=SCHEMA), folder / "reviews.parquet")
 
-    return pq.read_table(prepared(cache_dir() / "data" / "reviews", prepare) / "reviews.parquet")
+    return pq.read_table(prepared(cache_dir() / "data" / _ENTRY, prepare) / "reviews.parquet")
 
 
 def _parse(archive: Path) -> Iterator[dict[str, Any]]:

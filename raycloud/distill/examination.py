@@ -16,8 +16,9 @@ from raycloud.models.generation import greedy
 from raycloud.models.loading import Pretrained
 from raycloud.models.segments import Segment
 
-ALL = "all"
+ALL = "(all)"
 _BATCH = 16
+_PAIRS = 7
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Examiner:
         both = {"teacher": self._teacher, "student": Segment(model)}
         texts: dict[str, list[str]] = {name: [] for name in both}
         speeds: dict[str, list[float]] = {name: [] for name in both}
-        rounds = -(-7 // max(1, len(ids)))
+        rounds = -(-_PAIRS // len(ids))
         for repeat in range(rounds):
             for prompt in ids:
                 for name, segment in both.items():
@@ -95,6 +96,10 @@ class Examiner:
         return Comparison(list(prompts), texts["teacher"], texts["student"], median["teacher"], median["student"])
 
 
-def gap_closed(before: float, after: float, teacher: float) -> float:
-    """(ln before − ln after) / (ln before − ln teacher) of perplexities: 0 for nothing learnt, 1 for all of it."""
-    return (math.log(before) - math.log(after)) / (math.log(before) - math.log(teacher))
+def gap_closed(before: float, after: float, teacher: float) -> float | None:
+    """(ln before − ln after) / (ln before − ln teacher) of perplexities: 0 for nothing learnt, 1 for all of it.
+
+    None where there was no gap, as for a student with all of the teacher's blocks.
+    """
+    gap = math.log(before) - math.log(teacher)
+    return (math.log(before) - math.log(after)) / gap if abs(gap) > 1e-6 else None

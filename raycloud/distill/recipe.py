@@ -10,7 +10,7 @@ from raycloud.data.prompts import Format
 from raycloud.distill.objective import Objective
 from raycloud.distill.objectives import AnyDivergence, CrossEntropy
 from raycloud.distill.signals import SignalRecipe
-from raycloud.models.loading import Device, DType
+from raycloud.models.loading import Device
 from raycloud.recipe import Recipe
 from raycloud.training.loop import TrainingRecipe
 
@@ -112,7 +112,9 @@ class EvaluationRecipe(Recipe):
     """The column whose values are reported one by one; None for all rows together."""
     samples: int = Field(64, gt=0)
     """Held-out samples of each group."""
-    prompts: list[str] = ["The film is", "This phone", "The president said"]
+    prompts: list[Annotated[str, Field(min_length=1)]] = Field(
+        ["The film is", "This phone", "The president said"], min_length=1
+    )
     new_tokens: int = Field(24, gt=0)
 
 
@@ -122,9 +124,9 @@ class DistillRecipe(Recipe):
     job: Literal["distill"] = "distill"
     output: str = "results/distill"
     """The result directory."""
-    seed: int = 10
+    seed: int = Field(10, ge=0)
     device: Device = "auto"
-    dtype: DType = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What training and signals are computed in; ``auto`` is bfloat16 where the device multiplies it natively.
     Weights that are trained and averaged stay float32, and examinations on a CPU are computed in it."""
     threads: int = Field(0, ge=0)

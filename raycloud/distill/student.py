@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from raycloud.data.batches import Batch, Sample, in_length_order
 from raycloud.distill.objective import StudentOutput, weighted_sum
@@ -31,15 +31,24 @@ def initial_student(
     """
     if recipe.model is not None:
         student = load(recipe.model, device=device, dtype="float32").model
-        words, wanted = student.config.vocab_size, teacher.model.config.vocab_size
-        if words != wanted:
-            raise ModelError(f"student.model has a vocabulary of {words} words; allowed: the teacher's, {wanted}")
+        check_vocabulary(student.config, teacher.model.config)
         student.config.architectures = [type(student).__name__]
         return student, None
     total = len(blocks_of(teacher.model))
     check_blocks(recipe, total)
     blocks = _choose(teacher, recipe, calibration, total)
     return extract(teacher.model, blocks).float(), blocks
+
+
+def check_vocabulary(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
+    """Whether a student has the teacher's vocabulary, which these divergences need.
+
+    Raises:
+        ModelError: it has not.
+    """
+    words, wanted = student.vocab_size, teacher.vocab_size
+    if words != wanted:
+        raise ModelError(f"student.model has a vocabulary of {words} words; allowed: the teacher's, {wanted}")
 
 
 def check_blocks(recipe: StudentRecipe, total: int) -> None:

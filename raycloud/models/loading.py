@@ -179,7 +179,7 @@ def load(
     auto = AutoModelForCausalLM if anatomy_of(config).causal else AutoModel
     place = pick_device(device)
     model: PreTrainedModel = _from_pretrained(
-        auto, where, dtype=pick_dtype(dtype, place), attn_implementation=attention
+        auto, where, dtype=pick_dtype(dtype, place), attn_implementation=attention, use_safetensors=True
     )
     model.to(place)  # type: ignore[arg-type]
     return Pretrained(model.eval(), load_tokenizer(where), source)

@@ -16,8 +16,8 @@ from raycloud.results import write_atomically
 Summary = dict[str, Any]
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.1f} %"
+def _share(value: float | None) -> str:
+    return "no gap" if value is None else f"{100 * value:.1f} %"
 
 
 def _millions(value: float) -> str:
@@ -37,7 +37,14 @@ def _models(summary: Summary) -> tuple[list[str], list[list[str]]]:
 
 def _groups(summary: Summary) -> tuple[list[str], list[list[str]]]:
     singles = list(next(iter(summary["groups"].values()))["single_ppl"])
-    header = ["perplexity on", "teacher", "before", "after", "gap closed", *(f"{name} alone" for name in singles)]
+    header = [
+        "perplexity on",
+        "teacher",
+        "before",
+        "after",
+        "gap closed",
+        *(f"{name} before averaging" for name in singles),
+    ]
     return header, [
         [
             name,
@@ -67,14 +74,14 @@ def print_summary(summary: Summary) -> None:
             table.add_row(*row)
         console.print(table)
     for one in summary["completions"]:
-        console.print(f"\n[bold]{_plain(one['prompt'])}[/bold]")
+        console.print(f"\n{_plain(one['prompt'])}", style="bold")
         console.print(f"  teacher: {_plain(one['teacher'])}")
         console.print(f"  student: {_plain(one['student'])}")
     console.print(f"\n{summary['rounds']} rounds, {summary['trained_tokens']} tokens, {summary['seconds']:.0f} s")
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.split()).replace("[", r"\[")
+    return " ".join(text.split())
 
 
 def write_page(folder: Path, summary: Summary, metrics: Sequence[dict[str, Any]], recipe: str) -> None:
@@ -105,6 +112,7 @@ def write_page(folder: Path, summary: Summary, metrics: Sequence[dict[str, Any]]
     )
     page.heading("Link")
     page.table(*_link(summary))
+    page.text("Ids and signals grow with the text; weights cross once a round, the head once a run, to every edge.")
     page.heading("Completions")
     page.table(["prompt", "teacher", "student"], [list(one.values()) for one in summary["completions"]], prose=True)
     missed = [record for record in metrics if record["kind"] == "missed"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 import torch
 from pydantic import Field
@@ -28,7 +28,7 @@ class TrainingRecipe(Recipe):
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.01, ge=0)
     """Applied to matrices; biases and norms are left out."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     clip: float = Field(1.0, gt=0)
     """Largest global gradient norm."""
     batch_size: int = Field(32, gt=0)
@@ -136,6 +136,7 @@ class Trainer:
         tokens = sum(batch.targets for batch in batches)
         if tokens == 0:
             raise TrainingError(f"step {self.step_index}: no labelled token in its {len(batches)} micro-batches")
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that was broken off
         total, terms = 0.0, dict[str, float]()
         for micro, batch in enumerate(batches):
             with self._seeded(micro), computing_in(self.autocast, self.device):
@@ -199,5 +200,5 @@ class Trainer:
             parameter = self._named.get(name)
             if parameter is None or (value.ndim > 0 and value.shape != parameter.shape):
                 raise TrainingError(f"the saved optimiser state has '{name}', which this model has not")
-            place = "cpu" if key == "step" else parameter.device
-            self.optimizer.state[parameter][key] = value.clone().to(place)
+            # The fused optimiser wants its step count, too, where the parameter is.
+            self.optimizer.state[parameter][key] = value.clone().to(parameter.device)

@@ -20,13 +20,15 @@ from raycloud.cluster.cloud_teacher import CloudTeacher, Start, TeacherFacts
 from raycloud.cluster.edge_student import Beat, EdgeStudent
 from raycloud.cluster.rounds import Member, Round, run_round
 from raycloud.cluster.runtime import joined, stoppable
+from raycloud.data.prompts import example
 from raycloud.data.sources import load_rows
 from raycloud.data.splits import select, shard
 from raycloud.distill.examination import ALL, Comparison, Score, gap_closed
 from raycloud.distill.recipe import DistillRecipe, Placement
-from raycloud.distill.student import check_blocks
-from raycloud.errors import ClusterError, Interrupted, RaycloudError
-from raycloud.models.loading import load_config, quiet_transformers, resolve
+from raycloud.distill.student import check_blocks, check_vocabulary
+from raycloud.errors import ClusterError, DataError, Interrupted, ModelError, RaycloudError
+from raycloud.models.anatomy import anatomy_of
+from raycloud.models.loading import load_config, load_tokenizer, quiet_transformers, resolve
 from raycloud.models.weights import Weights, build
 from raycloud.report.console import bars, console, working
 from raycloud.report.distillation import print_summary, write_page
@@ -57,10 +59,12 @@ def run(recipe: DistillRecipe, mode: Mode = "new") -> Result:
     """
     ResultDir.check(recipe.output, recipe, mode)
     _preflight(recipe)
+    places = [recipe.teacher.placement] * recipe.teacher.replicas + [recipe.student.placement] * len(recipe.edges)
     needs = {"cloud": float(recipe.teacher.replicas), "edge": float(len(recipe.edges))}
+    shares = {"CPU": sum(place.num_cpus for place in places), "GPU": sum(place.num_gpus for place in places)}
     try:
-        with joined(needs), stoppable(), ResultDir.open(recipe.output, recipe, mode) as results:
-            return _Run(recipe, results).whole()
+        with joined(needs, shares), stoppable(), ResultDir.open(recipe.output, recipe, mode) as results:
+            return _Run(_with_absolute_paths(recipe), results).whole()
     except KeyboardInterrupt:
         if (Path(recipe.output) / RECIPE).is_file():
             raise Interrupted(f"stopped; go on with: --resume (results so far: {recipe.output})") from None
@@ -73,15 +77,37 @@ def run(recipe: DistillRecipe, mode: Mode = "new") -> Result:
 
 def _preflight(recipe: DistillRecipe) -> None:
     """Fetch what is built in, and find what is wrong with the recipe while nothing is written yet."""
-    config = load_config(resolve(recipe.teacher.model, console.print))
+    where = resolve(recipe.teacher.model, console.print)
+    config = load_config(where)
+    if not anatomy_of(config).causal:
+        raise ModelError(f"teacher.model '{recipe.teacher.model}' is an encoder; allowed: causal language models")
     if recipe.student.model is None:
         check_blocks(recipe.student, config.num_hidden_layers)
     else:
-        load_config(resolve(recipe.student.model, console.print))
+        check_vocabulary(load_config(resolve(recipe.student.model, console.print)), config)
     rows = load_rows(recipe.data.source, "train", console.print)
+    example(rows[0], recipe.data.format, load_tokenizer(where))
     for edge in recipe.edges:
         shard(select(rows, edge.where), edge.part, edge.of)
-    load_rows(recipe.data.source, recipe.evaluation.split)
+    held_out, by = load_rows(recipe.data.source, recipe.evaluation.split), recipe.evaluation.by
+    if by is not None and by not in held_out[0]:
+        raise DataError(f"evaluation.by: no column '{by}'; allowed: null, {', '.join(held_out[0])}")
+
+
+def _with_absolute_paths(recipe: DistillRecipe) -> DistillRecipe:
+    """Actors do not run in the driver's directory."""
+
+    def absolute(source: str | None) -> str | None:
+        path = Path(source).expanduser() if source else None
+        return str(path.absolute()) if path and path.exists() else source
+
+    return recipe.model_copy(
+        update={
+            "teacher": recipe.teacher.model_copy(update={"model": absolute(recipe.teacher.model)}),
+            "student": recipe.student.model_copy(update={"model": absolute(recipe.student.model)}),
+            "data": recipe.data.model_copy(update={"source": absolute(recipe.data.source)}),
+        }
+    )
 
 
 class _Run:

@@ -1,0 +1,35 @@
+"""The main job keeps what the README says of it, on the real models and data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOREIGN = {"store": ("news", "tweet"), "newsroom": ("movie", "product")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_demo_closes_the_gap_on_every_domain_and_averaging_pays(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "raycloud", "distill", "--recipe", "jobs/recipes/demo.yaml"]
+    done = subprocess.run(
+        [*command, f"output={tmp_path / 'demo'}"], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert summary["rounds"] == 3
+    assert summary["gap_closed"] >= 0.7
+    assert summary["agreement_after"] > summary["agreement_before"] + 0.05
+    for name, group in summary["groups"].items():
+        assert group["gap_closed"] >= 0.6, name
+    for student, domains in FOREIGN.items():
+        for domain in domains:
+            group = summary["groups"][domain]
+            assert group["student_ppl_after"] <= group["single_ppl"][student], (student, domain)
+    assert {one["prompt"] for one in summary["completions"]} == {"The film is", "This phone", "The president said"}
