@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +19,7 @@ from raycloud.data.prompts import alpaca, chat, example
 from raycloud.data.reviews import label_of, reviews
 from raycloud.data.sources import load_rows
 from raycloud.data.splits import select, shard, split_of
-from raycloud.errors import DataError
+from raycloud.errors import DataError, MissingExtra
 from raycloud.models.loading import load_tokenizer, resolve
 
 SHARED = Path(os.environ.get("RAYCLOUD_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -132,3 +135,26 @@ def test_rows_that_lack_a_column_are_refused() -> None:
     tokenizer = load_tokenizer(resolve("builtin:smollm2-135m-instruct"))
     with pytest.raises(DataError, match="needs the text column 'output'; the rows have: instruction"):
         example({"instruction": "a"}, "alpaca", tokenizer)
+
+
+def test_hub_sets_come_with_their_own_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def load_dataset(source: str, split: str) -> list[dict[str, str]]:
+        asked.append((source, split))
+        if source == "org/gone":
+            raise FileNotFoundError("no such set\nand more")
+        return [{"text": split}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert load_rows("org/set", "valid") == [{"text": "validation"}]
+    assert asked == [("org/set", "validation")]
+    with pytest.raises(DataError, match=r"cannot load data set 'org/gone': no such set$"):
+        load_rows("org/gone", "train")
+
+
+def test_hub_sets_need_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtra, match=r"needs the extra 'hub': pip install 'raycloud\[hub\]'") as raised:
+        load_rows("org/set", "train")
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)  # it comes back from an actor as itself
