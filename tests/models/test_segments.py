@@ -13,8 +13,12 @@ from raycloud.models.cache import KVCache
 from raycloud.models.segments import Segment
 from tests.models.families import FAMILIES, tiny
 
-# RMSNorm computes in float32 whatever the dtype, so float64 models agree to float32's epsilon at best.
-TOLERANCE = 1e-5
+
+def tolerance(family: str) -> float:
+    """RMSNorm and OPT's eager softmax compute in float32 whatever the dtype; its epsilon is then the best there is."""
+    return 1e-9 if family.startswith(("gpt2", "bert")) else 1e-5
+
+
 DECODERS = [name for name in FAMILIES if name != "bert"]
 
 
@@ -45,7 +49,7 @@ def test_every_cut_prefills_like_the_unsplit_model(family: str, attention: str) 
         reference = model(input_ids=ids).logits
         for first, second in itertools.combinations_with_replacement(range(7), 2):
             parts = triad(model, first, second)
-            assert relative(chain(parts, ids), reference) <= TOLERANCE, (first, second)
+            assert relative(chain(parts, ids), reference) <= tolerance(family), (first, second)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -58,7 +62,7 @@ def test_every_cut_decodes_uneven_chunks_like_the_unsplit_model(family: str, att
             parts = triad(model, first, second)
             caches = [KVCache() for _ in parts]
             chunks = [chain(parts, chunk, caches) for chunk in ids.split([9, 1, 1, 13, 2, 1, 13], dim=1)]
-            assert relative(torch.cat(chunks, dim=1), reference) <= TOLERANCE, (first, second)
+            assert relative(torch.cat(chunks, dim=1), reference) <= tolerance(family), (first, second)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -75,7 +79,7 @@ def test_padding_on_either_side_changes_nothing(family: str, side: str, attentio
     with torch.no_grad():
         batch = chain([Segment(model, 0, 2), Segment(model, 2, 6)], ids, valid=valid)
         for row, one in enumerate(texts):
-            assert relative(batch[row][valid[row]], model(input_ids=one).logits[0]) <= TOLERANCE
+            assert relative(batch[row][valid[row]], model(input_ids=one).logits[0]) <= tolerance(family)
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -92,17 +96,18 @@ def test_ragged_batch_decodes_like_each_text_alone(family: str) -> None:
         steps = torch.cat([whole(more[:, i : i + 1], cache=cache) for i in range(6)], dim=1)
         for row, one in enumerate(texts):
             reference = model(input_ids=torch.cat([one, more[row : row + 1]], dim=1)).logits[0, -6:]
-            assert relative(steps[row], reference) <= TOLERANCE
+            assert relative(steps[row], reference) <= tolerance(family)
 
 
 def test_cropped_cache_goes_on_as_if_nothing_had_followed() -> None:
-    model, ids = tiny("gemma3"), text()
+    family = "gemma3"
+    model, ids = tiny(family), text()
     whole, cache = Segment(model), KVCache()
     with torch.no_grad():
         whole(ids, cache=cache)
         cache.crop(20)
         again = whole(ids[:, 20:], cache=cache)
-        assert relative(again, model(input_ids=ids).logits[:, 20:]) <= TOLERANCE
+        assert relative(again, model(input_ids=ids).logits[:, 20:]) <= tolerance(family)
     with pytest.raises(ValueError, match="between 0 and 40"):
         cache.crop(41)
 
@@ -117,7 +122,7 @@ def test_gradients_equal_the_unsplit_model(family: str) -> None:
     chain([Segment(model, 0, 2), Segment(model, 2, 5), Segment(model, 5, 6)], ids).logsumexp(-1).sum().backward()
     for name, parameter in model.named_parameters():
         if name in reference and reference[name].norm() > 1e-8:
-            assert parameter.grad is not None and relative(parameter.grad, reference[name]) <= TOLERANCE, name
+            assert parameter.grad is not None and relative(parameter.grad, reference[name]) <= tolerance(family), name
 
 
 @pytest.mark.parametrize(("lo", "hi"), [(-1, 3), (4, 3), (0, 7)])
