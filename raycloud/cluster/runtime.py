@@ -46,14 +46,7 @@ def joined(needs: Mapping[str, float], shares: Mapping[str, float]) -> Iterator[
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if forwarded:
         options["runtime_env"] = {"env_vars": forwarded}
-    try:
-        ray.init(address="auto", **options)
-    except ConnectionError as error:
-        if "RAY_ADDRESS" in os.environ:
-            first = str(error).splitlines()[0]
-            raise ClusterError(
-                f"cannot reach the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {first}"
-            ) from None
+    if not (_running_cluster() and _join(options)):
         ray.init(address="local", resources=dict(needs), include_dashboard=False, **options)
         _hide_token()
     try:
@@ -61,6 +54,27 @@ def joined(needs: Mapping[str, float], shares: Mapping[str, float]) -> Iterator[
         yield
     finally:
         ray.shutdown()
+
+
+def _running_cluster() -> bool:
+    """Whether ``RAY_ADDRESS`` names a cluster or ``ray start`` left the address of one on this machine.
+
+    Ray's own "auto" would go on to join whatever Ray it finds running, such as the private one of another job.
+    """
+    noted = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
+    return bool(os.environ.get("RAY_ADDRESS")) or noted.is_file()
+
+
+def _join(options: Mapping[str, Any]) -> bool:
+    """Connect; False where ``ray start`` left an address behind that nobody answers at."""
+    try:
+        ray.init(address="auto", **options)
+    except (ConnectionError, ValueError) as error:
+        address, first = os.environ.get("RAY_ADDRESS"), str(error).splitlines()[0]
+        if address:
+            raise ClusterError(f"cannot reach the Ray cluster at RAY_ADDRESS={address}: {first}") from None
+        return False
+    return True
 
 
 def _hide_token() -> None:
