@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from raycloud.errors import ClusterError, DataError, Interrupted, ModelError, Ra
 from raycloud.models.anatomy import anatomy_of
 from raycloud.models.loading import load_config, load_tokenizer, quiet_transformers, resolve
 from raycloud.models.weights import Weights, build
-from raycloud.report.console import bars, console, working
+from raycloud.report.console import Bars, bars, console, working
 from raycloud.report.distillation import print_summary, write_page
 from raycloud.results import RECIPE, Mode, ResultDir, write_folder
 
@@ -193,13 +194,15 @@ class _Run:
         for _ in range(recipe.empty):
             with bars(recipe.steps) as progress:
 
-                def watch(beats: dict[str, Beat], progress: Any = progress) -> None:
+                def move(name: str, step: int, note: str, progress: Bars = progress) -> None:
+                    progress.move(f"round {index + 1}/{recipe.count} {name}", step, note)
+
+                def watch(beats: dict[str, Beat], move: Callable[[str, int, str], None] = move) -> None:
                     for name, beat in beats.items():
-                        progress.move(
-                            f"round {index + 1}/{recipe.count} {name}",
-                            beat.step,
-                            f"loss {beat.loss:.3f}  {beat.tokens_per_second:.0f} tokens/s",
-                        )
+                        move(name, beat.step, f"loss {beat.loss:.3f}  {beat.tokens_per_second:.0f} tokens/s")
+
+                for member in members:
+                    move(member.name, 0, "begins")
 
                 self.round_id += 1
                 done = run_round(self.round_id, index, members, checkpoint.weights, recipe, watch)
