@@ -67,7 +67,7 @@ def run(recipe: DistillRecipe, mode: Mode = "new") -> Result:
         with joined(needs, shares), stoppable(), ResultDir.open(recipe.output, recipe, mode) as results:
             return _Run(_with_absolute_paths(recipe), results).whole()
     except KeyboardInterrupt:
-        if (Path(recipe.output) / RECIPE).is_file():
+        if (Path(recipe.output).expanduser() / RECIPE).is_file():
             raise Interrupted(f"stopped; go on with: --resume (results so far: {recipe.output})") from None
         raise Interrupted("stopped before there was anything to keep") from None
     except RayTaskError as error:
