@@ -54,3 +54,9 @@ class Interrupted(RaycloudError):
     """The user or the cluster asked the job to stop; what is on disk can be resumed."""
 
     exit_code = 130
+
+
+class LinkError(RaycloudError):
+    """A link that broke and could not be mended, or a peer that refused or broke the protocol."""
+
+    exit_code = 1

@@ -9,11 +9,12 @@ from torch import Tensor
 
 
 class KVCache:
-    """Append-only keys and values of one batch for the blocks of one segment.
+    """Append-only keys and values of one batch for the blocks of one or more segments.
 
     The attention modules of ``transformers`` call :meth:`update` as they would on their own cache. Unlike it, lengths
-    are kept per cache and not read from layer 0, so a segment in the middle of a model knows how many tokens it holds,
-    and windowed blocks keep all their keys (the mask does the windowing), so any number of tokens can be dropped again.
+    are kept per cache and per block and not read from layer 0: a segment in the middle of a model knows how many tokens
+    it holds, and blocks may lag behind the tokens known. Windowed blocks keep all their keys (the mask does the
+    windowing), so any number of tokens can be dropped again.
     """
 
     def __init__(self) -> None:
@@ -24,8 +25,24 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens remembered, padding included."""
+        """Tokens known, padding included."""
         return 0 if self.positions is None else self.positions.shape[1]
+
+    def filled(self, block: int) -> int:
+        """Tokens whose keys and values ``block`` holds."""
+        return self._lengths.get(block, 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes set aside for keys and values."""
+        return sum(buffer.nbytes for pair in self._buffers.values() for buffer in pair)
+
+    def wipe(self) -> None:
+        """Overwrite keys and values with zeros and forget everything."""
+        for pair in self._buffers.values():
+            for buffer in pair:
+                buffer.zero_()
+        self.crop(0)
 
     @property
     def all_valid(self) -> bool:
@@ -93,4 +110,4 @@ class KVCache:
         assert self.positions is not None
         self.positions = self.positions[:, :keep]
         self.valid = None if self.valid is None else self.valid[:, :keep]
-        self._lengths = dict.fromkeys(self._lengths, keep)
+        self._lengths = {block: min(length, keep) for block, length in self._lengths.items()}

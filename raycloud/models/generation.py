@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Protocol
 
 import torch
 
 from raycloud.models.cache import KVCache
+from raycloud.models.sampling import GREEDY, Sampling
 from raycloud.models.segments import Segment
+
+
+class TokenSource(Protocol):
+    """Whatever continues a prompt token by token: a whole model, or one cut between edge and cloud."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that prompt and continuation may have together."""
+        ...
+
+    def stream(
+        self, prompt: Sequence[int], limit: int, sampling: Sampling = GREEDY, eos: Collection[int] = ()
+    ) -> Iterator[int]:
+        """Token ids one after the other, at most ``limit``, up to and without the first of ``eos``.
+
+        Closing the iterator ends the generation and frees what it held. Safe to call from several threads.
+
+        Raises:
+            ValueError: the prompt is empty, or prompt and limit exceed ``max_length``.
+            LinkError: the link to the cloud broke and could not be mended.
+        """
+        ...
 
 
 @torch.no_grad()

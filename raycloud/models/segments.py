@@ -75,22 +75,46 @@ class Segment(nn.Module):
         past = store.length
         positions = store.next_positions(valid, x.shape[0], x.shape[1], x.device)
         store.extend(positions, valid)
-        rows = self.anatomy.embed(self._embedding, x, positions) if self.is_first else x
+        rows = self.embed(x, positions) if self.is_first else x
+        return self.finish(self._through(rows, store, past, self.lo, self.hi, remember=cache is not None))
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Rows (B, T, d) entering block 0 for token ids (B, T) at positions (B, T)."""
+        return self.anatomy.embed(self._embedding, ids, positions)
+
+    def through(self, rows: Tensor, cache: KVCache, start: int, lo: int, hi: int) -> Tensor:
+        """Blocks ``[lo, hi)`` of this segment on the rows (B, T, d) of the tokens ``[start, start + T)`` of ``cache``.
+
+        The cache must know these tokens, and each of the blocks must hold the keys of exactly those before them;
+        nothing is embedded, and what follows the last block is left to :meth:`finish`.
+        """
+        return self._through(rows, cache, start, lo, hi, remember=True)
+
+    def finish(self, rows: Tensor) -> Tensor:
+        """What follows the last block, such as the final norm; nothing if this is not the last segment."""
+        for module in self._after.values():
+            rows = module(rows)
+        return rows
+
+    def _through(self, rows: Tensor, store: KVCache, past: int, lo: int, hi: int, *, remember: bool) -> Tensor:
+        assert store.positions is not None
+        cache = store if remember else None
+        total = past + rows.shape[1]
+        positions = store.positions[:, past:total]
         masks: dict[int | None, Tensor | None] = {}
         angles: dict[str, tuple[Tensor, Tensor]] = {}
-        for index, block in enumerate(self.blocks, start=self.lo):
+        for index in range(lo, hi):
             span, kind = window(self.config, index), layer_type(self.config, index)
             if span not in masks:
-                masks[span] = self._mask(store, past, span, rows.dtype)
+                masks[span] = self._mask(store, past, total, span, rows.dtype)
             extra = {}
             if self.rotary is not None:
                 if kind not in angles:
                     by_kind = (kind,) if self.anatomy.rotary_per_layer_type else ()
                     angles[kind] = self.rotary(rows, positions, *by_kind)
                 extra["position_embeddings"] = angles[kind]
+            block = self.blocks[index - self.lo]
             rows = block(rows, attention_mask=masks[span], position_ids=positions, past_key_values=cache, **extra)
-        for module in self._after.values():
-            rows = module(rows)
         return rows
 
     def logits(self, rows: Tensor) -> Tensor:
@@ -101,15 +125,14 @@ class Segment(nn.Module):
         cap = getattr(self.config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
-    def _mask(self, store: KVCache, past: int, span: int | None, dtype: torch.dtype) -> Tensor | None:
-        """The additive mask (B, 1, T, past + T) of the new tokens over all remembered ones, None where it says nothing.
+    def _mask(self, store: KVCache, past: int, total: int, span: int | None, dtype: torch.dtype) -> Tensor | None:
+        """The additive mask (B, 1, T, past + T) of tokens [past, total) over [0, total), None where it says nothing.
 
         With sdpa a missing mask means causal attention aligned to the first key, which is right only for a text from
         its beginning; with eager attention it means that every token sees every other.
         """
-        keys = store.positions
-        assert keys is not None
-        total = keys.shape[1]
+        assert store.positions is not None
+        keys = store.positions[:, :total]
         queries = keys[:, past:]
         unbounded = span is None or span >= total
         one_row = total - past == 1
@@ -125,7 +148,7 @@ class Segment(nn.Module):
             if span is not None:
                 allowed &= distance < span
         if store.valid is not None:
-            allowed &= store.valid[:, None, :]
+            allowed &= store.valid[:, None, :total]
             # A padding token sees itself: a row without any key would be NaN in some kernels.
             slots = torch.arange(total, device=keys.device)
             allowed |= slots[past:, None] == slots[None, :]

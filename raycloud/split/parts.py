@@ -1,0 +1,216 @@
+"""The parts of a cut model: each loads only its own tensors, from the whole checkpoint or from an exported part."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import PretrainedConfig, PreTrainedModel
+
+from raycloud.errors import ModelError, ResultError
+from raycloud.models.checkpoint import CONFIG, Checkpoint, materialise, skeleton, stored_names
+from raycloud.models.loading import Device, DType, load_config, load_tokenizer, pick_device, pick_dtype, resolve
+from raycloud.models.segments import Segment
+from raycloud.results import write_folder
+from raycloud.split.plan import PlanSet
+
+MANIFEST = "part.json"
+Attention = Literal["sdpa", "eager"]
+Side = Literal["edge", "cloud"]
+
+
+class Manifest(BaseModel):
+    """What an exported part says about itself."""
+
+    model_config = ConfigDict(frozen=True)
+
+    side: Side
+    firsts: tuple[int, ...]
+    seconds: tuple[int, ...]
+    fingerprint: str
+    """Of the whole checkpoint it was taken from: both sides' must agree."""
+    source: str
+
+    @property
+    def plans(self) -> PlanSet:
+        """Where the model was cut."""
+        return PlanSet(self.firsts, self.seconds)
+
+
+@dataclass(frozen=True)
+class EdgePart:
+    """The blocks before and behind the cuts, with embedding, final norm and head."""
+
+    first: Segment
+    last: Segment
+    plans: PlanSet
+    fingerprint: str
+    source: str
+    """Where the tokenizer is."""
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """Of the whole model."""
+        return self.first.config
+
+
+@dataclass(frozen=True)
+class CloudPart:
+    """The blocks between the cuts."""
+
+    middle: Segment
+    plans: PlanSet
+    fingerprint: str
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """Of the whole model."""
+        return self.middle.config
+
+
+def manifest_of(source: str) -> Manifest | None:
+    """The manifest in an exported part; None for a whole model.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    path = Path(source) / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ModelError(f"damaged {path}: {error.errors()[0]['msg']}") from error
+
+
+def load_edge(
+    source: str,
+    plans: PlanSet | None = None,
+    *,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    attention: Attention = "sdpa",
+    notify: Callable[[str], None] = lambda line: None,
+) -> EdgePart:
+    """The edge's part of a model.
+
+    Args:
+        source: a whole model (see :func:`raycloud.models.loading.resolve`) or an exported ``edge`` directory.
+        plans: where it is cut; None for where it was cut when it was exported.
+        device: where to put it.
+        dtype: the parameters' type.
+        attention: the attention implementation of ``transformers``.
+        notify: told one line before each download or conversion.
+
+    Raises:
+        ModelError: it cannot be read, does not hold these blocks, or cannot be cut so.
+    """
+    where, plans, fingerprint, checkpoint, config = _source(source, plans, "edge", notify)
+    model, place = _skeleton(config, device, dtype, attention)
+    first, last = _segments(model, plans, "edge")
+    materialise(model, [first, last], checkpoint, place)
+    return EdgePart(first, last, plans, fingerprint, where)
+
+
+def load_cloud(
+    source: str,
+    plans: PlanSet | None = None,
+    *,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    attention: Attention = "sdpa",
+    notify: Callable[[str], None] = lambda line: None,
+) -> CloudPart:
+    """The cloud's part of a model; see :func:`load_edge`."""
+    _, plans, fingerprint, checkpoint, config = _source(source, plans, "cloud", notify)
+    model, place = _skeleton(config, device, dtype, attention)
+    [middle] = _segments(model, plans, "cloud")
+    materialise(model, [middle], checkpoint, place)
+    return CloudPart(middle, plans, fingerprint)
+
+
+def export(
+    source: str,
+    plans: PlanSet,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    notify: Callable[[str], None] = lambda line: None,
+) -> dict[str, int]:
+    """Write the directories ``edge`` and ``cloud`` with only their own tensors; the tokenizer goes to the edge alone.
+
+    Returns:
+        Bytes of tensors per side.
+
+    Raises:
+        ModelError: the model cannot be read or cut so.
+        ResultError: ``out`` exists and ``overwrite`` is not given.
+    """
+    if out.exists() and not overwrite:
+        raise ResultError(f"'{out}' exists; give --overwrite to replace it, or another --out")
+    where, plans, fingerprint, checkpoint, config = _source(source, plans, None, notify)
+    sides: tuple[Side, ...] = ("edge", "cloud")
+    sizes: dict[str, int] = dict.fromkeys(sides, 0)
+
+    def fill(folder: Path) -> None:
+        for side in sides:
+            notify(f"writing {out / side}")
+            model, _ = _skeleton(config, "cpu", "auto", "sdpa")
+            names = stored_names(model, _segments(model, plans, side), checkpoint)
+            tensors = {stored: checkpoint.tensor(stored) for stored in sorted(set(names.values()))}
+            sizes[side] = sum(tensor.nbytes for tensor in tensors.values())
+            part = folder / side
+            part.mkdir()
+            save_torch_state_dict(tensors, part, max_shard_size="2GB")
+            # The configuration as it is: it is part of the fingerprint.
+            for name in (CONFIG, "generation_config.json"):
+                if (path := checkpoint.path(name)) is not None:
+                    shutil.copyfile(path, part / name)
+            manifest = Manifest(
+                side=side, firsts=plans.firsts, seconds=plans.seconds, fingerprint=fingerprint, source=source
+            )
+            (part / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        load_tokenizer(where).save_pretrained(folder / "edge")
+
+    write_folder(out, fill)
+    return sizes
+
+
+def _source(
+    source: str, plans: PlanSet | None, side: Side | None, notify: Callable[[str], None]
+) -> tuple[str, PlanSet, str, Checkpoint, PretrainedConfig]:
+    where = resolve(source, notify)
+    config, checkpoint, manifest = load_config(where), Checkpoint(where), manifest_of(where)
+    if manifest is not None and manifest.side != side:
+        raise ModelError(
+            f"'{source}' is the {manifest.side} part of a model, not " + (f"the {side}'s" if side else "a whole one")
+        )
+    if plans is None:
+        if manifest is None:
+            raise ModelError(f"'{source}' is a whole model: say where to cut it (first and second)")
+        plans = manifest.plans
+    plans.check(config.num_hidden_layers)
+    return where, plans, manifest.fingerprint if manifest else checkpoint.fingerprint, checkpoint, config
+
+
+def _skeleton(
+    config: PretrainedConfig, device: Device, dtype: DType, attention: Attention
+) -> tuple[PreTrainedModel, torch.device]:
+    place = pick_device(device)
+    return skeleton(config, dtype=pick_dtype(dtype, place), attention=attention, device=place), place
+
+
+def _segments(model: PreTrainedModel, plans: PlanSet, side: Side) -> list[Segment]:
+    if side == "cloud":
+        return [Segment(model, plans.cloud.start, plans.cloud.stop, embed=False, head=False)]
+    ahead, behind = plans.edge(model.config.num_hidden_layers)
+    return [
+        Segment(model, 0, ahead.stop, embed=True, head=False),
+        Segment(model, behind.start, behind.stop, embed=False, head=True),
+    ]
