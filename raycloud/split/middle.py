@@ -68,10 +68,13 @@ class MiddleState(Side):
         if trip.keep < self.tokens:
             self.rollback(trip.keep)
         first, second = trip.plan.first, trip.plan.second
-        if trip.start > self.held(first) or trip.stop <= self.tokens:
-            raise ValueError(f"rows of the tokens [{trip.start}, {trip.stop}) do not follow the {self.tokens} known")
+        if trip.start > self.held(first):
+            raise ValueError(
+                f"rows from token {trip.start} do not follow the {self.held(first)} known at block {first}"
+            )
         batch, _, width = trip.rows.shape
-        self.extend(batch, trip.stop - self.tokens, trip.valid, trip.rows.device)
+        if trip.stop > self.tokens:
+            self.extend(batch, trip.stop - self.tokens, trip.valid, trip.rows.device)
         rows, start = self.run(first, second, trip.rows, trip.start)
         if trip.wanted == 0:
             return trip.rows.new_empty(batch, 0, width)

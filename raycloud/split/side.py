@@ -66,7 +66,8 @@ class Side:
             end = block + 1
             while end < hi and end not in self._kept and self.cache.filled(end) == start:
                 end += 1
-            rows = self._segment(block, end).through(rows, self.cache, start, block, end)
+            if rows.shape[1]:
+                rows = self._segment(block, end).through(rows, self.cache, start, block, end)
             block = end
         self._save(hi, rows, start)
         return rows, start

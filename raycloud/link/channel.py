@@ -1,0 +1,183 @@
+"""Channels: how frames get from one end to the other. A channel moves bytes and knows nothing of their meaning."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from raycloud.errors import LinkError
+from raycloud.link.meter import Meter
+
+
+class LinkDown(LinkError):
+    """The channel broke or was closed; a new one may mend it."""
+
+
+class Channel(Protocol):
+    """The edge's end of a link. One thread sends, one receives; either may close."""
+
+    def send(self, data: bytes) -> None:
+        """Hand one message over.
+
+        Raises:
+            LinkDown: the channel is broken or closed.
+        """
+        ...
+
+    def receive(self, timeout_s: float) -> bytes:
+        """The next message.
+
+        Raises:
+            TimeoutError: none came in time.
+            LinkDown: the channel is broken or closed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close it; closing twice is harmless."""
+        ...
+
+
+class Connection(Protocol):
+    """The cloud's end of a link."""
+
+    async def receive(self) -> bytes:
+        """The next message.
+
+        Raises:
+            LinkDown: the peer is gone.
+        """
+        ...
+
+    async def send(self, data: bytes) -> None:
+        """Hand one message over, as soon as the peer takes it.
+
+        Raises:
+            LinkDown: the peer is gone.
+        """
+        ...
+
+    async def close(self, reason: str) -> None:
+        """Close it; closing twice is harmless."""
+        ...
+
+
+class Metered:
+    """A channel that counts what it moves, whole messages, as ``up`` and ``down``."""
+
+    def __init__(self, inner: Channel, meter: Meter) -> None:
+        self._inner, self._meter = inner, meter
+
+    def send(self, data: bytes) -> None:
+        """Count, then send."""
+        self._meter.add("up", len(data))
+        self._inner.send(data)
+
+    def receive(self, timeout_s: float) -> bytes:
+        """Receive, then count."""
+        data = self._inner.receive(timeout_s)
+        self._meter.add("down", len(data))
+        return data
+
+    def close(self) -> None:
+        """Close the channel."""
+        self._inner.close()
+
+
+class Loopback:
+    """Channels within one process to a service that runs on an event loop in a thread of its own.
+
+    Args:
+        serve: handles one connection until it ends, as a server does.
+    """
+
+    def __init__(self, serve: Callable[[Connection], Awaitable[None]]) -> None:
+        self._serve = serve
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="loopback", daemon=True)
+        self._thread.start()
+
+    def connect(self) -> Channel:
+        """A new channel to the service."""
+        connection = _LoopbackEnd(self.loop)
+        asyncio.run_coroutine_threadsafe(self._run(connection), self.loop)
+        return _LoopbackChannel(connection)
+
+    async def _run(self, connection: _LoopbackEnd) -> None:
+        try:
+            await self._serve(connection)
+        finally:
+            await connection.close("served")
+
+    def close(self) -> None:
+        """Stop the service; connections still open end."""
+
+        async def stop() -> None:
+            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(stop(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
+class _LoopbackEnd:
+    """The service's end; None stands for the end of the stream."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.up: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.down: queue.Queue[bytes | None] = queue.Queue()
+        self.closed = threading.Event()
+
+    async def receive(self) -> bytes:
+        if self.closed.is_set() and self.up.empty():
+            raise LinkDown("the channel is closed")
+        data = await self.up.get()
+        if data is None:
+            raise LinkDown("the peer closed the channel")
+        return data
+
+    async def send(self, data: bytes) -> None:
+        if self.closed.is_set():
+            raise LinkDown("the channel is closed")
+        self.down.put(data)
+
+    async def close(self, reason: str) -> None:
+        self.end()
+
+    def end(self) -> None:
+        if not self.closed.is_set():
+            self.closed.set()
+            self.down.put(None)
+            self.loop.call_soon_threadsafe(self.up.put_nowait, None)
+
+
+class _LoopbackChannel:
+    def __init__(self, end: _LoopbackEnd) -> None:
+        self._end = end
+
+    def send(self, data: bytes) -> None:
+        if self._end.closed.is_set():
+            raise LinkDown("the channel is closed")
+        self._end.loop.call_soon_threadsafe(self._end.up.put_nowait, data)
+
+    def receive(self, timeout_s: float) -> bytes:
+        try:
+            data = self._end.down.get(timeout=max(0.0, timeout_s))
+        except queue.Empty:
+            raise TimeoutError from None
+        if data is None:
+            self._end.down.put(None)
+            raise LinkDown("the channel is closed")
+        return data
+
+    def close(self) -> None:
+        if not self._end.loop.is_closed():
+            self._end.end()

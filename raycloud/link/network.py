@@ -1,0 +1,108 @@
+"""A link slowed to a given bandwidth and delay, so that an experiment can say what it costs on such a network."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from dataclasses import dataclass
+
+from raycloud.link.channel import Channel, LinkDown
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network between edge and cloud."""
+
+    mbit_s: float = float("inf")
+    """Bandwidth of each direction."""
+    rtt_ms: float = 0.0
+    """Delay of a round trip, half of it each way."""
+
+    def __post_init__(self) -> None:
+        if not self.mbit_s > 0 or not self.rtt_ms >= 0:
+            raise ValueError(f"a network needs mbit_s > 0 and rtt_ms >= 0, got {self.mbit_s} and {self.rtt_ms}")
+
+    def seconds(self, size: int) -> float:
+        """How long a message of ``size`` bytes keeps its direction busy."""
+        return size * 8 / (self.mbit_s * 1e6)
+
+
+class _Lane:
+    """One direction: messages leave one after the other and arrive half a round trip later."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._free = 0.0
+
+    def due(self, size: int) -> float:
+        self._free = max(self._free, time.monotonic()) + self._network.seconds(size)
+        return self._free + self._network.rtt_ms / 2e3
+
+
+class Shaped:
+    """A channel behind a slow network. Senders do not wait: messages queue up as in a socket's buffers."""
+
+    def __init__(self, inner: Channel, network: Network) -> None:
+        self._inner = inner
+        self._broken: LinkDown | None = None
+        self._up: queue.Queue[tuple[float, bytes] | None] = queue.Queue()
+        self._down: queue.Queue[tuple[float, bytes] | None] = queue.Queue()
+        self._next: tuple[float, bytes] | None = None
+        self._lanes = _Lane(network), _Lane(network)
+        self._open = True
+        for work in (self._push, self._pull):
+            threading.Thread(target=work, name=work.__name__, daemon=True).start()
+
+    def send(self, data: bytes) -> None:
+        """Queue one message."""
+        if self._broken is not None or not self._open:
+            raise self._broken or LinkDown("the channel is closed")
+        self._up.put((self._lanes[0].due(len(data)), data))
+
+    def receive(self, timeout_s: float) -> bytes:
+        """The next message, not before it has crossed the network."""
+        until = time.monotonic() + timeout_s
+        if self._next is None:
+            try:
+                self._next = self._down.get(timeout=max(0.0, timeout_s))
+            except queue.Empty:
+                raise TimeoutError from None
+            if self._next is None:
+                self._down.put(None)
+                raise self._broken or LinkDown("the channel is closed")
+        due, data = self._next
+        if due > until:
+            time.sleep(max(0.0, until - time.monotonic()))
+            raise TimeoutError
+        time.sleep(max(0.0, due - time.monotonic()))
+        self._next = None
+        return data
+
+    def close(self) -> None:
+        """Close the channel; what is still under way is lost."""
+        self._open = False
+        self._up.put(None)
+        self._inner.close()
+
+    def _push(self) -> None:
+        while (item := self._up.get()) is not None and self._open:
+            due, data = item
+            time.sleep(max(0.0, due - time.monotonic()))
+            try:
+                self._inner.send(data)
+            except LinkDown as error:
+                self._broken = error
+                return
+
+    def _pull(self) -> None:
+        while self._open:
+            try:
+                data = self._inner.receive(1.0)
+            except TimeoutError:
+                continue
+            except LinkDown as error:
+                self._broken = error
+                break
+            self._down.put((self._lanes[1].due(len(data)), data))
+        self._down.put(None)
