@@ -16,6 +16,19 @@ from raycloud.link.frames import MAX_FRAME
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
+def check_url(url: str) -> None:
+    """Whether frames may go to an address.
+
+    Raises:
+        LinkError: it is no WebSocket address, or it is unencrypted and not on this machine.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("ws", "wss") or not parts.hostname:
+        raise LinkError(f"'{url}' is no address of a cloud; allowed: wss://host[:port]/v1/split")
+    if parts.scheme == "ws" and parts.hostname not in _LOCAL:
+        raise LinkError(f"'{url}' would send hidden states unencrypted; use wss:// for any host but this one")
+
+
 class WebSocketChannel:
     """Frames as binary messages.
 
@@ -40,13 +53,9 @@ class WebSocketChannel:
         certificates: str | None = None,
         timeout_s: float = 10.0,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("ws", "wss") or not parts.hostname:
-            raise LinkError(f"'{url}' is no address of a cloud; allowed: wss://host[:port]/v1/split")
-        if parts.scheme == "ws" and parts.hostname not in _LOCAL:
-            raise LinkError(f"'{url}' would send hidden states unencrypted; use wss:// for any host but this one")
+        check_url(url)
         sent = {**(headers or {}), **({"Authorization": f"Bearer {token}"} if token else {})}
-        context = ssl.create_default_context(cafile=certificates) if parts.scheme == "wss" else None
+        context = ssl.create_default_context(cafile=certificates) if url.startswith("wss:") else None
         if context is not None:
             context.minimum_version = ssl.TLSVersion.TLSv1_3
         try:

@@ -1,0 +1,59 @@
+"""The cloud's metrics through Ray, which Prometheus scrapes from every node."""
+
+from __future__ import annotations
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from raycloud.split.cloud.metrics import Count, Duration, Level
+
+_STEP_SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
+
+
+class RayMetrics:
+    """A :class:`raycloud.split.cloud.metrics.Metrics` of one model; create it inside a Ray worker."""
+
+    def __init__(self, model: str) -> None:
+        tags = {"model": model}
+        self._counts: dict[Count, Counter] = {
+            "rows": _counter("rows", "Rows of hidden states computed.", tags),
+            "errors": _counter("errors", "Frames and steps refused or failed.", tags),
+            "sessions_opened": _counter("sessions_opened", "Sessions opened.", tags),
+            "sessions_expired": _counter("sessions_expired", "Sessions whose lease ended.", tags),
+        }
+        self._levels: dict[Level, Gauge] = {
+            "sessions": _gauge("sessions", "Sessions held.", tags),
+            "queue": _gauge("queue", "Steps waiting for the engine.", tags),
+            "kv_bytes": _gauge("kv_bytes", "Bytes of keys and values of all accepted tokens.", tags),
+        }
+        self._steps = Histogram(
+            "raycloud_split_step_seconds",
+            description="Time of one step in the engine.",
+            boundaries=_STEP_SECONDS,
+            tag_keys=("model",),
+        )
+        self._steps.set_default_tags(tags)
+
+    def count(self, name: Count, value: float = 1) -> None:
+        """Add to a counter."""
+        if value > 0:
+            self._counts[name].inc(value)
+
+    def level(self, name: Level, value: float) -> None:
+        """Set a gauge."""
+        self._levels[name].set(value)
+
+    def observe(self, name: Duration, seconds: float) -> None:
+        """Add to a distribution."""
+        self._steps.observe(seconds)
+
+
+def _counter(name: str, description: str, tags: dict[str, str]) -> Counter:
+    counter = Counter(f"raycloud_split_{name}", description=description, tag_keys=tuple(tags))
+    counter.set_default_tags(tags)
+    return counter
+
+
+def _gauge(name: str, description: str, tags: dict[str, str]) -> Gauge:
+    gauge = Gauge(f"raycloud_split_{name}", description=description, tag_keys=tuple(tags))
+    gauge.set_default_tags(tags)
+    return gauge

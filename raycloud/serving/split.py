@@ -1,0 +1,216 @@
+"""The cloud's part of a split model on Ray Serve: sessions over one WebSocket each."""
+
+# No postponed annotations: Serve and FastAPI read those of the handlers and of the builder's argument.
+import hashlib
+import os
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import FastAPI, HTTPException, Request, Response, WebSocket, WebSocketDisconnect
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve import Application
+
+from raycloud.cluster.metrics import RayMetrics
+from raycloud.errors import RecipeError
+from raycloud.link.channel import LinkDown
+from raycloud.models.loading import Device, DType
+from raycloud.split.calibration import Calibration
+from raycloud.split.cloud.engine import Engine
+from raycloud.split.cloud.host import Host
+from raycloud.split.cloud.limits import Limits
+from raycloud.split.offer import Offer
+from raycloud.split.parts import CloudPart, load_cloud
+from raycloud.split.plan import PlanSet
+from raycloud.split.terms import Codecs
+
+TOKEN = "RAYCLOUD_TOKEN"
+_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+_IDLE_SOCKETS = 256
+_POLICY_VIOLATION = 1008
+
+
+class SplitSettings(BaseModel):
+    """The arguments of the application; on the command line as ``key=value``, in a config file under ``args``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    """A whole model, or an exported ``cloud`` directory that every node can read."""
+    name: str | None = None
+    """What edges call it; the last part of ``model`` if left out."""
+    first: int | None = Field(None, ge=0)
+    """The cloud's first block; as exported if left out."""
+    second: int | None = Field(None, ge=0)
+    """The block after the cloud's last one; as exported if left out."""
+    calibration: str | None = None
+    """A file of ``raycloud split calibrate``; without it only float codecs are offered."""
+    token: str | None = None
+    """What edges must bring; several separated by commas. The variable RAYCLOUD_TOKEN if left out."""
+    limits: Limits = Limits()
+    device: Device = "auto"
+    dtype: DType = "auto"
+    threads: int | None = Field(None, ge=1)
+    """Of torch, in each replica; torch's own choice if left out."""
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1)
+    num_cpus: float = Field(0.5, gt=0)
+    """What each replica claims of Ray's CPUs."""
+    num_gpus: float = Field(0.0, ge=0)
+    resources: dict[str, float] = {}
+    """Custom resources each replica claims, such as ``{"cloud": 1}``."""
+
+    @property
+    def tokens(self) -> list[str]:
+        """The tokens let in.
+
+        Raises:
+            RecipeError: there is none.
+        """
+        given = self.token or os.environ.get(TOKEN) or ""
+        tokens = [token for part in given.split(",") if (token := part.strip())]
+        if not tokens:
+            raise RecipeError(f"no token: set {TOKEN} or the argument token; edges must bring it")
+        return tokens
+
+    @property
+    def plans(self) -> PlanSet | None:
+        """Where the model is cut; None for as exported."""
+        if self.first is None and self.second is None:
+            return None
+        if self.first is None or self.second is None:
+            raise RecipeError("give both first and second, or neither for an exported part")
+        return PlanSet((self.first,), (self.second,))
+
+
+class Doorkeeper:
+    """Lets in whoever brings one of the tokens."""
+
+    def __init__(self, tokens: list[str]) -> None:
+        self._digests = [hashlib.sha256(token.encode()).digest() for token in tokens]
+
+    def principal(self, authorization: str | None) -> str | None:
+        """Who an ``Authorization`` header stands for, or None; every token is compared, in constant time."""
+        brought = (authorization or "").removeprefix("Bearer ").strip()
+        digest = hashlib.sha256(brought.encode()).digest()
+        matches = [secrets.compare_digest(digest, known) for known in self._digests]
+        return digest.hex()[:16] if any(matches) and brought else None
+
+
+class SocketConnection:
+    """One accepted WebSocket as a connection of the protocol."""
+
+    def __init__(self, socket: WebSocket) -> None:
+        self._socket = socket
+
+    async def receive(self) -> bytes:
+        """The next binary message."""
+        try:
+            return await self._socket.receive_bytes()
+        except (WebSocketDisconnect, RuntimeError, KeyError):
+            # KeyError: a text message has no bytes.
+            raise LinkDown("the edge left") from None
+
+    async def send(self, data: bytes) -> None:
+        """Send one binary message."""
+        try:
+            await self._socket.send_bytes(data)
+        except (WebSocketDisconnect, RuntimeError):
+            raise LinkDown("the edge left") from None
+
+    async def close(self, reason: str) -> None:
+        """Close the socket."""
+        try:
+            await self._socket.close(reason=reason[:100])
+        except (WebSocketDisconnect, RuntimeError):
+            return
+
+
+def build_api(
+    name: str, part: CloudPart, host: Host, offer: Offer, calibration: bytes | None, door: Doorkeeper
+) -> FastAPI:
+    """The HTTP and WebSocket face of one replica."""
+
+    @asynccontextmanager
+    async def lifespan(api: FastAPI) -> AsyncIterator[None]:
+        yield
+        await host.leave()
+
+    api = FastAPI(title="raycloud split", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    def check(request: Request) -> None:
+        if door.principal(request.headers.get("authorization")) is None:
+            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+
+    @api.get("/healthz")
+    async def healthz() -> dict[str, Any]:
+        return {"status": "ok", "sessions": host.sessions}
+
+    @api.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        check(request)
+        described = {"id": name, "object": "model", "created": 0, "owned_by": "raycloud", "split": offer.model_dump()}
+        return {"object": "list", "data": [described]}
+
+    @api.get("/v1/calibration")
+    async def calibrated(request: Request) -> Response:
+        check(request)
+        if calibration is None:
+            raise HTTPException(404, "this model's codecs are not calibrated")
+        return Response(calibration, media_type="application/octet-stream")
+
+    @api.websocket("/v1/split")
+    async def split(socket: WebSocket) -> None:
+        principal = door.principal(socket.headers.get("authorization"))
+        if principal is None:
+            # Before it is accepted: the client sees HTTP 403.
+            await socket.close(_POLICY_VIOLATION)
+            return
+        await socket.accept()
+        await host.serve(SocketConnection(socket), principal)
+
+    return api
+
+
+def app(settings: SplitSettings) -> Application:
+    """The application that serves the middle of one model; each replica loads only its own blocks."""
+    tokens, plans = settings.tokens, settings.plans
+    name = settings.name or Path(settings.model.removeprefix("builtin:")).name
+
+    def build() -> FastAPI:
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        part = load_cloud(settings.model, plans, device=settings.device, dtype=settings.dtype)
+        calibration = Path(settings.calibration).read_bytes() if settings.calibration else None
+        calibrated = Calibration.load(Path(settings.calibration)) if settings.calibration else None
+        codecs = Codecs(part.config.hidden_size, calibrated)
+        metrics = RayMetrics(name)
+        engine = Engine(part, metrics, settings.threads)
+        replica = serve.get_replica_context().replica_id.unique_id
+        host = Host(engine, codecs, settings.limits, metrics, replica)
+        return build_api(name, part, host, Offer.of(part, codecs), calibration, Doorkeeper(tokens))
+
+    sockets = settings.limits.sessions + _IDLE_SOCKETS
+    deployment = serve.deployment(
+        name="split",
+        # A WebSocket counts for its whole life.
+        max_ongoing_requests=sockets,
+        max_queued_requests=sockets,
+        autoscaling_config={
+            "min_replicas": settings.min_replicas,
+            "max_replicas": settings.max_replicas,
+            "target_ongoing_requests": max(1, settings.limits.sessions // 2),
+        },
+        # A session returns to its replica; where that is gone it is rebuilt from what the edge kept.
+        request_router_config={"request_router_class": _ROUTER},
+        ray_actor_options={
+            "num_cpus": settings.num_cpus,
+            "num_gpus": settings.num_gpus,
+            "resources": settings.resources,
+        },
+    )
+    return deployment(serve.ingress(build)()).bind()
