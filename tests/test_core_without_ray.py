@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 IMPORT_ALL = """
 import importlib, pathlib, sys
-rooms = ("distill", "training", "evaluation", "report", "models", "data", "link")
+rooms = ("edge", "distill", "split", "training", "evaluation", "report", "models", "data", "link")
 names = [f"raycloud.{p.stem}" for p in pathlib.Path(sys.argv[1]).glob("*.py") if p.stem not in ("__main__", "__init__")]
 for room in rooms:
     for path in (pathlib.Path(sys.argv[1]) / room).rglob("*.py"):

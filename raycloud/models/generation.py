@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import Protocol
 
 import torch
@@ -22,7 +22,7 @@ class TokenSource(Protocol):
 
     def stream(
         self, prompt: Sequence[int], limit: int, sampling: Sampling = GREEDY, eos: Collection[int] = ()
-    ) -> Iterator[int]:
+    ) -> Generator[int]:
         """Token ids one after the other, at most ``limit``, up to and without the first of ``eos``.
 
         Closing the iterator ends the generation and frees what it held. Safe to call from several threads.

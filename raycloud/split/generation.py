@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class SplitModel:
 
     def stream(
         self, prompt: Sequence[int], limit: int, sampling: Sampling = GREEDY, eos: Collection[int] = ()
-    ) -> Iterator[int]:
+    ) -> Generator[int]:
         """Token ids one after the other, at most ``limit``, up to and without the first of ``eos``.
 
         Closing the iterator ends the generation and frees what it held.
@@ -69,7 +69,7 @@ class SplitModel:
             raise ValueError(f"a prompt of {len(prompt)} and {limit} new tokens exceed {self.max_length} tokens")
         return self._stream(list(prompt), limit, sampling, frozenset(eos))
 
-    def _stream(self, prompt: list[int], limit: int, sampling: Sampling, eos: frozenset[int]) -> Iterator[int]:
+    def _stream(self, prompt: list[int], limit: int, sampling: Sampling, eos: frozenset[int]) -> Generator[int]:
         if limit < 1:
             return
         triad = self.open()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from raycloud.errors import LinkError
+from raycloud.errors import RaycloudError
 from raycloud.link.codecs import CODECS
 from raycloud.split.parts import CloudPart
 from raycloud.split.plan import PlanSet
@@ -37,7 +37,7 @@ class Offer(BaseModel):
             try:
                 for cut in part.plans.cuts:
                     codecs.boundary(codec, cut)
-            except LinkError:
+            except RaycloudError:
                 continue
             usable.append(codec)
         return cls(

@@ -92,6 +92,10 @@ class Triad:
         """The logits (B, k, V) of the oldest trip's last k tokens, as :meth:`send` was asked for."""
         away = self._away.popleft()
         rows = self._middle.receive() if away.rows is None else away.rows
+        if rows.shape[1] != away.stop - away.start:
+            raise ValueError(
+                f"{away.stop - away.start} rows should have come back from the middle, got {rows.shape[1]}"
+            )
         rows, _ = self._side.run(away.plan.second, self._blocks, rows, away.start)
         return self._last.logits(self._last.finish(rows[:, rows.shape[1] - away.logits :]))
 

@@ -1,0 +1,1 @@
+"""The edge device: an OpenAI-compatible server and a terminal chat, without ray."""

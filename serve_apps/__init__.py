@@ -1,0 +1,1 @@
+"""Bound Ray Serve applications for ``serve run`` and ``serve deploy``."""

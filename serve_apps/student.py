@@ -1,0 +1,5 @@
+"""A distilled student behind OpenAI's API: ``serve run serve_apps.student:app model=path/to/student``."""
+
+from raycloud.serving.student import app
+
+__all__ = ["app"]

@@ -1,0 +1,108 @@
+"""A distilled student on Ray Serve, asked by the `openai` package."""
+
+from __future__ import annotations
+
+import http.client
+import importlib
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+import yaml
+from pydantic import ValidationError
+from ray import serve
+from ray.serve.schema import ServeDeploySchema
+
+from raycloud.errors import RecipeError
+from raycloud.serving.student import StudentSettings, app
+
+CONFIG = Path(__file__).parents[2] / "serve_apps" / "student.yaml"
+HELLO: list[Any] = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def student(local_ray: None, tiny_llama: Path) -> Iterator[str]:
+    """The base URL of a student behind a token."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    settings = StudentSettings(model=str(tiny_llama), name="tiny", token="s3cret", concurrency=2, num_cpus=0.2)
+    serve.run(app(settings), name="student", route_prefix="/")
+    yield f"http://127.0.0.1:{port}/v1"
+    serve.shutdown()
+
+
+@pytest.fixture
+def client(student: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=student, api_key="s3cret", max_retries=0, timeout=60) as made:
+        yield made
+
+
+def test_chat_streaming_stop_and_usage(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "messages": HELLO, "seed": 3, "max_tokens": 12}
+    answer = client.chat.completions.create(**asked)
+    text = answer.choices[0].message.content or ""
+    assert answer.usage is not None and answer.usage.completion_tokens == 12
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == text
+    assert chunks[-1].usage == answer.usage
+    stopped = client.chat.completions.create(**asked, stop=text[5:9])
+    assert stopped.choices[0].message.content == text[: text.find(text[5:9])]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_errors_and_the_token(client: openai.OpenAI, student: str) -> None:
+    with pytest.raises(openai.BadRequestError, match="context is 2048 tokens") as caught:
+        client.completions.create(model="tiny", prompt="x " * 3000)
+    assert caught.value.code == "context_length_exceeded"
+    stranger = client.with_options(api_key="guess")
+    with pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
+    assert health(student)["status"] == "ok"
+
+
+def test_a_client_that_leaves_frees_the_replica(student: str) -> None:
+    at = urlsplit(student)
+    connection = http.client.HTTPConnection(str(at.hostname), at.port, timeout=20)
+    body = json.dumps({"model": "tiny", "prompt": "so", "max_tokens": 2000, "stream": True})
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer s3cret"}
+    connection.request("POST", "/v1/completions", body, headers)
+    answer = connection.getresponse()
+    assert answer.readline().startswith(b"data: ")
+    assert health(student)["active"] == 1
+    answer.close()
+    connection.close()
+    end = time.monotonic() + 3
+    while health(student)["active"] and time.monotonic() < end:
+        time.sleep(0.05)
+    assert health(student)["active"] == 0
+
+
+def health(url: str) -> dict[str, Any]:
+    at = urlsplit(url)
+    connection = http.client.HTTPConnection(str(at.hostname), at.port, timeout=20)
+    connection.request("GET", "/healthz")
+    return dict(json.loads(connection.getresponse().read()))
+
+
+def test_no_application_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAYCLOUD_TOKEN", raising=False)
+    with pytest.raises(RecipeError, match="no token: set RAYCLOUD_TOKEN"):
+        app(StudentSettings(model="builtin:smollm2-135m-instruct"))
+
+
+def test_the_config_file_fits_serve_and_the_builder() -> None:
+    config = ServeDeploySchema.model_validate(yaml.safe_load(CONFIG.read_text()))
+    assert config.http_options.host == "127.0.0.1"
+    (application,) = config.applications
+    module, _, name = application.import_path.partition(":")
+    assert getattr(importlib.import_module(module), name) is app
+    StudentSettings.model_validate(application.args)
+    with pytest.raises(ValidationError, match="extra_forbidden"):
+        StudentSettings.model_validate({**application.args, "modle": "x"})
