@@ -9,16 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+
+import ray
+from ray import serve
 
 from raycloud.edge.cloud import Cloud
 from raycloud.models.loading import load
 from raycloud.report.console import console, working
+from raycloud.serving.split import SplitSettings, app
 from raycloud.split.calibration import Calibration, calibrate
 from raycloud.split.passages import passages
 
 SMOLLM2 = "builtin:smollm2-135m-instruct"
-TOKEN = "benchmark"
 _TEXT = 4096
 
 
@@ -34,26 +36,14 @@ def calibrated(first: int, second: int, folder: Path) -> Path:
 
 
 @contextmanager
-def local_cloud(first: int, second: int, *, calibration: Path | None = None, **settings: Any) -> Iterator[Cloud]:
-    """Ray, Serve and the split application for the time of a benchmark.
-
-    Args:
-        first: the cloud's first block.
-        second: the block after its last one.
-        calibration: of its codecs.
-        settings: more of :class:`raycloud.serving.split.SplitSettings`.
-    """
+def local_cloud(settings: SplitSettings) -> Iterator[Cloud]:
+    """Ray, Serve and the split application for the time of a benchmark."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # A private Ray for the time of the benchmark: nobody else can reach it, and no token file is left behind.
     before = os.environ.get("RAY_AUTH_MODE")
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    import ray
-    from ray import serve
-
-    from raycloud.serving.split import SplitSettings, app
-
     with working("starting Ray Serve"):
         ray.init(
             address="local",
@@ -65,14 +55,12 @@ def local_cloud(first: int, second: int, *, calibration: Path | None = None, **s
         )
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "ERROR"})
-            path = str(calibration) if calibration else None
-            asked = SplitSettings(model=SMOLLM2, first=first, second=second, token=TOKEN, calibration=path, **settings)
-            serve.run(app(asked), name="split", route_prefix="/")
+            serve.run(app(settings), name="split", route_prefix="/")
         except BaseException:
             ray.shutdown()
             raise
     try:
-        yield Cloud(f"ws://127.0.0.1:{port}/v1/split", TOKEN)
+        yield Cloud(f"ws://127.0.0.1:{port}/v1/split", settings.tokens[0])
     finally:
         serve.shutdown()
         ray.shutdown()

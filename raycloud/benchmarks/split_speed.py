@@ -12,6 +12,7 @@ from raycloud.benchmarks.measure import interleaved, median_ratio, show
 from raycloud.edge.cloud import remote
 from raycloud.models.loading import load
 from raycloud.report.console import working
+from raycloud.serving.split import SplitSettings
 from raycloud.split.generation import in_process
 from raycloud.split.parts import load_cloud, load_edge
 from raycloud.split.plan import PlanSet, SplitPlan
@@ -31,8 +32,15 @@ def run(as_json: bool) -> dict[str, float]:
         load_cloud(SMOLLM2, plans, device="cpu", dtype="float32"),
     )
     with scratch() as folder:
-        calibration = calibrated(FIRST, SECOND, folder)
-        with local_cloud(FIRST, SECOND, calibration=calibration, threads=torch.get_num_threads()) as cloud:
+        settings = SplitSettings(
+            model=SMOLLM2,
+            first=FIRST,
+            second=SECOND,
+            calibration=str(calibrated(FIRST, SECOND, folder)),
+            token="benchmark",
+            threads=torch.get_num_threads(),
+        )
+        with local_cloud(settings) as cloud:
             far = remote(SMOLLM2, cloud, codec=CODEC, device="cpu", dtype="float32")
             prompt = far.chat_prompt([{"role": "user", "content": _PROMPT}])
             ids = torch.tensor([prompt])

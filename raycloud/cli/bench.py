@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Annotated
 
 import typer
+
+from raycloud.errors import MissingExtra
 
 app = typer.Typer(help="Measure: every benchmark prints a table and, with --json, one JSON object as its last line.")
 
@@ -17,9 +20,47 @@ def _listed(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
+def _run(name: str, as_json: bool) -> None:
+    try:
+        benchmark = import_module(f"raycloud.benchmarks.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise MissingExtra(f"'raycloud bench {name.replace('_', '-')}'", "cluster") from None
+    benchmark.run(as_json)
+
+
 @app.command("distill-step")
 def distill_step(as_json: Json = False) -> None:
     """One forward-KL step: the dense formulation against ours."""
-    from raycloud.benchmarks.distill_step import run
+    _run("distill_step", as_json)
 
-    run(as_json)
+
+@app.command("codecs")
+def codecs(as_json: Json = False) -> None:
+    """What each codec of the link costs a real model in bytes and in perplexity."""
+    _run("codecs", as_json)
+
+
+@app.command("split-exact")
+def split_exact(as_json: Json = False) -> None:
+    """Whether a model cut in three says what the whole one says, at every pair of cuts."""
+    _run("split_exact", as_json)
+
+
+@app.command("split-speed")
+def split_speed(as_json: Json = False) -> None:
+    """Tokens per second of a cut model, in one process and over Serve's WebSocket, against the whole one."""
+    _run("split_speed", as_json)
+
+
+@app.command("split-wire")
+def split_wire(as_json: Json = False) -> None:
+    """What crosses the link: bytes against the formula, and a search for ids and text in a whole session."""
+    _run("split_wire", as_json)
+
+
+@app.command("split-faults")
+def split_faults(as_json: Json = False) -> None:
+    """Bad days: killed replicas, cut sockets, damaged frames, slow readers; nothing may come out wrong."""
+    _run("split_faults", as_json)

@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import dataclass
 
+from raycloud.errors import LinkError
 from raycloud.link.channel import Channel, LinkDown
 
 
@@ -45,7 +46,7 @@ class Shaped:
 
     def __init__(self, inner: Channel, network: Network) -> None:
         self._inner = inner
-        self._broken: LinkDown | None = None
+        self._broken: LinkError | None = None
         self._up: queue.Queue[tuple[float, bytes] | None] = queue.Queue()
         self._down: queue.Queue[tuple[float, bytes] | None] = queue.Queue()
         self._next: tuple[float, bytes] | None = None
@@ -80,20 +81,21 @@ class Shaped:
         return data
 
     def close(self) -> None:
-        """Close the channel; what is still under way is lost."""
-        self._open = False
-        self._up.put(None)
-        self._inner.close()
+        """Close the channel at once; what was sent before still crosses, as from a socket's buffers."""
+        if self._open:
+            self._open = False
+            self._up.put(None)
+            self._down.put(None)
 
     def _push(self) -> None:
-        while (item := self._up.get()) is not None and self._open:
-            due, data = item
-            time.sleep(max(0.0, due - time.monotonic()))
-            try:
+        try:
+            while (item := self._up.get()) is not None:
+                due, data = item
+                time.sleep(max(0.0, due - time.monotonic()))
                 self._inner.send(data)
-            except LinkDown as error:
-                self._broken = error
-                return
+        except LinkError as error:
+            self._broken = error
+        self._inner.close()
 
     def _pull(self) -> None:
         while self._open:
@@ -101,7 +103,7 @@ class Shaped:
                 data = self._inner.receive(1.0)
             except TimeoutError:
                 continue
-            except LinkDown as error:
+            except LinkError as error:
                 self._broken = error
                 break
             self._down.put((self._lanes[1].due(len(data)), data))

@@ -22,11 +22,29 @@ def check_url(url: str) -> None:
     Raises:
         LinkError: it is no WebSocket address, or it is unencrypted and not on this machine.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("ws", "wss") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("ws", "wss") and parts.hostname and (parts.port or True)
+    except ValueError:  # brackets that do not match, a port that is none
+        usable = False
+    if not usable:
         raise LinkError(f"'{url}' is no address of a cloud; allowed: wss://host[:port]/v1/split")
     if parts.scheme == "ws" and parts.hostname not in _LOCAL:
         raise LinkError(f"'{url}' would send hidden states unencrypted; use wss:// for any host but this one")
+
+
+def trusting(certificates: str | None) -> ssl.SSLContext:
+    """TLS 1.3 with servers whose certificate is vouched for by this file, or by the system if None.
+
+    Raises:
+        LinkError: the file cannot be read or holds no certificates.
+    """
+    try:
+        context = ssl.create_default_context(cafile=certificates)
+    except OSError as error:  # of which ssl.SSLError is one
+        raise LinkError(f"no certificates can be read from '{certificates}': {error.strerror or error}") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    return context
 
 
 class WebSocketChannel:
@@ -54,10 +72,10 @@ class WebSocketChannel:
         timeout_s: float = 10.0,
     ) -> None:
         check_url(url)
+        if token and not (token.isascii() and token.isprintable()):
+            raise LinkError("the token holds line breaks or other characters that cannot be sent")
         sent = {**(headers or {}), **({"Authorization": f"Bearer {token}"} if token else {})}
-        context = ssl.create_default_context(cafile=certificates) if url.startswith("wss:") else None
-        if context is not None:
-            context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context = trusting(certificates) if urlsplit(url).scheme == "wss" else None
         try:
             # Coded rows do not compress: the extension would only burn time on both ends.
             self._socket = connect(

@@ -17,7 +17,9 @@ from torch import Tensor
 from raycloud.errors import LinkError
 from raycloud.link.channel import Channel, LinkDown
 from raycloud.link.frames import (
+    HEADER_BYTES,
     MAX_DEADLINE_S,
+    MAX_FRAME,
     Busy,
     Frame,
     FrameError,
@@ -36,7 +38,7 @@ from raycloud.split.terms import CODEC_NUMBERS, Codecs
 log = logging.getLogger(__name__)
 
 # Refusals that a repetition or a replay mends; all others end the generation.
-_REPEAT, _LOST = ("gap",), ("unknown-session", "gone")
+_REPEAT, _LOST = ("gap",), ("unknown-session", "gone", "expired")
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 2.0
 
 
@@ -95,8 +97,14 @@ class RemoteMiddle:
         self._channel: Channel | None = None
         self._granted: Opened | None = None
         self._session, self._epoch, self._seq, self._ack = bytes(16), 0, 0, 0
+        # Whether the cloud said that it has the session.
+        self._begun = False
         self._progress = time.monotonic()
-        self._recover()
+        try:
+            self._recover()
+        except BaseException:
+            self.close()
+            raise
 
     def held(self, index: int) -> int:
         """Tokens whose rows at ``index`` were given already."""
@@ -121,7 +129,12 @@ class RemoteMiddle:
         # What the cloud has at this cut, as it computed it itself, need not cross.
         pos = self._known.get(cut, 0)
         steps = self._pieces(trip.plan, pos, stop, trip.keep)
-        steps[-1].wanted, steps[-1].ends_trip = trip.wanted, True
+        back = stop - trip.wanted
+        for step in steps:
+            # Where a step only catches up on tokens known already, the cloud's later blocks may be ahead of it.
+            if step.stop > max(back, trip.keep):
+                step.wanted, back = step.stop - back, step.stop
+        steps[-1].ends_trip = True
         self._enqueue(steps)
         for index in range(cut, trip.plan.second + 1):
             self._known[index] = stop
@@ -135,14 +148,16 @@ class RemoteMiddle:
         Raises:
             LinkError: the link cannot be mended, or the cloud refuses.
         """
+        parts = []
         while True:
             frame = self._reply()
             step = self._away.popleft()
             self._transmitted -= 1
             self._ack, self._progress = step.seq, time.monotonic()
             self._transmit()
+            parts.append(self._decoded(step, frame))
             if step.ends_trip:
-                return self._decoded(step, frame)
+                return torch.cat(parts, dim=1)
 
     def close(self) -> None:
         """End the session, so that the cloud need not wait for its lease."""
@@ -169,11 +184,12 @@ class RemoteMiddle:
     # -- steps
 
     def _pieces(self, plan: SplitPlan, pos: int, stop: int, keep: int) -> list[_Step]:
-        """Steps of at most as many rows as the cloud takes, none of which asks for rows back."""
+        """Steps of at most as many rows as the cloud and a frame take, none of which asks for rows back."""
         assert self._granted is not None
         if stop > self._granted.max_tokens:
             raise LinkError(f"the cloud grants {self._granted.max_tokens} tokens, {stop} are needed")
-        size = self._granted.max_rows
+        row = max(self._boundaries[plan.first].payload_bytes(at, 1) for at in (0, stop))
+        size = max(1, min(self._granted.max_rows, (MAX_FRAME - HEADER_BYTES) // row))
         return [
             _Step(plan, begin, min(begin + size, stop), 0, max(keep, begin), ends_trip=False)
             for begin in range(pos, stop, size)
@@ -197,11 +213,11 @@ class RemoteMiddle:
         begin = boundary.payload_bytes(0, pos)
         return bytes(self._history[cut][begin : begin + boundary.payload_bytes(pos, stop - pos)])
 
-    def _transmit(self) -> None:
+    def _transmit(self, most: int | None = None) -> None:
         """Send what credit allows; a broken channel is mended by :meth:`_reply`, which is called next."""
         assert self._granted is not None
         try:
-            while self._transmitted < min(len(self._away), self._granted.credit):
+            while self._transmitted < min(len(self._away), most or self._granted.credit):
                 step = self._away[self._transmitted]
                 self._transmitted += 1
                 self._put(self._frame_of(step))
@@ -239,22 +255,34 @@ class RemoteMiddle:
             if frame.kind is Kind.STEP_OK and frame.seq == seq:
                 return frame
             if frame.kind is Kind.BUSY:
-                self._pause(min(body(frame, Busy).retry_after_s, _LONGEST_WAIT_S), "it is busy")
-                self._repeat()
+                self._again(frame.seq, min(body(frame, Busy).retry_after_s, _LONGEST_WAIT_S), "it is busy")
             elif frame.kind is Kind.ERROR:
                 refusal = body(frame, Refusal)
                 if refusal.code in _LOST or refusal.code == "frame":
+                    if refusal.code in _LOST:
+                        self.close()
+                        self._begun = False
                     self._recover(LinkDown(refusal.message))
                     seq = self._away[0].seq
                 elif refusal.code in _REPEAT:
-                    self._pause(_FIRST_WAIT_S, refusal.message)
-                    self._repeat()
+                    self._again(frame.seq, _FIRST_WAIT_S, refusal.message)
                 else:
                     raise LinkError(f"the cloud refused a step: {refusal.message}")
             elif frame.kind in (Kind.GOAWAY, Kind.CLOSE):
                 self._recover(LinkDown("the replica left"))
                 seq = self._away[0].seq
             # Anything else is the answer to a step that was repeated.
+
+    def _again(self, seq: int, wait_s: float, why: str) -> None:
+        """Send a step again that was not accepted, and those behind it once it is answered.
+
+        They were not accepted either: sent along, each would be refused and repeated again, and ever more of them.
+        """
+        index = seq - self._away[0].seq
+        if 0 <= index < self._transmitted:
+            self._pause(wait_s, why)
+            self._transmitted = index
+            self._transmit(index + 1)
 
     def _repeat(self) -> None:
         self._transmitted = 0
@@ -274,8 +302,8 @@ class RemoteMiddle:
                 self._channel.close()
                 self._channel = None
             try:
-                if self._granted is None:
-                    self._session = secrets.token_bytes(16)
+                if not self._begun:
+                    self._session, self._epoch = secrets.token_bytes(16), 0
                 self._channel = self._connect(self._session.hex())
                 self._attach()
                 self._repeat()
@@ -284,14 +312,20 @@ class RemoteMiddle:
                 cause = error
 
     def _attach(self) -> None:
-        if self._granted is not None:
+        if self._begun:
             self._epoch += 1
             reply = self._ask(Frame(Kind.RESUME, self._session, self._epoch, self._seq, self._ack))
             if reply.kind is Kind.RESUMED:
                 body(reply, Resumed)
                 return
-            if reply.kind is not Kind.ERROR or body(reply, Refusal).code != "unknown-session":
+            code = body(reply, Refusal).code if reply.kind is Kind.ERROR else ""
+            if code == "epoch":
+                raise LinkDown("another connection took the session over")
+            if code != "unknown-session":
                 raise self._refused(reply)
+            # The next connection is made under the next session's id, by which a router will find it again.
+            self._begun = False
+            raise LinkDown("the cloud no longer has the session")
         self._open()
         self._replay()
 
@@ -305,13 +339,10 @@ class RemoteMiddle:
             seconds=list(terms.plans.seconds),
             max_tokens=terms.max_tokens,
         )
-        if self._granted is not None:
-            self._session = secrets.token_bytes(16)
-        self._epoch = 0
         reply = self._ask(Frame(Kind.OPEN, self._session, payload=asked.pack()))
         if reply.kind is not Kind.OPEN_OK:
             raise self._refused(reply)
-        self._granted = body(reply, Opened)
+        self._granted, self._begun = body(reply, Opened), True
 
     def _replay(self) -> None:
         """Put what the cloud must know before the unanswered steps in front of them."""
@@ -338,6 +369,8 @@ class RemoteMiddle:
     def _refused(self, reply: Frame) -> LinkError:
         if reply.kind is Kind.BUSY:
             return LinkDown("the cloud holds as many sessions as it can")
+        if reply.kind is Kind.GOAWAY:
+            return LinkDown("the replica left")
         if reply.kind is not Kind.ERROR:
             return LinkError(f"the cloud answered {reply.kind.name} where it should have opened a session")
         return LinkError(f"the cloud refused the session: {body(reply, Refusal).message}")

@@ -65,6 +65,7 @@ class Host:
         self._metrics, self._replica = metrics or NoMetrics(), replica
         self._attached: dict[bytes, _Attached] = {}
         self._sweeper: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Task[None]] = set()
         self._leaving = False
 
     @property
@@ -89,7 +90,8 @@ class Host:
             self._sweeper = asyncio.create_task(self._sweep())
         reason = "closed"
         try:
-            session = await asyncio.wait_for(self._handshake(connection, principal), self._limits.handshake_s)
+            async with asyncio.timeout(self._limits.handshake_s):
+                session = await self._handshake(connection, principal)
             if session is not None:
                 await self._converse(connection, session)
         except TimeoutError:
@@ -109,11 +111,12 @@ class Host:
         self._leaving = True
         if self._sweeper is not None:
             self._sweeper.cancel()
-        for attached in list(self._attached.values()):
-            frame = Frame(Kind.GOAWAY, attached.session.id, attached.session.epoch)
-            await self._try_to_send(attached.connection, frame)
-            await attached.connection.close("the replica leaves")
-            self._free(attached.session)
+        await asyncio.gather(*map(self._farewell, list(self._attached.values())))
+
+    async def _farewell(self, attached: _Attached) -> None:
+        await self._try_to_send(attached.connection, Frame(Kind.GOAWAY, attached.session.id, attached.session.epoch))
+        await attached.connection.close("the replica leaves")
+        self._free(attached.session)
 
     async def _handshake(self, connection: Connection, principal: str) -> Session | None:
         for _ in range(_ATTEMPTS):
@@ -130,7 +133,7 @@ class Host:
                     )
                     reply, answer = Kind.OPEN_OK, granted.pack()
                 elif frame.kind is Kind.RESUME:
-                    session = await self._resume(frame, principal)
+                    session = self._resume(frame, principal)
                     reply, answer = Kind.RESUMED, Resumed(tokens=session.tokens, next_seq=session.next_seq).pack()
                 else:
                     raise Refused("handshake", f"{frame.kind.name} came where OPEN or RESUME should have")
@@ -159,8 +162,8 @@ class Host:
             boundaries = {cut: self._codecs.boundary(asked.codec, cut) for cut in plans.cuts}
         except Exception as error:  # an unknown codec, a cut that was not calibrated, impossible cuts
             raise Refused("codec", str(error)) from None
-        if not set(plans.cloud) <= set(part.plans.cloud):
-            held = part.plans.cloud
+        held = part.plans.cloud
+        if plans.cloud.start < held.start or plans.cloud.stop > held.stop:
             asked_for = f"[{plans.cloud.start}, {plans.cloud.stop})"
             raise Refused("plan", f"blocks {asked_for} are asked for, [{held.start}, {held.stop}) are here")
         if self._codecs.fingerprint(asked.codec) != asked.calibration:
@@ -185,7 +188,7 @@ class Host:
             frame.epoch,
         )
 
-    async def _resume(self, frame: Frame, principal: str) -> Session:
+    def _resume(self, frame: Frame, principal: str) -> Session:
         attached = self._attached.get(frame.session)
         # A wrong principal must not learn that the session exists.
         if attached is None or attached.session.principal != principal:
@@ -195,14 +198,14 @@ class Host:
             raise Refused("epoch", f"epoch {frame.epoch} is not newer than {session.epoch}")
         session.epoch = frame.epoch
         session.renew(time.monotonic())
-        await attached.connection.close("another connection resumed the session")
+        self._dismiss(attached.connection, "another connection resumed the session")
         return session
 
     async def _converse(self, connection: Connection, session: Session) -> None:
-        outbox: asyncio.Queue[asyncio.Future[Frame]] = asyncio.Queue(self._limits.backlog)
+        outbox: asyncio.Queue[asyncio.Future[Frame]] = asyncio.Queue()
         both = {
             asyncio.create_task(self._read(connection, session, outbox)),
-            asyncio.create_task(self._write(connection, outbox)),
+            asyncio.create_task(self._write(connection, session, outbox)),
         }
         try:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -230,8 +233,9 @@ class Host:
                 self._free(session)
                 await self._send(connection, Frame(Kind.CLOSE, session.id, session.epoch))
                 return
-            # Waits while two replies are not taken: a slow reader is read from slowly.
-            await outbox.put(self._reply(session, frame))
+            if outbox.qsize() >= self._limits.unanswered:
+                raise FrameError(f"{outbox.qsize()} replies are waiting to be taken")
+            outbox.put_nowait(self._reply(session, frame))
 
     def _reply(self, session: Session, frame: Frame) -> asyncio.Future[Frame]:
         """The reply to a frame within a session, now or when it is computed."""
@@ -319,13 +323,21 @@ class Host:
         self._free(session)
         return _refusal(frame, error)
 
-    async def _write(self, connection: Connection, outbox: asyncio.Queue[asyncio.Future[Frame]]) -> None:
+    async def _write(
+        self, connection: Connection, session: Session, outbox: asyncio.Queue[asyncio.Future[Frame]]
+    ) -> None:
         while True:
-            await self._send(connection, await (await outbox.get()))
+            frame = await (await outbox.get())
+            await self._send(connection, frame)
+            if frame.kind is Kind.ERROR and session.id not in self._attached:
+                # A step that failed ended the session; a connection without one would be held by nothing.
+                return
 
     async def _send(self, connection: Connection, frame: Frame) -> None:
         try:
-            await asyncio.wait_for(connection.send(frame.pack()), self._limits.send_s)
+            # Not wait_for: before Python 3.12 it may swallow a cancellation, and the writer would never end.
+            async with asyncio.timeout(self._limits.send_s):
+                await connection.send(frame.pack())
         except TimeoutError:
             raise LinkDown("the peer does not take its replies") from None
 
@@ -335,8 +347,16 @@ class Host:
         except LinkDown:
             log.debug("a peer left before its last frame")
 
+    def _dismiss(self, connection: Connection, reason: str) -> None:
+        """Close a connection without waiting for it: a peer that is gone does not take part in closing."""
+        task = asyncio.create_task(connection.close(reason))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
     def _free(self, session: Session) -> None:
-        if self._attached.pop(session.id, None) is not None:
+        attached = self._attached.get(session.id)
+        if attached is not None and attached.session is session:
+            del self._attached[session.id]
             self._engine.free(session.state)
             self._metrics.level("sessions", len(self._attached))
             self._metrics.level("kv_bytes", self.kv_bytes)
@@ -349,7 +369,7 @@ class Host:
                 if attached.session.expires < now and not attached.session.pending:
                     self._metrics.count("sessions_expired")
                     self._free(attached.session)
-                    await attached.connection.close("the session's lease ended")
+                    self._dismiss(attached.connection, "the session's lease ended")
 
 
 class _TooBusy(Exception):

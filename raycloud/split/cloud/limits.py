@@ -32,5 +32,6 @@ class Limits(BaseModel):
     """Steps one session may have on their way."""
     replies: int = Field(default=4, ge=1, le=64)
     """Latest replies kept per session, to answer repeated steps from."""
-    backlog: int = Field(default=2, ge=1, le=64)
-    """Replies that may wait for one peer before its socket is no longer read."""
+    unanswered: int = Field(default=16, ge=1, le=1024)
+    """Frames one connection may be ahead of the replies it takes. Within its credit no edge gets there; who does is cut
+    off, as a proxy in between would take in whatever is sent whether or not anybody reads it."""

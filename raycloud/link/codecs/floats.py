@@ -1,39 +1,16 @@
-"""Codecs: rows of numbers to bytes and back.
-
-A coded row stands on its own, (n, width) rows become (n, bytes per row) bytes, so that a receiver decodes the rows it
-works on and never the whole payload at once.
-"""
+"""Rows as floating-point numbers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from raycloud.link.codecs.codec import Codec
+
 CodecName = Literal["float32", "float16", "bfloat16"]
-
-
-class Codec(Protocol):
-    """Turns rows into bytes and back."""
-
-    @property
-    def name(self) -> str:
-        """What recipes call it."""
-        ...
-
-    def bytes_per_row(self, width: int) -> int:
-        """Payload bytes of one row of ``width`` numbers."""
-        ...
-
-    def encode(self, rows: Tensor) -> Tensor:
-        """(n, width) numbers to (n, bytes per row) uint8."""
-        ...
-
-    def decode(self, payload: Tensor) -> Tensor:
-        """(n, bytes per row) uint8 to (n, width) float32."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +39,9 @@ class Cast:
         """
         if payload.dtype != torch.uint8 or payload.shape[-1] % self.dtype.itemsize:
             raise ValueError(f"{self.name} payload must be uint8 rows of a multiple of {self.dtype.itemsize} bytes")
-        return payload.contiguous().view(self.dtype).float()
+        shape = (*payload.shape[:-1], payload.shape[-1] // self.dtype.itemsize)
+        # A copy, since a slice of coded rows may begin at any byte and numbers may not.
+        return payload.flatten().clone().view(self.dtype).float().view(shape)
 
 
 CODECS: dict[str, Codec] = {

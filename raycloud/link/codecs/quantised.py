@@ -1,0 +1,142 @@
+"""Rows as small integers, with float16 scales for groups of neighbours.
+
+A coded row is its scales followed by its codes. The last group may be short: it is padded with zeros for its scale, and
+only the row's own numbers are coded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from raycloud.link.codecs.codec import check_payload, check_width
+from raycloud.link.codecs.floats import CODECS
+
+_FLOAT16 = CODECS["float16"]
+_SCALE_BYTES = 2
+
+
+def grouped(rows: Tensor, group: int) -> Tensor:
+    """(n, width) numbers as (n, groups, group), zeros behind the last one."""
+    return pad(rows, (0, -rows.shape[1] % group)).unflatten(1, (-1, group))
+
+
+def extremes(groups: Tensor) -> Tensor:
+    """The number of largest magnitude of each group, with its sign: (n, groups, group) to (n, groups, 1)."""
+    return groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))
+
+
+def _split_off_scales(payload: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    scales = _FLOAT16.decode(payload[:, : groups * _SCALE_BYTES])
+    return scales[:, :, None], payload[:, groups * _SCALE_BYTES :]
+
+
+def _divisor(coded_scales: Tensor) -> Tensor:
+    """The scales as the receiver will see them; a group of zeros is divided by one."""
+    scales = _FLOAT16.decode(coded_scales)[:, :, None]
+    return torch.where(scales == 0, 1.0, scales)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """One byte a number: 255 even steps between plus and minus the largest magnitude of its group.
+
+    Args:
+        width: numbers of a row.
+        group: neighbours that share a scale; the whole row if it equals ``width``.
+    """
+
+    width: int
+    group: int
+
+    @property
+    def name(self) -> str:
+        """What recipes call it."""
+        return "int8"
+
+    @property
+    def _groups(self) -> int:
+        return -(-self.width // self.group)
+
+    def bytes_per_row(self, width: int) -> int:
+        """Payload bytes of one row of ``width`` numbers."""
+        check_width(self.name, self.width, width)
+        return self._groups * _SCALE_BYTES + width
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """(n, width) numbers to (n, bytes per row) uint8."""
+        check_width(self.name, self.width, rows.shape[1])
+        groups = grouped(rows, self.group)
+        scales = _FLOAT16.encode(groups.abs().amax(dim=-1) / 127)
+        codes = (groups / _divisor(scales)).round_().clamp_(-127, 127).to(torch.int8)
+        return torch.cat([scales, codes.flatten(1)[:, : self.width].view(torch.uint8)], dim=1)
+
+    def decode(self, payload: Tensor) -> Tensor:
+        """(n, bytes per row) uint8 to (n, width) float32.
+
+        Raises:
+            ValueError: the payload has another number of bytes per row.
+        """
+        check_payload(self.name, self.bytes_per_row(self.width), payload)
+        scales, codes = _split_off_scales(payload, self._groups)
+        numbers = grouped(codes.contiguous().view(torch.int8).float(), self.group) * scales
+        return numbers.flatten(1)[:, : self.width]
+
+
+@dataclass(frozen=True, eq=False)
+class Int4:
+    """Four bits a number: the nearest of 16 uneven levels, in units of its group's extreme number.
+
+    The scale is the extreme number itself, sign included, so that it falls on the level near one: no level is spent on
+    the side where a group has no extreme. Rotated rows have nearly Gaussian groups, for which levels that are denser
+    near zero are closer than even steps (the idea of NF4: Dettmers et al., arXiv 2305.14314; there they are fixed, here
+    they are fitted).
+
+    Args:
+        width: numbers of a row.
+        group: neighbours that share a scale.
+        levels: (16,) ascending.
+    """
+
+    width: int
+    group: int
+    levels: Tensor
+
+    @property
+    def name(self) -> str:
+        """What recipes call it."""
+        return "int4"
+
+    @property
+    def _groups(self) -> int:
+        return -(-self.width // self.group)
+
+    def bytes_per_row(self, width: int) -> int:
+        """Payload bytes of one row of ``width`` numbers."""
+        check_width(self.name, self.width, width)
+        return self._groups * _SCALE_BYTES + -(-width // 2)
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """(n, width) numbers to (n, bytes per row) uint8."""
+        check_width(self.name, self.width, rows.shape[1])
+        groups = grouped(rows, self.group)
+        scales = _FLOAT16.encode(extremes(groups)[:, :, 0])
+        between = (self.levels[1:] + self.levels[:-1]) / 2
+        codes = torch.bucketize(groups / _divisor(scales), between).to(torch.uint8)
+        codes = pad(codes.flatten(1)[:, : self.width], (0, self.width % 2))
+        return torch.cat([scales, codes[:, 0::2] | codes[:, 1::2] << 4], dim=1)
+
+    def decode(self, payload: Tensor) -> Tensor:
+        """(n, bytes per row) uint8 to (n, width) float32.
+
+        Raises:
+            ValueError: the payload has another number of bytes per row.
+        """
+        check_payload(self.name, self.bytes_per_row(self.width), payload)
+        scales, pairs = _split_off_scales(payload, self._groups)
+        codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(1)[:, : self.width]
+        numbers = grouped(self.levels[codes.int()], self.group) * scales
+        return numbers.flatten(1)[:, : self.width]
