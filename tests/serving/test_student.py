@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import importlib
 import json
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,15 +26,12 @@ HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
-def student(local_ray: None, tiny_llama: Path) -> Iterator[str]:
+def student(serve_port: int, tiny_llama: Path) -> Iterator[str]:
     """The base URL of a student behind a token."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     settings = StudentSettings(model=str(tiny_llama), name="tiny", token="s3cret", concurrency=2, num_cpus=0.2)
-    serve.run(app(settings), name="student", route_prefix="/")
-    yield f"http://127.0.0.1:{port}/v1"
-    serve.shutdown()
+    serve.run(app(settings), name="student", route_prefix="/student")
+    yield f"http://127.0.0.1:{serve_port}/student/v1"
+    serve.delete("student")
 
 
 @pytest.fixture
@@ -72,7 +68,7 @@ def test_a_client_that_leaves_frees_the_replica(student: str) -> None:
     connection = http.client.HTTPConnection(str(at.hostname), at.port, timeout=20)
     body = json.dumps({"model": "tiny", "prompt": "so", "max_tokens": 2000, "stream": True})
     headers = {"Content-Type": "application/json", "Authorization": "Bearer s3cret"}
-    connection.request("POST", "/v1/completions", body, headers)
+    connection.request("POST", "/student/v1/completions", body, headers)
     answer = connection.getresponse()
     assert answer.readline().startswith(b"data: ")
     assert health(student)["active"] == 1
@@ -87,7 +83,7 @@ def test_a_client_that_leaves_frees_the_replica(student: str) -> None:
 def health(url: str) -> dict[str, Any]:
     at = urlsplit(url)
     connection = http.client.HTTPConnection(str(at.hostname), at.port, timeout=20)
-    connection.request("GET", "/healthz")
+    connection.request("GET", "/student/healthz")
     return dict(json.loads(connection.getresponse().read()))
 
 
