@@ -373,7 +373,10 @@ class RemoteMiddle:
             return LinkDown("the replica left")
         if reply.kind is not Kind.ERROR:
             return LinkError(f"the cloud answered {reply.kind.name} where it should have opened a session")
-        return LinkError(f"the cloud refused the session: {body(reply, Refusal).message}")
+        refusal = body(reply, Refusal)
+        if refusal.code == "frame":
+            return LinkDown(refusal.message)
+        return LinkError(f"the cloud refused the session: {refusal.message}")
 
     def _put(self, frame: Frame) -> None:
         if self._channel is None:

@@ -1,0 +1,68 @@
+"""The codec benchmark on a tiny model: what it counts and what it compares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from raycloud.benchmarks import codecs
+from raycloud.benchmarks.codecs import Score, best, crossed, total
+from raycloud.link.codecs.boundary import Boundary, plain_boundary
+from raycloud.link.codecs.quantised import Int8
+
+
+def test_figures_of_a_tiny_model(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = codecs.run(True, model=str(tiny_llama), pairs=((1, 3), (0, 4)), train_tokens=1000, test_tokens=250)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert result["header_bytes"] == 80
+    for pair in ("1-3", "0-4"):
+        of = {name: by_pair[pair] for name, by_pair in result["codecs"].items()}
+        assert of["float16"]["bytes_per_unit"] == of["bfloat16"]["bytes_per_unit"] == 2
+        assert of["float16"]["kl"] < of["int8"]["kl"] < of["int4"]["kl"]
+        assert of["float16"]["top1_agreement"] > 0.95
+        assert of["int4"]["bytes_per_unit"] < of["int8"]["bytes_per_unit"] < 2
+        assert of["int8"]["ppl_ratio"] == pytest.approx(1, abs=0.01)
+        assert of["int8"]["tokens"] == result["tokens"] - result["texts"]
+    assert set(result["best"]) == {"int8", "int4"}
+    assert result["best"]["int8"]["worst"]["cuts"] in ("1-3", "0-4")
+
+
+def test_each_text_is_coded_from_its_own_beginning_and_padding_costs_nothing() -> None:
+    code = Boundary(Int8(8, 8), 8, first=1)
+    rows = torch.randn(2, 5, 8)
+    valid = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    score = Score()
+    arrived = crossed(code, rows, valid, score)
+    assert score.coded_bytes == code.payload_bytes(0, 5) + code.payload_bytes(0, 3) == 2 * 16 + 6 * 10
+    assert score.units == 8 * 8
+    assert torch.equal(arrived[:, 0], rows[:, 0].bfloat16().float())
+    assert torch.equal(arrived[1, 3:], torch.zeros(2, 8))
+
+
+def test_an_exact_code_changes_nothing(tiny_llama: Path) -> None:
+    from raycloud.data.batches import Sample, in_length_order
+    from raycloud.models.loading import load
+
+    exact = plain_boundary("float32", 16)
+    texts = [Sample(tuple(range(5, 5 + n)), 0) for n in (7, 9, 4)]
+    with torch.inference_mode():
+        forced = codecs.Forced(load(str(tiny_llama), device="cpu"), in_length_order(texts, 2, pad=0), (1, 3))
+        scores = [forced.judge(number, (1, 3), {"float32": (exact, exact)})["float32"] for number in (0, 1)]
+    figures = total(scores).figures()
+    assert figures["tokens"] == 20 - 3
+    assert figures["ppl_ratio"] == pytest.approx(1, abs=1e-6)
+    assert figures["kl"] == pytest.approx(0, abs=1e-6)
+    assert figures["top1_agreement"] == 1
+    assert figures["bytes_per_unit"] == 4
+
+
+def test_the_median_and_the_worst_cut() -> None:
+    by_pair = {f"{at}-9": {"bytes_per_unit": 0.5 + at, "ppl_ratio": ratio} for at, ratio in enumerate((1.1, 1.3, 1.0))}
+    assert best(by_pair) == {
+        "bytes_per_unit": 1.5,
+        "ppl_ratio": 1.1,
+        "worst": {"cuts": "1-9", "bytes_per_unit": 1.5, "ppl_ratio": 1.3},
+    }

@@ -1,0 +1,241 @@
+"""A host with a tiny model, and edges that speak with it frame by frame, for tests of the protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from raycloud.link.channel import LinkDown
+from raycloud.link.codecs.boundary import plain_boundary
+from raycloud.link.frames import Frame, Kind, Open, Opened, Refusal, body, unpack
+from raycloud.models.segments import Segment
+from raycloud.split.cloud.engine import Engine
+from raycloud.split.cloud.host import Host
+from raycloud.split.cloud.limits import Limits
+from raycloud.split.middle import Trip, middle_state
+from raycloud.split.parts import CloudPart
+from raycloud.split.plan import PlanSet, SplitPlan
+from raycloud.split.terms import Codecs
+from tests.models.families import tiny
+
+WIDTH, BLOCKS, FIRST, SECOND = 32, 6, 2, 4
+PLANS = PlanSet((FIRST,), (SECOND,))
+MODEL = tiny("llama", dtype=torch.float32, seed=4)
+MIDDLE = Segment(MODEL, 0, BLOCKS, embed=False, head=False)
+PART = CloudPart(MIDDLE, PlanSet((0,), (BLOCKS,)), "model")
+NARROW = CloudPart(Segment(MODEL, 1, 5, embed=False, head=False), PlanSet((1,), (5,)), "model")
+CODE = plain_boundary("float32", WIDTH)
+ASKED = Open(fingerprint="model", codec="float32", firsts=[FIRST], seconds=[SECOND], max_tokens=100)
+
+
+def coded(rows: Tensor, pos: int = 0) -> bytes:
+    return CODE.encode(rows, pos).numpy().tobytes()
+
+
+def text(rows: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def expected(rows: Tensor, sizes: list[int]) -> list[bytes]:
+    """What the middle makes of rows that come in steps of these sizes."""
+    state, made, start = middle_state(MIDDLE, PLANS, BLOCKS), [], 0
+    for size in sizes:
+        part = rows[None, start : start + size]
+        made.append(coded(state.step(Trip(SplitPlan(FIRST, SECOND), part, start, size, start))[0]))
+        start += size
+    return made
+
+
+class Wire:
+    """The cloud's end of a connection whose other end is the test."""
+
+    def __init__(self) -> None:
+        self.up: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.down: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.taken = asyncio.Event()
+        self.taken.set()
+        self.reason: str | None = None
+
+    async def receive(self) -> bytes:
+        if self.reason is not None:
+            raise LinkDown("closed")
+        if (data := await self.up.get()) is None:
+            raise LinkDown("the peer left")
+        return data
+
+    async def send(self, data: bytes) -> None:
+        await self.taken.wait()
+        if self.reason is not None:
+            raise LinkDown("closed")
+        self.down.put_nowait(data)
+
+    async def close(self, reason: str) -> None:
+        if self.reason is None:
+            self.reason = reason
+            self.up.put_nowait(None)
+            self.down.put_nowait(None)
+
+
+@dataclass
+class Peer:
+    """An edge that says what a test makes it say."""
+
+    all: ClassVar[list[Peer]] = []
+
+    wire: Wire
+    served: asyncio.Task[None]
+    session: bytes
+    epoch: int = 0
+
+    @classmethod
+    def connect(cls, host: Host, principal: str = "me", session: bytes = b"s" * 16) -> Peer:
+        wire = Wire()
+        peer = cls(wire, asyncio.create_task(host.serve(wire, principal)), session)
+        cls.all.append(peer)
+        return peer
+
+    def say(self, data: Frame | bytes) -> None:
+        self.wire.up.put_nowait(data.pack() if isinstance(data, Frame) else data)
+
+    async def hear(self) -> Frame | None:
+        """The next frame; None at the end of the connection."""
+        data = await self.wire.down.get()
+        if data is None:
+            self.wire.down.put_nowait(None)
+            return None
+        return unpack(data)
+
+    async def ask(self, data: Frame | bytes) -> Frame:
+        self.say(data)
+        frame = await self.hear()
+        assert frame is not None, self.wire.reason
+        return frame
+
+    async def refused(self, data: Frame | bytes, code: str) -> Refusal:
+        """The refusal that a frame meets."""
+        frame = await self.ask(data)
+        assert frame.kind is Kind.ERROR, frame
+        refusal = body(frame, Refusal)
+        assert refusal.code == code, refusal
+        return refusal
+
+    async def open(self, **changes: Any) -> Frame:
+        return await self.ask(self.opening(**changes))
+
+    def opening(self, **changes: Any) -> Frame:
+        return Frame(Kind.OPEN, self.session, self.epoch, payload=ASKED.model_copy(update=changes).pack())
+
+    async def opened(self, **changes: Any) -> Opened:
+        frame = await self.open(**changes)
+        assert frame.kind is Kind.OPEN_OK, body(frame, Refusal) if frame.kind is Kind.ERROR else frame
+        return body(frame, Opened)
+
+    def resume(self, epoch: int) -> Frame:
+        self.epoch = epoch
+        return Frame(Kind.RESUME, self.session, epoch)
+
+    def step(self, seq: int, rows: Tensor, pos: int, **changes: Any) -> Frame:
+        """A step with these rows from token ``pos`` on, all of which come back."""
+        frame = Frame(
+            Kind.STEP, self.session, self.epoch, seq, seq - 1, pos, pos, len(rows), len(rows), FIRST, SECOND,
+            payload=coded(rows, pos),
+        )  # fmt: skip
+        return replace(frame, **changes)
+
+    def leave(self) -> None:
+        self.wire.up.put_nowait(None)
+
+
+def sizes_of(total: int, size: int) -> list[int]:
+    return [min(size, total - start) for start in range(0, total, size)]
+
+
+async def generate(peer: Peer, rows: Tensor, size: int = 4, seq: int = 1) -> None:
+    """Send a text through an open session and compare every reply with the middle's own."""
+    sizes, pos = sizes_of(len(rows), size), 0
+    for number, (count, right) in enumerate(zip(sizes, expected(rows, sizes), strict=True)):
+        reply = await peer.ask(peer.step(seq + number, rows[pos : pos + count], pos))
+        assert (reply.kind, reply.seq, reply.pos, reply.rows) == (Kind.STEP_OK, seq + number, pos, count)
+        assert reply.payload == right
+        pos += count
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+class Gate:
+    """Holds the engine's steps up while it is shut, and counts them."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.reached = threading.Event()
+        self._open = threading.Event()
+        self._open.set()
+
+    def __call__(self, *_: Any) -> None:
+        self.steps += 1
+        self.reached.set()
+        assert self._open.wait(30)
+
+    def shut(self) -> None:
+        self.reached.clear()
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+
+@contextmanager
+def gated() -> Iterator[Gate]:
+    """A gate before the first block of the plan."""
+    gate = Gate()
+    hook = MIDDLE.blocks[FIRST].register_forward_pre_hook(gate)
+    try:
+        yield gate
+    finally:
+        gate.open()
+        hook.remove()
+
+
+def converse(
+    talk: Callable[[Host], Awaitable[None]], *, part: CloudPart = PART, codecs: Codecs | None = None, **limits: Any
+) -> None:
+    """Run a conversation with a fresh host; whatever it left pending or never looked at fails the test."""
+    engine, complaints = Engine(part), []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        host = Host(engine, codecs or Codecs(WIDTH), Limits(**limits), replica="r1")
+        async with asyncio.timeout(60):
+            try:
+                await talk(host)
+            finally:
+                peers, Peer.all[:] = list(Peer.all), []
+            await host.leave()
+            for peer in peers:
+                peer.leave()
+            await asyncio.gather(*(peer.served for peer in peers))
+        assert host.sessions == 0
+        assert host.kv_bytes == 0
+        # What is cancelled or closed may take a few turns to end.
+        async with asyncio.timeout(5):
+            while others := asyncio.all_tasks() - {asyncio.current_task()}:
+                await asyncio.wait(others, timeout=0.05)
+
+    try:
+        asyncio.run(main())
+        gc.collect(1)
+        assert complaints == []
+    finally:
+        engine.close()

@@ -1,0 +1,145 @@
+"""Which steps a session accepts: order, repeats, and every number of a header against what was granted."""
+
+from __future__ import annotations
+
+from asyncio import Future
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from raycloud.link.codecs.boundary import plain_boundary
+from raycloud.link.frames import HEADER_BYTES, MAX_FRAME, Frame, Kind
+from raycloud.split.cloud.limits import Limits
+from raycloud.split.cloud.session import Refused, Session
+from raycloud.split.middle import middle_state
+from raycloud.split.plan import PlanSet, SplitPlan
+from tests.split.cloud.peers import BLOCKS, MIDDLE
+
+WIDTH = 32
+PLANS = PlanSet((1, 2, 4), (2, 4, 6))
+
+
+def session(**limits: Any) -> Session:
+    """One that knows 10 tokens after 3 steps."""
+    return Session(
+        b"s" * 16,
+        "me",
+        middle_state(MIDDLE, PLANS, BLOCKS),
+        PLANS,
+        {cut: plain_boundary("float32", WIDTH) for cut in PLANS.cuts},
+        codec=0,
+        max_tokens=40,
+        limits=Limits(**{"rows": 16, **limits}),
+        expires=5.0,
+        tokens=10,
+        next_seq=4,
+    )
+
+
+def step(**changes: Any) -> Frame:
+    frame = Frame(Kind.STEP, b"s" * 16, 0, 4, keep=10, pos=10, rows=3, out_rows=3, first=2, second=4)
+    frame = replace(frame, **changes)
+    return frame if "payload" in changes else replace(frame, payload=bytes(frame.rows * WIDTH * 4))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"first": 1, "second": 6},
+        {"rows": 16, "out_rows": 0},
+        {"rows": 1, "out_rows": 11},
+        {"pos": 0, "rows": 13},
+        {"pos": 5, "keep": 5, "rows": 2},
+        {"pos": 0, "keep": 0, "rows": 1, "out_rows": 1},
+        {"kind": Kind.REPLAY, "out_rows": 0},
+    ],
+)
+def test_steps_within_the_grant_pass(changes: dict[str, Any]) -> None:
+    frame = step(**changes)
+    assert session().check(frame) == SplitPlan(frame.first, frame.second)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"codec": 1}, "codec", "codec 1 was not agreed on"),
+        ({"first": 0}, "plan", r"cuts \(0, 4\)"),
+        ({"second": 5}, "plan", r"cuts \(2, 5\)"),
+        ({"first": 4, "second": 2}, "plan", r"cuts \(4, 2\)"),
+        ({"first": 2, "second": 2}, "plan", "nothing to do"),
+        ({"first": 65535, "second": 65535}, "plan", "not agreed on"),
+        ({"rows": 0}, "rows", "1 to 16 rows, got 0"),
+        ({"rows": 17}, "rows", "1 to 16 rows, got 17"),
+        ({"rows": 2**32 - 1, "payload": b""}, "rows", "1 to 16 rows"),
+        ({"pos": 11, "keep": 11}, "position", "do not follow 11 of 10 tokens"),
+        ({"pos": 11}, "position", "do not follow"),
+        ({"pos": 5, "keep": 4}, "position", "do not follow"),
+        ({"keep": 11}, "position", "do not follow"),
+        ({"pos": 2**32 - 1, "keep": 2**32 - 1}, "tokens", "beyond the 40 granted"),
+        ({"out_rows": 14}, "rows", "14 rows cannot come back from 13 tokens"),
+        ({"out_rows": 2**32 - 1}, "rows", "cannot come back"),
+        ({"kind": Kind.REPLAY}, "rows", "3 rows cannot come back"),
+        ({"payload": b""}, "payload", "3 rows have 384 bytes, got 0"),
+        ({"payload": bytes(383)}, "payload", "got 383"),
+        ({"payload": bytes(385)}, "payload", "got 385"),
+    ],
+)
+def test_steps_beyond_the_grant_are_refused(changes: dict[str, Any], code: str, message: str) -> None:
+    with pytest.raises(Refused, match=message) as caught:
+        session().check(step(**changes))
+    assert caught.value.code == code
+
+
+def test_a_step_may_end_with_the_last_token_granted() -> None:
+    held = session()
+    held.tokens = 38
+    held.check(step(keep=38, pos=38, rows=2, out_rows=2))
+    with pytest.raises(Refused, match="token 41 is beyond the 40 granted"):
+        held.check(step(keep=38, pos=38, rows=3))
+
+
+def test_replies_that_no_frame_can_hold_are_refused_before_they_are_computed() -> None:
+    held = session()
+    most = (MAX_FRAME - HEADER_BYTES) // (WIDTH * 4)
+    held.tokens, held.max_tokens = most, most + 10
+    held.check(step(keep=most, pos=most, out_rows=most))
+    with pytest.raises(Refused, match=f"{most + 1} rows do not fit one frame"):
+        held.check(step(keep=most, pos=most, out_rows=most + 1))
+
+
+def test_accepted_steps_move_the_session_on() -> None:
+    held = session()
+    held.accept(step())
+    assert (held.tokens, held.next_seq) == (13, 5)
+    held.accept(step(seq=5, pos=2, keep=13, rows=3))  # catches up below what is known
+    assert (held.tokens, held.next_seq) == (13, 6)
+    held.accept(step(seq=6, pos=4, keep=4, rows=2))  # and this one forgets
+    assert (held.tokens, held.next_seq) == (6, 7)
+
+
+def test_only_known_steps_are_repeats() -> None:
+    held = session()
+    held.replies[3] = Frame(Kind.STEP_OK, seq=3)
+    held.pending[2] = Future.__new__(Future)
+    assert not held.repeated(step(seq=4))
+    assert held.repeated(step(seq=3))
+    assert held.repeated(step(seq=2))
+    for seq, code in ((0, "gap"), (5, "gap"), (2**64 - 1, "gap"), (1, "gone")):
+        with pytest.raises(Refused) as caught:
+            held.repeated(step(seq=seq))
+        assert (caught.value.code, caught.value.expected) == (code, 4)
+
+
+def test_only_the_latest_replies_are_kept() -> None:
+    held = session(replies=3)
+    for seq in range(1, 8):
+        held.keep_reply(Frame(Kind.STEP_OK, seq=seq))
+    assert list(held.replies) == [5, 6, 7]
+
+
+def test_any_frame_renews_the_lease() -> None:
+    held = session(lease_s=30)
+    held.renew(100.0)
+    assert held.expires == 130.0
