@@ -38,7 +38,7 @@ def run(as_json: bool) -> dict[str, float]:
             second=SECOND,
             calibration=str(calibrated(FIRST, SECOND, folder)),
             token="benchmark",
-            threads=torch.get_num_threads(),
+            threads=1,
         )
         with local_cloud(settings) as cloud:
             far = remote(SMOLLM2, cloud, codec=CODEC, device="cpu", dtype="float32")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from raycloud.link.channel import Channel, Metered
 from raycloud.link.codecs import CODECS
 from raycloud.link.meter import Meter
 from raycloud.link.network import Network, Shaped
-from raycloud.link.websocket import WebSocketChannel, check_url
+from raycloud.link.websocket import WebSocketChannel, check_url, trusting
 from raycloud.models.loading import Device, DType, load_tokenizer
 from raycloud.models.text import TextModel, end_ids
 from raycloud.split.calibration import Calibration
@@ -97,7 +96,7 @@ class Cloud:
         request = Request(urlunsplit((scheme, parts.netloc, path, "", "")))
         if self.token:
             request.add_header("Authorization", f"Bearer {self.token}")
-        context = ssl.create_default_context(cafile=self.certificates) if scheme == "https" else None
+        context = trusting(self.certificates) if scheme == "https" else None
         try:
             with urlopen(request, timeout=20, context=context) as answer:
                 content: bytes = answer.read(_MAX_ANSWER)

@@ -137,10 +137,9 @@ class _LoopbackEnd:
         self.closed = threading.Event()
 
     async def receive(self) -> bytes:
-        if self.closed.is_set() and self.up.empty():
-            raise LinkDown("the channel is closed")
         data = await self.up.get()
         if data is None:
+            self.up.put_nowait(None)
             raise LinkDown("the peer closed the channel")
         return data
 

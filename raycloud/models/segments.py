@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from raycloud.models.anatomy import anatomy_of, base_of, blocks_of, find, layer_type, window
 from raycloud.models.cache import KVCache
+from raycloud.models.rotary import Angles
 
 
 class Segment(nn.Module):
@@ -47,9 +48,13 @@ class Segment(nn.Module):
         self.is_first = lo == 0 if embed is None else embed
         self.is_last = hi == len(blocks) if head is None else head
         self.blocks = nn.ModuleList(blocks[lo:hi])
+        # Asked once: configurations are slow to answer.
+        self._kinds = [(window(self.config, index), layer_type(self.config, index)) for index in range(lo, hi)]
         self._embedding = self._register(base, self.anatomy.embedding) if self.is_first else {}
         self._after = self._register(base, self.anatomy.after) if self.is_last else {}
-        self.rotary = find(base, self.anatomy.rotary) if self.anatomy.rotary else None
+        rotary = find(base, self.anatomy.rotary) if self.anatomy.rotary else None
+        self.rotary: nn.Module | None = rotary
+        self._angles = Angles(rotary, self.anatomy.rotary_per_layer_type) if rotary is not None else None
         self.head: nn.Module | None = find(model, self.anatomy.head) if self.is_last else None
 
     def _register(self, base: nn.Module, paths: tuple[str, ...]) -> dict[str, nn.Module]:
@@ -104,14 +109,13 @@ class Segment(nn.Module):
         masks: dict[int | None, Tensor | None] = {}
         angles: dict[str, tuple[Tensor, Tensor]] = {}
         for index in range(lo, hi):
-            span, kind = window(self.config, index), layer_type(self.config, index)
+            span, kind = self._kinds[index - self.lo]
             if span not in masks:
                 masks[span] = self._mask(store, past, total, span, rows.dtype)
             extra = {}
-            if self.rotary is not None:
+            if self._angles is not None:
                 if kind not in angles:
-                    by_kind = (kind,) if self.anatomy.rotary_per_layer_type else ()
-                    angles[kind] = self.rotary(rows, positions, *by_kind)
+                    angles[kind] = self._angles.at(positions, total, kind, rows)
                 extra["position_embeddings"] = angles[kind]
             block = self.blocks[index - self.lo]
             rows = block(rows, attention_mask=masks[span], position_ids=positions, past_key_values=cache, **extra)

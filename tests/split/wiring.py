@@ -87,7 +87,7 @@ class Cloud:
 def cloud(family: str = "llama", codecs: Codecs | None = None, **limits: Any) -> Iterator[Cloud]:
     model = tiny(family, dtype=torch.float32, seed=4)
     part = CloudPart(Segment(model, 0, BLOCKS, embed=False, head=False), PlanSet((0,), (BLOCKS,)), "model")
-    engine, agreed, failures = Engine(part), codecs or Codecs(WIDTH), list[BaseException]()
+    engine, agreed, failures = Engine(part, threads=1), codecs or Codecs(WIDTH), list[BaseException]()
     host = Host(engine, agreed, Limits(**{"rows": 16, **limits}))
 
     async def serve(connection: Connection) -> None:

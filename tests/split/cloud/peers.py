@@ -212,7 +212,7 @@ def converse(
     talk: Callable[[Host], Awaitable[None]], *, part: CloudPart = PART, codecs: Codecs | None = None, **limits: Any
 ) -> None:
     """Run a conversation with a fresh host; whatever it left pending or never looked at fails the test."""
-    engine, complaints = Engine(part), []
+    engine, complaints = Engine(part, threads=1), []
 
     async def main() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
