@@ -32,7 +32,7 @@ JUDGED = ("int8", "int4")
 """Codecs with a target."""
 BESIDE = ("float16", "bfloat16", "low-rank", "low-rank-int8")
 """Codecs that are shown beside them, on every fourth batch."""
-TEST_TOKENS = 10_000
+TEST_TOKENS = 6_000
 HEADER_BYTES = 80
 """Of a frame, whatever the rows in it."""
 
