@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raycloud.models.anatomy import anatomy_of, base_of, blocks_of, find, layer_type, window
+from raycloud.models.attention import PLAIN
 from raycloud.models.cache import KVCache
 from raycloud.models.rotary import Angles
 
@@ -143,7 +144,7 @@ class Segment(nn.Module):
         if store.all_valid and unbounded:
             if not self.anatomy.causal or one_row:
                 return None
-            if past == 0 and self.config._attn_implementation == "sdpa":
+            if past == 0 and self.config._attn_implementation in ("sdpa", PLAIN):
                 return None
         allowed = torch.ones(keys.shape[0], total - past, total, dtype=torch.bool, device=keys.device)
         if self.anatomy.causal:

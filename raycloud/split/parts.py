@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from raycloud.errors import ModelError, ResultError
+from raycloud.models.attention import PLAIN
 from raycloud.models.checkpoint import CONFIG, Checkpoint, materialise, skeleton, stored_names
 from raycloud.models.loading import Device, DType, load_config, load_tokenizer, pick_device, pick_dtype, resolve
 from raycloud.models.segments import Segment
@@ -203,7 +204,10 @@ def _skeleton(
     config: PretrainedConfig, device: Device, dtype: DType, attention: Attention
 ) -> tuple[PreTrainedModel, torch.device]:
     place = pick_device(device)
-    return skeleton(config, dtype=pick_dtype(dtype, place), attention=attention, device=place), place
+    model = skeleton(config, dtype=pick_dtype(dtype, place), attention=attention, device=place)
+    if attention == "sdpa":
+        model.set_attn_implementation(PLAIN)
+    return model, place
 
 
 def _segments(model: PreTrainedModel, plans: PlanSet, side: Side) -> list[Segment]:

@@ -89,6 +89,8 @@ class PlanSet:
 
     def draw(self, source: random.Random) -> SplitPlan:
         """One plan: a first, then a second at or above it, each uniformly."""
+        if self.fixed:
+            return SplitPlan(self.firsts[0], self.seconds[0])
         first = source.choice([first for first in self.firsts if first <= max(self.seconds)])
         return SplitPlan(first, source.choice([second for second in self.seconds if second >= first]))
 
