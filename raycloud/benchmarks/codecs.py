@@ -19,6 +19,7 @@ from torch import Tensor
 from raycloud.benchmarks.measure import show
 from raycloud.data.batches import IGNORE, Batch, in_length_order
 from raycloud.link.codecs.boundary import Boundary
+from raycloud.link.frames import HEADER_BYTES
 from raycloud.models.loading import Pretrained, load
 from raycloud.models.segments import Segment
 from raycloud.report.console import bars, console, working
@@ -33,8 +34,6 @@ JUDGED = ("int8", "int4")
 BESIDE = ("float16", "bfloat16", "low-rank", "low-rank-int8")
 """Codecs that are shown beside them, on every fourth batch."""
 TEST_TOKENS = 6_000
-HEADER_BYTES = 80
-"""Of a frame, whatever the rows in it."""
 
 _BATCH = 16
 _CHUNK = 256

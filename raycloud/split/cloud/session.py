@@ -79,7 +79,7 @@ class Session:
         """
         if frame.codec != self.codec:
             raise Refused("codec", f"codec {frame.codec} was not agreed on")
-        if frame.first > frame.second or frame.first not in self.plans.firsts or frame.second not in self.plans.seconds:
+        if frame.first > frame.second or not self.plans.allows(SplitPlan(frame.first, frame.second)):
             raise Refused("plan", f"cuts ({frame.first}, {frame.second}) were not agreed on")
         if frame.first == frame.second:
             raise Refused("plan", f"cuts ({frame.first}, {frame.second}) leave nothing to do here")
