@@ -7,13 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
 from pydantic import ValidationError
-from transformers import GenerationConfig
 
 from raycloud.errors import LinkError
 from raycloud.fetch import cache_dir, prepared
@@ -22,10 +20,10 @@ from raycloud.link.codecs import CODECS
 from raycloud.link.meter import Meter
 from raycloud.link.network import Network, Shaped
 from raycloud.link.websocket import WebSocketChannel, check_url, trusting
-from raycloud.models.loading import Device, DType, load_tokenizer
-from raycloud.models.text import TextModel, end_ids
+from raycloud.models.loading import Device, DType
+from raycloud.models.text import TextModel
 from raycloud.split.calibration import Calibration
-from raycloud.split.generation import SplitModel
+from raycloud.split.generation import SplitModel, text_model
 from raycloud.split.offer import Offer
 from raycloud.split.parts import load_edge
 from raycloud.split.remote import RemoteMiddle, Terms
@@ -158,8 +156,4 @@ def remote(
     )
     connect = partial(cloud.channel, meter or Meter())
     split = SplitModel(part.first, part.last, lambda: RemoteMiddle(connect, terms), part.plans)
-    tokenizer = load_tokenizer(part.source)
-    generation: Any = None
-    if (Path(part.source) / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(part.source)
-    return TextModel(split, tokenizer, end_ids(tokenizer, part.config, generation))
+    return text_model(part, split)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from raycloud.errors import ModelError
-from raycloud.models.loading import load
-from raycloud.models.segments import Segment
-from raycloud.models.text import TextModel, end_ids
-from raycloud.split.generation import SplitModel
-from raycloud.split.middle import LocalMiddle, middle_state
+from raycloud.models.anatomy import anatomy_of
+from raycloud.models.loading import load_config, resolve
+from raycloud.models.text import TextModel
+from raycloud.split.generation import in_process, text_model
+from raycloud.split.parts import load_edge
 from raycloud.split.plan import PlanSet, SplitPlan
 
 
@@ -24,18 +24,10 @@ def whole(source: str, notify: Callable[[str], None] = lambda line: None) -> Tex
         ModelError: it cannot be loaded, or it is an encoder.
         FetchError: the built-in cannot be had.
     """
-    loaded = load(source, notify=notify)
-    model = loaded.model
-    everything = Segment(model)
-    if not everything.anatomy.causal:
+    where = resolve(source, notify)
+    config = load_config(where)
+    if not anatomy_of(config).causal:
         raise ModelError(f"'{source}' is an encoder; only a causal language model writes text")
-    blocks = everything.hi
-    plans = PlanSet.of(SplitPlan(blocks, blocks))
-    nothing = Segment(model, blocks, blocks, embed=False, head=False)
-    split = SplitModel(
-        Segment(model, 0, blocks, head=False),
-        Segment(model, blocks, blocks),
-        lambda: LocalMiddle(middle_state(nothing, plans, blocks)),
-        plans,
-    )
-    return TextModel(split, loaded.tokenizer, end_ids(loaded.tokenizer, model.config, model.generation_config))
+    blocks = config.num_hidden_layers
+    part = load_edge(where, PlanSet.of(SplitPlan(blocks, blocks)), notify=notify)
+    return text_model(part, in_process(part))

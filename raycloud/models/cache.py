@@ -7,6 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_FEWEST = 256
+_counts: dict[torch.device, Tensor] = {}
+
+
+def _counted(tokens: int, device: torch.device) -> Tensor:
+    """0, 1, 2, … (1, at least ``tokens``), made once per device: a slice of it costs a fraction of another one."""
+    count = _counts.get(device)
+    if count is None or count.shape[1] < tokens:
+        # A plain tensor even in inference mode: training may use it later.
+        with torch.inference_mode(False):
+            count = _counts[device] = torch.arange(max(_FEWEST, 2 * tokens), device=device)[None]
+    return count
+
 
 class KVCache:
     """Append-only keys and values of one batch for the blocks of one or more segments.
@@ -20,13 +33,12 @@ class KVCache:
     def __init__(self) -> None:
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
         self._lengths: dict[int, int] = {}
-        self.positions: Tensor | None = None
+        self._batch, self._device = 1, torch.device("cpu")
+        # Positions, where they are not simply the tokens' numbers.
+        self._padded: Tensor | None = None
         self.valid: Tensor | None = None
-
-    @property
-    def length(self) -> int:
+        self.length = 0
         """Tokens known, padding included."""
-        return 0 if self.positions is None else self.positions.shape[1]
 
     def filled(self, block: int) -> int:
         """Tokens whose keys and values ``block`` holds."""
@@ -49,27 +61,29 @@ class KVCache:
         """Whether no remembered token is padding."""
         return self.valid is None
 
-    def next_positions(self, valid: Tensor | None, batch: int, rows: int, device: torch.device) -> Tensor:
-        """Positions (B, T) of the next ``rows`` tokens: they count valid tokens only."""
-        if self.positions is None:
-            start = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        elif self.valid is None:
-            start = self.positions[:, -1:] + 1
-        else:
-            start = self.valid.sum(dim=1, keepdim=True)
-        if valid is None:
-            return start + torch.arange(rows, device=device)
-        return (start + valid.long().cumsum(dim=1) - 1).clamp_min(0)
+    def extend(self, batch: int, rows: int, valid: Tensor | None, device: torch.device) -> None:
+        """Make the next ``rows`` tokens of a batch known; their keys and values follow block by block.
 
-    def extend(self, positions: Tensor, valid: Tensor | None) -> None:
-        """Remember where the next tokens stand; their keys and values follow block by block."""
+        Args:
+            batch: texts, the same number every time.
+            rows: tokens of each.
+            valid: (B, rows), False for padding; None if there is none.
+            device: where positions are wanted.
+        """
+        self._batch, self._device = batch, device
         if self.valid is not None or valid is not None:
-            old = self.valid
-            if old is None:
-                old = torch.ones(positions.shape[0], self.length, dtype=torch.bool, device=positions.device)
-            new = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid
-            self.valid = torch.cat([old, new], dim=1)
-        self.positions = positions if self.positions is None else torch.cat([self.positions, positions], dim=1)
+            ones = torch.ones(batch, max(self.length, rows), dtype=torch.bool, device=device)
+            old = ones[:, : self.length] if self.valid is None else self.valid
+            self.valid = torch.cat([old, ones[:, :rows] if valid is None else valid], dim=1)
+            # Positions count valid tokens only.
+            self._padded = (self.valid.long().cumsum(dim=1) - 1).clamp_min(0)
+        self.length += rows
+
+    def positions(self, start: int, stop: int) -> Tensor:
+        """Positions (B, T) of the tokens ``[start, stop)``."""
+        if self._padded is not None:
+            return self._padded[:, start:stop]
+        return _counted(stop, self._device).narrow(1, start, stop - start).expand(self._batch, -1)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append (B, H, T, d_head) keys and values of one block and return all of them."""
@@ -108,7 +122,7 @@ class KVCache:
         if keep == 0:
             self.__init__()  # type: ignore[misc]
             return
-        assert self.positions is not None
-        self.positions = self.positions[:, :keep]
+        self.length = keep
         self.valid = None if self.valid is None else self.valid[:, :keep]
+        self._padded = None if self._padded is None else self._padded[:, :keep]
         self._lengths = {block: min(length, keep) for block, length in self._lengths.items()}

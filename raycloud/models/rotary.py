@@ -26,8 +26,8 @@ class Angles:
         self._rotary, self._per_layer_type = rotary, per_layer_type
         self._tables: dict[tuple[str, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def at(self, positions: Tensor, tokens: int, kind: str, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (B, T, h) at positions (B, T).
+    def at(self, positions: Tensor | range, tokens: int, kind: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (B, T, h) at positions (B, T), or (1, T, h) at those of a range.
 
         Args:
             positions: all below ``tokens``.
@@ -37,6 +37,8 @@ class Angles:
         """
         types = getattr(self._rotary, "rope_type", "")
         if (types.get(kind, "") if isinstance(types, dict) else types) in _BY_LENGTH:
+            if isinstance(positions, range):
+                positions = torch.arange(positions.start, positions.stop, device=like.device)[None]
             return self._asked(positions, kind, like)
         key = (kind, like.dtype, like.device)
         table = self._tables.get(key)
@@ -46,6 +48,9 @@ class Angles:
                 every = torch.arange(max(_FEWEST, 2 * tokens), device=like.device)[None]
                 cos, sin = self._asked(every, kind, torch.empty(0, dtype=like.dtype, device=like.device))
                 table = self._tables[key] = (cos[0], sin[0])
+        if isinstance(positions, range):
+            start, count = positions.start, len(positions)
+            return table[0].narrow(0, start, count)[None], table[1].narrow(0, start, count)[None]
         return F.embedding(positions, table[0]), F.embedding(positions, table[1])
 
     def _asked(self, positions: Tensor, kind: str, like: Tensor) -> tuple[Tensor, Tensor]:

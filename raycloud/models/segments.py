@@ -6,6 +6,9 @@ different lengths and a part in the middle never has to guess where it stands.
 
 from __future__ import annotations
 
+from itertools import islice
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -79,9 +82,8 @@ class Segment(nn.Module):
         """
         store = KVCache() if cache is None else cache
         past = store.length
-        positions = store.next_positions(valid, x.shape[0], x.shape[1], x.device)
-        store.extend(positions, valid)
-        rows = self.embed(x, positions) if self.is_first else x
+        store.extend(x.shape[0], x.shape[1], valid, x.device)
+        rows = self.embed(x, store.positions(past, store.length)) if self.is_first else x
         return self.finish(self._through(rows, store, past, self.lo, self.hi, remember=cache is not None))
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -103,24 +105,29 @@ class Segment(nn.Module):
         return rows
 
     def _through(self, rows: Tensor, store: KVCache, past: int, lo: int, hi: int, *, remember: bool) -> Tensor:
-        assert store.positions is not None
-        cache = store if remember else None
-        total = past + rows.shape[1]
-        positions = store.positions[:, past:total]
-        masks: dict[int | None, Tensor | None] = {}
-        angles: dict[str, tuple[Tensor, Tensor]] = {}
-        for index in range(lo, hi):
-            span, kind = self._kinds[index - self.lo]
-            if span not in masks:
-                masks[span] = self._mask(store, past, total, span, rows.dtype)
-            extra = {}
-            if self._angles is not None:
-                if kind not in angles:
-                    angles[kind] = self._angles.at(positions, total, kind, rows)
-                extra["position_embeddings"] = angles[kind]
-            block = self.blocks[index - self.lo]
-            rows = block(rows, attention_mask=masks[span], position_ids=positions, past_key_values=cache, **extra)
+        begin, end = lo - self.lo, hi - self.lo
+        known: dict[tuple[int | None, str], dict[str, Any]] = {}
+        # Iterating is many times cheaper than indexing a list of modules, and this runs for every token.
+        for kind, block in zip(self._kinds[begin:end], islice(self.blocks, begin, end), strict=True):
+            if kind not in known:
+                known[kind] = self._arguments(kind, rows, store, past)
+                known[kind]["past_key_values"] = store if remember else None
+            rows = block(rows, **known[kind])
         return rows
+
+    def _arguments(self, kind: tuple[int | None, str], rows: Tensor, store: KVCache, past: int) -> dict[str, Any]:
+        """What every block of a kind is given for the tokens from ``past`` on, beside their rows and its cache."""
+        span, type_ = kind
+        total = past + rows.shape[1]
+        positions = store.positions(past, total)
+        arguments: dict[str, Any] = {
+            "attention_mask": self._mask(store, past, total, span, rows.dtype),
+            "position_ids": positions,
+        }
+        if self._angles is not None:
+            where = range(past, total) if store.all_valid else positions
+            arguments["position_embeddings"] = self._angles.at(where, total, type_, rows)
+        return arguments
 
     def logits(self, rows: Tensor) -> Tensor:
         """Logits (..., V) of final rows (..., d), soft-capped where the family does so."""
@@ -136,9 +143,6 @@ class Segment(nn.Module):
         With sdpa a missing mask means causal attention aligned to the first key, which is right only for a text from
         its beginning; with eager attention it means that every token sees every other.
         """
-        assert store.positions is not None
-        keys = store.positions[:, :total]
-        queries = keys[:, past:]
         unbounded = span is None or span >= total
         one_row = total - past == 1
         if store.all_valid and unbounded:
@@ -146,6 +150,8 @@ class Segment(nn.Module):
                 return None
             if past == 0 and self.config._attn_implementation in ("sdpa", PLAIN):
                 return None
+        keys = store.positions(0, total)
+        queries = keys[:, past:]
         allowed = torch.ones(keys.shape[0], total - past, total, dtype=torch.bool, device=keys.device)
         if self.anatomy.causal:
             distance = queries[:, :, None] - keys[:, None, :]

@@ -6,9 +6,13 @@ from collections.abc import Callable, Collection, Generator, Sequence
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
+from raycloud.models.checkpoint import Checkpoint
+from raycloud.models.loading import load_tokenizer
 from raycloud.models.sampling import GREEDY, Sampler, Sampling
 from raycloud.models.segments import Segment
+from raycloud.models.text import TextModel, end_ids
 from raycloud.split.middle import LocalMiddle, Middle, Trip, middle_state
 from raycloud.split.parts import CloudPart, EdgePart
 from raycloud.split.plan import PlanSet
@@ -146,6 +150,15 @@ class SplitModel:
         for _ in range(away):
             logits = triad.receive()
         return logits
+
+
+def text_model(part: EdgePart, split: SplitModel) -> TextModel:
+    """The model with the tokenizer and the end-of-text tokens that come with its edge part."""
+    tokenizer = load_tokenizer(part.source)
+    generation: GenerationConfig | None = None
+    if (path := Checkpoint(part.source).path("generation_config.json")) is not None:
+        generation = GenerationConfig.from_pretrained(path.parent)
+    return TextModel(split, tokenizer, end_ids(tokenizer, part.config, generation))
 
 
 def in_process(edge: EdgePart, cloud: CloudPart | None = None) -> SplitModel:

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from raycloud.errors import ModelError, ResultError
 from raycloud.models.attention import PLAIN
 from raycloud.models.checkpoint import CONFIG, Checkpoint, materialise, skeleton, stored_names
+from raycloud.models.layout import lay_out_for_one_row
 from raycloud.models.loading import Device, DType, load_config, load_tokenizer, pick_device, pick_dtype, resolve
 from raycloud.models.segments import Segment
 from raycloud.results import write_folder
@@ -116,6 +117,7 @@ def load_edge(
     model, place = _skeleton(config, device, dtype, attention)
     first, last = _segments(model, plans, "edge")
     materialise(model, [first, last], checkpoint, place)
+    lay_out_for_one_row([first, last])
     return EdgePart(first, last, plans, fingerprint, where)
 
 
@@ -133,6 +135,7 @@ def load_cloud(
     model, place = _skeleton(config, device, dtype, attention)
     [middle] = _segments(model, plans, "cloud")
     materialise(model, [middle], checkpoint, place)
+    lay_out_for_one_row([middle])
     return CloudPart(middle, plans, fingerprint)
 
 

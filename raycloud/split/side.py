@@ -39,9 +39,8 @@ class Side:
 
     def extend(self, batch: int, count: int, valid: Tensor | None, device: torch.device) -> Tensor:
         """Make ``count`` more tokens known; their positions (B, count)."""
-        positions = self.cache.next_positions(valid, batch, count, device)
-        self.cache.extend(positions, valid)
-        return positions
+        self.cache.extend(batch, count, valid, device)
+        return self.cache.positions(self.tokens - count, self.tokens)
 
     def run(self, lo: int, hi: int, rows: Tensor, start: int) -> tuple[Tensor, int]:
         """Bring blocks ``[lo, hi)`` up to the end of ``rows``.

@@ -21,7 +21,7 @@ from raycloud.benchmarks.split_exact import (
     random_reference,
     text_agrees,
 )
-from raycloud.models.cache import KVCache
+from raycloud.models.rotary import Angles
 from raycloud.models.segments import Segment
 from raycloud.split.generation import SplitModel
 from raycloud.split.middle import LocalMiddle, MiddleState, Trip
@@ -93,13 +93,12 @@ def test_a_missing_mask_for_several_rows_breaks_sdpa(monkeypatch: pytest.MonkeyP
 
 
 def test_positions_that_restart_break_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = KVCache.next_positions
+    plain = Angles.at
 
-    def restarting(cache: KVCache, valid: Tensor | None, batch: int, rows: int, device: torch.device) -> Tensor:
-        positions = plain(cache, valid, batch, rows, device)
-        return positions - positions[:, :1]
+    def restarting(angles: Angles, positions: range, tokens: int, kind: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        return plain(angles, range(len(positions)), tokens, kind, like)
 
-    monkeypatch.setattr(KVCache, "next_positions", restarting)
+    monkeypatch.setattr(Angles, "at", restarting)
     assert breaks("eager") and breaks("sdpa")
 
 

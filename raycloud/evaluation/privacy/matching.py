@@ -35,7 +35,7 @@ class Branches(KVCache):
     def __init__(self, trunk: KVCache, count: int) -> None:
         super().__init__()
         self._trunk = trunk
-        self.positions = None if trunk.positions is None else trunk.positions.expand(count, -1)
+        self.extend(count, trunk.length, None, trunk.positions(0, trunk.length).device)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """The trunk's keys and values, the same for every branch, with each branch's own (B, H, 1, d_head) behind."""
