@@ -145,15 +145,15 @@ def remote(
     if chosen not in offer.codecs:
         raise LinkError(f"{cloud.url} does not offer codec '{chosen}'; it offers: {', '.join(offer.codecs)}")
     calibration = None if chosen in CODECS else cloud.calibration(offer.calibration)
-    max_tokens = part.config.max_position_embeddings
     terms = Terms(
         part.fingerprint,
         part.plans,
         Codecs(part.config.hidden_size, calibration),
         chosen,
-        max_tokens,
+        offer.max_tokens,
         patience_s,
     )
     connect = partial(cloud.channel, meter or Meter())
-    split = SplitModel(part.first, part.last, lambda: RemoteMiddle(connect, terms), part.plans)
+    middle = partial(RemoteMiddle, connect, terms)
+    split = SplitModel(part.first, part.last, middle, part.plans, max_length=offer.max_tokens)
     return text_model(part, split)

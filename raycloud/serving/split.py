@@ -192,7 +192,7 @@ def app(settings: SplitSettings) -> Application:
         engine = Engine(part, metrics, settings.threads)
         replica = serve.get_replica_context().replica_id.unique_id
         host = Host(engine, codecs, settings.limits, metrics, replica)
-        return build_api(name, part, host, Offer.of(part, codecs), calibration, Doorkeeper(tokens))
+        return build_api(name, part, host, Offer.of(part, codecs, settings.limits), calibration, Doorkeeper(tokens))
 
     sockets = settings.limits.sessions + _IDLE_SOCKETS
     deployment = serve.deployment(

@@ -30,6 +30,7 @@ class SplitModel:
         chunk: tokens of a prompt that go through at once.
         ahead: chunks of a prompt on their way at the same time, so that edge, link and cloud work together.
         seed: of drawn plans, where there is more than one.
+        max_length: tokens that prompt and continuation may have together; None for as many as the model has positions.
     """
 
     def __init__(
@@ -42,15 +43,12 @@ class SplitModel:
         chunk: int = 128,
         ahead: int = 4,
         seed: int = 0,
+        max_length: int | None = None,
     ) -> None:
         self._first, self._last, self._connect = first, last, connect
         self._plans = plans.check(last.hi)
+        self.max_length = max_length or int(first.config.max_position_embeddings)
         self._chunk, self._ahead, self._seed = chunk, ahead if plans.fixed else 1, seed
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that prompt and continuation may have together."""
-        return int(self._first.config.max_position_embeddings)
 
     def open(self) -> Triad:
         """A fresh batch of texts; close it in the end."""

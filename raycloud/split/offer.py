@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from raycloud.errors import RaycloudError
 from raycloud.link.codecs import CODECS
+from raycloud.split.cloud.limits import Limits
 from raycloud.split.parts import CloudPart
 from raycloud.split.plan import PlanSet
 from raycloud.split.terms import CODEC_NUMBERS, Codecs
@@ -23,6 +24,8 @@ class Offer(BaseModel):
     codecs: tuple[str, ...]
     calibration: str = ""
     """Fingerprint of the calibration; empty if there is none."""
+    max_tokens: int = Field(ge=1)
+    """Longest text of a session."""
 
     @property
     def plans(self) -> PlanSet:
@@ -30,7 +33,7 @@ class Offer(BaseModel):
         return PlanSet(self.firsts, self.seconds)
 
     @classmethod
-    def of(cls, part: CloudPart, codecs: Codecs) -> Offer:
+    def of(cls, part: CloudPart, codecs: Codecs, limits: Limits) -> Offer:
         """The offer of one part."""
         usable = []
         for codec in CODEC_NUMBERS:
@@ -46,4 +49,5 @@ class Offer(BaseModel):
             fingerprint=part.fingerprint,
             codecs=tuple(usable),
             calibration=next((codecs.fingerprint(codec) for codec in usable if codec not in CODECS), ""),
+            max_tokens=min(limits.tokens, part.config.max_position_embeddings),
         )

@@ -39,6 +39,9 @@ HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 TOKEN = "s3cret"
 
 
+TOKENS = 96
+
+
 @pytest.fixture(scope="module")
 def parts(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model's exported parts."""
@@ -54,7 +57,7 @@ def cloud(serve_port: int, parts: Path) -> Iterator[Cloud]:
         model=str(parts / "cloud"),
         name="tiny",
         token=f"{TOKEN},other",
-        limits=Limits(lease_s=3, sessions=16),
+        limits=Limits(lease_s=3, sessions=16, tokens=TOKENS),
         num_cpus=0.2,
         threads=1,
     )
@@ -94,6 +97,12 @@ def test_text_is_that_of_the_whole_model(edge: TextModel, tiny_llama: Path, clou
         thread.join()
     assert made == [reference] * 4
     assert until(lambda: sessions(cloud) == 0)
+
+
+def test_a_text_may_be_as_long_as_the_cloud_grants(edge: TextModel) -> None:
+    prompt = list(range(5, 40))
+    assert edge.source.max_length == TOKENS
+    assert len(list(edge.source.stream(prompt, TOKENS - len(prompt)))) == TOKENS - len(prompt)
 
 
 def test_a_killed_replica_changes_no_token(edge: TextModel, tiny_llama: Path) -> None:

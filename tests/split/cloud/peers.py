@@ -44,12 +44,27 @@ def text(rows: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
+class Near(bytes):
+    """Numbers as float32 that equal others but for rounding, which may depend on the thread that computes them."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, bytes) or len(other) != len(self):
+            return False
+        mine, others = (torch.frombuffer(bytearray(one), dtype=torch.float32) for one in (self, other))
+        return bool(torch.allclose(mine, others, rtol=1e-5, atol=1e-5))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
 def expected(rows: Tensor, sizes: list[int]) -> list[bytes]:
     """What the middle makes of rows that come in steps of these sizes."""
     state, made, start = middle_state(MIDDLE, PLANS, BLOCKS), [], 0
     for size in sizes:
         part = rows[None, start : start + size]
-        made.append(coded(state.step(Trip(SplitPlan(FIRST, SECOND), part, start, size, start))[0]))
+        made.append(Near(coded(state.step(Trip(SplitPlan(FIRST, SECOND), part, start, size, start))[0])))
         start += size
     return made
 
