@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from raycloud.data.batches import IGNORE, Batch
@@ -51,25 +50,6 @@ class Objective(Recipe):
 
     def per_token(self, logits: Tensor, labels: Tensor, targets: TargetsAt) -> Tensor:
         """The loss of each token (c,), from logits (c, V), labels (c,) and the teacher's targets."""
-        raise NotImplementedError
-
-
-class Divergence(Objective):
-    """An objective that compares two distributions over the same support, at a temperature."""
-
-    temperature: float = Field(1.0, gt=0)
-    """Divides both models' logits."""
-    tau2_scale: bool = False
-    """Multiply by temperature², as some code does to keep the gradient's size; published numbers here are without."""
-
-    def per_token(self, logits: Tensor, labels: Tensor, targets: TargetsAt) -> Tensor:
-        """The divergence of each token (c,)."""
-        aim = targets(self.temperature)
-        values = self.between(aim.log_p, aim.log_q(logits, self.temperature))
-        return values * self.temperature**2 if self.tau2_scale else values
-
-    def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """D (c,) of the student's q from the teacher's p, both as log-probabilities (c, S)."""
         raise NotImplementedError
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from raycloud.distill.objective import Divergence
+from raycloud.distill.divergence import Divergence
 from raycloud.distill.objectives.adaptive_kl import AdaptiveKL
 from raycloud.distill.objectives.cross_entropy import CrossEntropy
 from raycloud.distill.objectives.forward_kl import ForwardKL

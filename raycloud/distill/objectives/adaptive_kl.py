@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raycloud.distill.objective import Divergence
+from raycloud.distill.divergence import Divergence
 from raycloud.distill.objectives.forward_kl import forward_kl
 from raycloud.distill.objectives.reverse_kl import reverse_kl
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from raycloud.distill.objective import Divergence
+from raycloud.distill.divergence import Divergence
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raycloud.distill.objective import Divergence
+from raycloud.distill.divergence import Divergence
 from raycloud.distill.objectives.forward_kl import forward_kl
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from raycloud.distill.objective import Divergence
+from raycloud.distill.divergence import Divergence
 from raycloud.distill.objectives.skewed_forward_kl import skewed_forward_kl
 
 
