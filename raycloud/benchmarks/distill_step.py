@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from raycloud.benchmarks.measure import PAIRS, in_subprocess, interleaved, median_ratio, peak_growth_mb, show
 from raycloud.data.batches import IGNORE
-from raycloud.distill.objective import StudentOutput, weighted_sum
+from raycloud.distill.objective import StudentOutput, TeacherOutput, weighted_sum
 from raycloud.distill.objectives import DIVERGENCES
 from raycloud.distill.signals import FrozenHead, Signal
 from raycloud.link.codecs import CODECS
@@ -63,7 +63,9 @@ class Case:
         coded = CODECS["float32"].encode(self.teacher_rows[mask])
         signal = Signal("", "hidden", "float32", {"rows": coded})
         student = StudentOutput(self.rows[mask], self.labels[mask], self.head)
-        loss = weighted_sum([(1.0, DIVERGENCES["forward_kl"]())], student, signal, FrozenHead(self.teacher_weight))
+        loss = weighted_sum(
+            [(1.0, DIVERGENCES["forward_kl"]())], student, TeacherOutput(signal, FrozenHead(self.teacher_weight))
+        )
         return self._gradients(loss.sum / loss.count)
 
     def _gradients(self, loss: Tensor) -> Gradients:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from raycloud.distill.objective import Objective, TargetsAt
+from raycloud.distill.objective import TeacherAt, TokenObjective
 
 
-class Divergence(Objective):
+class Divergence(TokenObjective):
     """An objective that compares two distributions over the same support, at a temperature."""
 
     temperature: float = Field(1.0, gt=0)
@@ -16,9 +16,9 @@ class Divergence(Objective):
     tau2_scale: bool = False
     """Multiply by temperature², as some code does to keep the gradient's size; published numbers here are without."""
 
-    def per_token(self, logits: Tensor, labels: Tensor, targets: TargetsAt) -> Tensor:
+    def per_token(self, logits: Tensor, labels: Tensor, teacher: TeacherAt) -> Tensor:
         """The divergence of each token (c,)."""
-        aim = targets(self.temperature)
+        aim = teacher(self.temperature)
         values = self.between(aim.log_p, aim.log_q(logits, self.temperature))
         return values * self.temperature**2 if self.tau2_scale else values
 

@@ -1,36 +1,60 @@
-"""What an objective is, and the weighted sum of several in one pass over the student's logits.
+"""What an objective is, and the weighted sum of several.
 
-Every objective is a pure function of what the student and the teacher say about response tokens, and yields a sum over
-them; the trainer divides by the number of tokens of the whole step.
+Every objective is a pure function of what the student and the teacher say about response tokens, and yields sums over
+them; the trainer divides by the number of the student's tokens in the whole step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from raycloud.data.batches import IGNORE, Batch
-from raycloud.distill.head_loss import head_loss
+from raycloud.distill.head_loss import Lane, head_loss
 from raycloud.distill.signals import FrozenHead, Signal, Targets
+from raycloud.link.codecs import CODECS
 from raycloud.models.segments import Segment
 from raycloud.recipe import Recipe
 from raycloud.training.loop import Loss
 
-TargetsAt = Callable[[float], Targets]
-"""The teacher's targets for the tokens at hand, at a temperature."""
+
+@dataclass(frozen=True)
+class Ids:
+    """The labelled tokens of a batch as one side's tokenizer has them, row-major over (text, position)."""
+
+    inputs: Tensor
+    """(n,): the token each of them is predicted from."""
+    labels: Tensor
+    """(n,)"""
+    offsets: Tensor
+    """(B + 1,): where each text begins."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> Ids:
+        """Those of a batch."""
+        wanted = batch.labels != IGNORE
+        ends = wanted.sum(dim=1).cumsum(dim=0)
+        return cls(batch.ids[wanted], batch.labels[wanted], torch.cat([ends.new_zeros(1), ends]))
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """The student at the labelled positions of a batch, row-major: final rows (n, d), labels (n,), and its head."""
+    """The student at the labelled positions of a batch: final rows (n, d), labels (n,), and its head."""
 
     rows: Tensor
     labels: Tensor
     head: nn.Linear
     softcap: float | None = None
+    ids: Ids | None = None
+    embedding: Tensor | None = None
+    """(V, d), for objectives that look at the tokens themselves."""
 
     @classmethod
     def of(cls, student: Segment, batch: Batch) -> StudentOutput:
@@ -40,24 +64,180 @@ class StudentOutput:
         wanted = batch.labels != IGNORE
         rows = student.rows(batch.ids, valid=None if bool(batch.valid.all()) else batch.valid)
         softcap = getattr(student.config, "final_logit_softcapping", None)
-        return cls(rows[wanted], batch.labels[wanted], student.head, softcap)
+        return cls(rows[wanted], batch.labels[wanted], student.head, softcap, Ids.of(batch), token_table(student))
+
+    def lane(self, *, frozen: bool = False) -> Lane:
+        """Its rows through its head."""
+        return Lane.of(self.rows, self.head, self.softcap, frozen=frozen)
+
+
+def token_table(model: Segment) -> Tensor | None:
+    """The input embedding (V, d) of a model, without a gradient."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            return module.weight.detach()
+    return None
+
+
+class Vocabularies(Protocol):
+    """Which words of two vocabularies mean the same."""
+
+    @property
+    def shared(self) -> tuple[Tensor, Tensor]:
+        """Student and teacher ids (s,), (s,) of the words that both have."""
+        ...
+
+    @property
+    def edges(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Student ids, teacher ids and weights (e,) each: where a teacher's word gives its probability to."""
+        ...
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """What the teacher says about the same texts, in tokens of its own.
+
+    With one tokenizer its tokens are the student's. With two, ``partner`` says for each of the student's which of its
+    own stands for the same choice.
+    """
+
+    signal: Signal
+    head: FrozenHead | None = None
+    """For ``hidden`` signals."""
+    partner: Tensor | None = None
+    """(n,), -1 where there is none; None where both have the same tokens."""
+    ids: Ids | None = None
+    embedding: Tensor | None = None
+    """(W, D)"""
+    words: Vocabularies | None = None
+    """None where both have the same vocabulary."""
+    spans: tuple[Tensor, Tensor] | None = None
+    """Byte spans of the student's (n, 2) and of its own tokens (m, 2) within their texts."""
+
+    def rows(self, which: slice | Tensor = slice(None)) -> Tensor:
+        """Final rows (c, D) of some of its tokens.
+
+        Raises:
+            ValueError: the signal is of another kind.
+        """
+        if self.signal.kind != "hidden":
+            raise ValueError(f"this objective needs signals of kind 'hidden', got '{self.signal.kind}'")
+        return CODECS[self.signal.codec].decode(self.signal.payload["rows"][which])
+
+    def logits(self, which: slice | Tensor = slice(None)) -> Tensor:
+        """Logits (c, W) of some of its tokens.
+
+        Raises:
+            ValueError: the signal does not hold them.
+        """
+        if self.signal.kind == "logits":
+            return CODECS[self.signal.codec].decode(self.signal.payload["rows"][which])
+        return self.frozen.logits(self.rows(which))
+
+    @property
+    def frozen(self) -> FrozenHead:
+        """The copy of its head.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.head is None:
+            raise ValueError("a hidden signal needs the teacher's head")
+        return self.head
+
+    def lane(self) -> Lane:
+        """Its rows through its head."""
+        return Lane(self.rows(), self.frozen.weight, self.frozen.bias, self.frozen.softcap)
+
+
+class TeacherAt:
+    """The teacher at the tokens at hand; nothing is decoded that nobody asks for, and nothing twice."""
+
+    def __init__(self, teacher: TeacherOutput | None, which: slice | Tensor) -> None:
+        self._teacher, self._which = teacher, which
+        self._targets: dict[float, Targets] = {}
+        self._logits: Tensor | None = None
+
+    @property
+    def teacher(self) -> TeacherOutput:
+        """All that it says.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self._teacher is None:
+            raise ValueError("this objective needs a teacher's signal")
+        return self._teacher
+
+    def __call__(self, temperature: float) -> Targets:
+        """Its targets at a temperature."""
+        if temperature not in self._targets:
+            with torch.no_grad():
+                teacher = self.teacher
+                self._targets[temperature] = teacher.signal.targets(self._which, temperature, teacher.head)
+        return self._targets[temperature]
+
+    def logits(self) -> Tensor:
+        """Its logits (c, W)."""
+        if self._logits is None:
+            with torch.no_grad():
+                self._logits = self.teacher.logits(self._which)
+        return self._logits
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A differentiable sum over tokens, and what it is made of, as raw sums for the log."""
+
+    sum: Tensor
+    parts: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What trainable extras depend on: widths and vocabularies of both models, and their heads where they are known."""
+
+    student: int
+    teacher: int
+    student_head: Tensor | None = None
+    teacher_head: Tensor | None = None
+    words: Vocabularies | None = None
 
 
 class Objective(Recipe):
-    """A loss per token from the student's logits; its options are its fields."""
+    """A loss on response tokens; its options are its fields."""
 
     name: str
 
-    def per_token(self, logits: Tensor, labels: Tensor, targets: TargetsAt) -> Tensor:
-        """The loss of each token (c,), from logits (c, V), labels (c,) and the teacher's targets."""
+    def extras(self, sizes: Sizes) -> nn.Module | None:
+        """What is trained beside the student and saved with it, such as projectors; None if there is nothing."""
+        return None
+
+    def loss(
+        self, student: StudentOutput, teacher: TeacherOutput, extras: nn.Module | None, *, chunk: int = 128
+    ) -> Terms:
+        """Its sum over a batch's tokens."""
         raise NotImplementedError
+
+
+class TokenObjective(Objective):
+    """An objective that looks at one token at a time, so that several share one pass over the student's logits."""
+
+    def per_token(self, logits: Tensor, labels: Tensor, teacher: TeacherAt) -> Tensor:
+        """The loss of each token (c,), from logits (c, V), labels (c,) and what the teacher says there."""
+        raise NotImplementedError
+
+    @property
+    def needs_partner(self) -> bool:
+        """Whether tokens without one of the teacher's are left out."""
+        return True
 
 
 def weighted_sum(
     objectives: Sequence[tuple[float, Objective]],
     student: StudentOutput,
-    signal: Signal | None = None,
-    teacher_head: FrozenHead | None = None,
+    teacher: TeacherOutput | None = None,
+    extras: Mapping[str, nn.Module] | None = None,
     *,
     chunk: int = 128,
 ) -> Loss:
@@ -66,30 +246,58 @@ def weighted_sum(
     Args:
         objectives: weights and objectives.
         student: see :class:`StudentOutput`.
-        signal: the teacher's, for the same tokens in the same order; not needed where no objective asks for it.
-        teacher_head: for ``hidden`` signals.
+        teacher: for the same texts; not needed where no objective asks for it.
+        extras: trainable modules by objective name.
         chunk: tokens whose logits exist at a time.
 
     Raises:
         ValueError: the signal speaks of another number of tokens, or an objective needs one and there is none.
     """
     count = len(student.labels)
-    if signal is not None and signal.count != count:
-        raise ValueError(f"the signal speaks of {signal.count} tokens, the batch has {count}")
+    if teacher is not None and teacher.partner is None and teacher.signal.count != count:
+        raise ValueError(f"the signal speaks of {teacher.signal.count} tokens, the batch has {count}")
+    simple = [(weight, one) for weight, one in objectives if isinstance(one, TokenObjective)]
+    total = student.rows.new_zeros((), dtype=torch.promote_types(student.rows.dtype, torch.float32))
+    parts: dict[str, Tensor] = {}
+    if simple:
+        total, parts = _token_pass(simple, student, teacher, chunk)
+    for weight, one in objectives:
+        if isinstance(one, TokenObjective):
+            continue
+        if teacher is None:
+            raise ValueError(f"objective '{one.name}' needs a teacher's signal")
+        found = one.loss(student, teacher, (extras or {}).get(one.name), chunk=chunk)
+        total = total + weight * found.sum
+        parts[one.name] = found.sum.detach()
+        parts |= {f"{one.name}/{name}": value for name, value in found.parts.items()}
+    return Loss(total, count, parts)
+
+
+def _token_pass(
+    objectives: Sequence[tuple[float, TokenObjective]],
+    student: StudentOutput,
+    teacher: TeacherOutput | None,
+    chunk: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    partner = None if teacher is None else teacher.partner
 
     def terms(logits: Tensor, at: slice) -> Tensor:
-        known: dict[float, Targets] = {}
-
-        def targets(temperature: float) -> Targets:
-            if signal is None:
-                raise ValueError("this objective needs a teacher's signal")
-            if temperature not in known:
-                with torch.no_grad():
-                    known[temperature] = signal.targets(at, temperature, teacher_head)
-            return known[temperature]
-
-        return torch.stack([one.per_token(logits, student.labels[at], targets).sum() for _, one in objectives])
+        labels = student.labels[at]
+        if partner is None:
+            said = TeacherAt(teacher, at)
+            return torch.stack([one.per_token(logits, labels, said).sum() for _, one in objectives])
+        mine = partner[at]
+        found = (mine >= 0).nonzero()[:, 0]
+        said = TeacherAt(teacher, mine[found])
+        return torch.stack(
+            [
+                one.per_token(logits[found], labels[found], said).sum()
+                if one.needs_partner
+                else one.per_token(logits, labels, said).sum()
+                for _, one in objectives
+            ]
+        )
 
     weights = torch.tensor([weight for weight, _ in objectives], dtype=torch.float64, device=student.rows.device)
-    total, sums = head_loss(student.rows, student.head, terms, weights, softcap=student.softcap, chunk=chunk)
-    return Loss(total, count, {one.name: value for (_, one), value in zip(objectives, sums, strict=True)})
+    total, sums = head_loss([student.lane()], terms, weights, chunk=chunk)
+    return total, {one.name: value for (_, one), value in zip(objectives, sums, strict=True)}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from transformers import PretrainedConfig, PreTrainedModel
 
 from raycloud.data.batches import Batch, Sample, in_length_order
-from raycloud.distill.objective import StudentOutput, weighted_sum
+from raycloud.distill.objective import StudentOutput, TeacherOutput, weighted_sum
 from raycloud.distill.recipe import ObjectiveRecipe, StudentRecipe
 from raycloud.distill.signals import FrozenHead, SignalStore
 from raycloud.errors import ModelError
@@ -83,7 +83,7 @@ def loss_from_signals(
     weighted = objective.weighted()
 
     def loss(batch: Batch) -> Loss:
-        signal = signals.signal(batch).to(device) if objective.kd_weight else None
-        return weighted_sum(weighted, StudentOutput.of(student, batch.to(device)), signal, teacher_head)
+        teacher = TeacherOutput(signals.signal(batch).to(device), teacher_head) if objective.kd_weight else None
+        return weighted_sum(weighted, StudentOutput.of(student, batch.to(device)), teacher)
 
     return loss

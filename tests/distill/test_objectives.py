@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raycloud.distill.objective import Divergence, Objective, StudentOutput, weighted_sum
+from raycloud.distill.divergence import Divergence
+from raycloud.distill.objective import Objective, StudentOutput, TeacherOutput, weighted_sum
 from raycloud.distill.objectives import DIVERGENCES, CrossEntropy
 from raycloud.distill.signals import Signal
 from raycloud.link.codecs import CODECS
@@ -58,8 +59,8 @@ def student(n: int = N, dtype: torch.dtype = torch.float64) -> StudentOutput:
     return StudentOutput(rows, torch.randint(0, V, (n,), generator=generator), head)
 
 
-def logits_signal(u: Tensor) -> Signal:
-    return Signal("key", "logits", "float32", {"rows": CODECS["float32"].encode(u)})
+def said(u: Tensor) -> TeacherOutput:
+    return TeacherOutput(Signal("key", "logits", "float32", {"rows": CODECS["float32"].encode(u)}))
 
 
 def teacher_logits(n: int = N) -> Tensor:
@@ -75,7 +76,7 @@ def gradients(output: StudentOutput, loss: Tensor) -> list[Tensor]:
 def test_value_and_gradient_equal_the_formula(name: str, temperature: float) -> None:
     output, u = student(), teacher_logits()
     objective = DIVERGENCES[name](temperature=temperature)
-    ours = weighted_sum([(0.7, objective), (0.3, CrossEntropy())], output, logits_signal(u), chunk=8)
+    ours = weighted_sum([(0.7, objective), (0.3, CrossEntropy())], output, said(u), chunk=8)
     z = output.head(output.rows)
     values = FORMULAS[name]((u.double() / temperature).softmax(-1), (z / temperature).softmax(-1))
     entropy = nn.functional.cross_entropy(z, output.labels, reduction="sum")
@@ -90,10 +91,10 @@ def test_value_and_gradient_equal_the_formula(name: str, temperature: float) -> 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_the_chunk_size_and_the_order_of_tokens_change_nothing(name: str) -> None:
     output, u = student(), teacher_logits()
-    whole = weighted_sum([(1.0, DIVERGENCES[name]())], output, logits_signal(u), chunk=N)
+    whole = weighted_sum([(1.0, DIVERGENCES[name]())], output, said(u), chunk=N)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(5))
     shuffled = StudentOutput(output.rows[order], output.labels[order], output.head)
-    chunked = weighted_sum([(1.0, DIVERGENCES[name]())], shuffled, logits_signal(u[order]), chunk=5)
+    chunked = weighted_sum([(1.0, DIVERGENCES[name]())], shuffled, said(u[order]), chunk=5)
     assert float(whole.sum.detach()) == pytest.approx(float(chunked.sum.detach()), rel=1e-9)
     for a, b in zip(gradients(output, whole.sum), gradients(output, chunked.sum), strict=True):
         assert (a - b).norm() / b.norm() <= 1e-9
@@ -113,7 +114,7 @@ def test_finite_at_the_extremes(name: str, dtype: torch.dtype) -> None:
             with torch.no_grad():
                 head.weight.copy_(torch.eye(V))
             rows = z.to(dtype).requires_grad_()
-            signal = Signal("key", "logits", "float32", {"rows": CODECS["float32"].encode(teacher)})
+            signal = said(teacher)
             loss = weighted_sum([(1.0, objective)], StudentOutput(rows, torch.tensor([0]), head), signal)
             (gradient,) = torch.autograd.grad(loss.sum, rows)
             assert torch.isfinite(loss.sum) and torch.isfinite(gradient).all()
@@ -125,7 +126,7 @@ def test_finite_at_the_extremes(name: str, dtype: torch.dtype) -> None:
 def test_nothing_to_learn_from_an_identical_teacher(name: str) -> None:
     output = student()
     same = output.head(output.rows).detach().float()
-    loss = weighted_sum([(1.0, DIVERGENCES[name]())], output, logits_signal(same))
+    loss = weighted_sum([(1.0, DIVERGENCES[name]())], output, said(same))
     assert abs(float(loss.sum.detach())) <= 1e-5
     assert gradients(output, loss.sum)[0].abs().max() <= 1e-5
 
@@ -133,7 +134,7 @@ def test_nothing_to_learn_from_an_identical_teacher(name: str) -> None:
 def test_a_frozen_head_gets_no_gradient_and_a_pass_without_gradients_works() -> None:
     output, u = student(), teacher_logits()
     output.head.requires_grad_(False)
-    weighted_sum([(1.0, DIVERGENCES["forward_kl"]())], output, logits_signal(u)).sum.backward()
+    weighted_sum([(1.0, DIVERGENCES["forward_kl"]())], output, said(u)).sum.backward()
     assert output.rows.grad is not None and output.head.weight.grad is None
     with torch.no_grad():
         assert not weighted_sum([(1.0, CrossEntropy())], output).sum.requires_grad
@@ -152,7 +153,7 @@ def test_soft_capped_logits_have_the_capped_gradient() -> None:
 def test_tau2_scale_multiplies_by_the_squared_temperature() -> None:
     output, u = student(), teacher_logits()
     plain, scaled = (
-        weighted_sum([(1.0, DIVERGENCES["forward_kl"](temperature=3.0, tau2_scale=on))], output, logits_signal(u))
+        weighted_sum([(1.0, DIVERGENCES["forward_kl"](temperature=3.0, tau2_scale=on))], output, said(u))
         for on in (False, True)
     )
     assert float(scaled.sum.detach()) == pytest.approx(9 * float(plain.sum.detach()), rel=1e-6)
@@ -161,6 +162,6 @@ def test_tau2_scale_multiplies_by_the_squared_temperature() -> None:
 def test_a_signal_for_other_tokens_is_refused() -> None:
     objectives: list[tuple[float, Objective]] = [(1.0, DIVERGENCES["forward_kl"]())]
     with pytest.raises(ValueError, match="speaks of 36 tokens, the batch has 37"):
-        weighted_sum(objectives, student(), logits_signal(teacher_logits(36)))
+        weighted_sum(objectives, student(), said(teacher_logits(36)))
     with pytest.raises(ValueError, match="needs a teacher's signal"):
         weighted_sum(objectives, student())

@@ -7,24 +7,38 @@ from typing import Annotated
 
 from pydantic import Field
 
-from raycloud.distill.divergence import Divergence
+from raycloud.distill.objective import Objective
 from raycloud.distill.objectives.adaptive_kl import AdaptiveKL
 from raycloud.distill.objectives.cross_entropy import CrossEntropy
+from raycloud.distill.objectives.dskd import DSKD
+from raycloud.distill.objectives.dskd_cma import DSKDCMA
 from raycloud.distill.objectives.forward_kl import ForwardKL
 from raycloud.distill.objectives.js_divergence import JSDivergence
+from raycloud.distill.objectives.mined import MinED
+from raycloud.distill.objectives.plain import DIVERGENCES, AnyDivergence
 from raycloud.distill.objectives.reverse_kl import ReverseKL
 from raycloud.distill.objectives.skewed_forward_kl import SkewedForwardKL
 from raycloud.distill.objectives.skewed_reverse_kl import SkewedReverseKL
+from raycloud.distill.objectives.uld import ULD
 
-AnyDivergence = Annotated[
-    ForwardKL | ReverseKL | JSDivergence | SkewedForwardKL | SkewedReverseKL | AdaptiveKL,
+AnyObjective = Annotated[
+    ForwardKL
+    | ReverseKL
+    | JSDivergence
+    | SkewedForwardKL
+    | SkewedReverseKL
+    | AdaptiveKL
+    | DSKD
+    | DSKDCMA
+    | ULD
+    | MinED,
     Field(discriminator="name"),
 ]
-"""What a recipe may name as its divergence; the field ``name`` says which."""
+"""What a recipe may name; the field ``name`` says which."""
 
-DIVERGENCES: dict[str, Callable[..., Divergence]] = {
-    cls.model_fields["name"].default: cls
-    for cls in (ForwardKL, ReverseKL, JSDivergence, SkewedForwardKL, SkewedReverseKL, AdaptiveKL)
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    **DIVERGENCES,
+    **{cls.model_fields["name"].default: cls for cls in (DSKD, DSKDCMA, ULD, MinED)},
 }
 
-__all__ = ["DIVERGENCES", "AnyDivergence", "CrossEntropy"]
+__all__ = ["DIVERGENCES", "OBJECTIVES", "AnyDivergence", "AnyObjective", "CrossEntropy"]

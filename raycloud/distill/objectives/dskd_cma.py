@@ -1,0 +1,110 @@
+"""Dual-space distillation with cross-model attention (DSKD-CMA, Zhang et al. 2024, arXiv 2406.17328, section 3.3)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from raycloud.distill.head_loss import Lane
+from raycloud.distill.objective import Ids, Objective, Sizes, StudentOutput, TeacherOutput, Terms
+from raycloud.distill.objectives.dskd import Projectors, student_space, teacher_space
+from raycloud.distill.objectives.plain import AnyDivergence
+from raycloud.distill.ragged import mask_of, padded
+
+
+class CrossProjectors(Projectors):
+    """With ``query``, (…, 2d) to (…, 2D), that lets the student's tokens look for the teacher's."""
+
+    def __init__(self, student: int, teacher: int) -> None:
+        super().__init__(student, teacher)
+        self.query = nn.Linear(2 * student, 2 * teacher)
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows (…, d) with a root mean square of 1.
+
+    The published code divides by one deviation of the whole padded batch, so that a text's loss depends on its company.
+    """
+    return rows / rows.pow(2).mean(dim=-1, keepdim=True).sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
+
+
+def attention(query: Tensor, key: Tensor, query_mask: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (B, N, M) of each query over the keys, and (B, M, N) of each key over the queries, from one product.
+
+    Args:
+        query: (B, N, e).
+        key: (B, M, e).
+        query_mask: (B, N), False for padding.
+        key_mask: (B, M), False for padding.
+    """
+    scores = (query @ key.transpose(1, 2)).float() / key.shape[-1] ** 0.5
+    blocked = torch.finfo(scores.dtype).min
+    forth = scores.masked_fill(~key_mask[:, None, :], blocked).softmax(dim=-1)
+    back = scores.transpose(1, 2).masked_fill(~query_mask[:, None, :], blocked).softmax(dim=-1)
+    return forth, back
+
+
+class DSKDCMA(Objective):
+    """Every token of the student looks, with a learned query, at all of the teacher's of the same text, and back."""
+
+    name: Literal["dskd_cma"] = "dskd_cma"
+    temperature: float = Field(2.0, gt=0)
+    teacher_temperature: float = Field(1.0, gt=0)
+    """Divides the projected teacher's logits once more."""
+    divergence: AnyDivergence = Field(default={"name": "forward_kl"}, validate_default=True)
+    """In the student's space; its temperature is not used. The teacher's space has forward KL."""
+
+    def extras(self, sizes: Sizes) -> nn.Module:
+        """The projectors."""
+        return CrossProjectors(sizes.student, sizes.teacher)
+
+    def loss(
+        self, student: StudentOutput, teacher: TeacherOutput, extras: nn.Module | None, *, chunk: int = 128
+    ) -> Terms:
+        """``student_space`` and ``teacher_space`` are divergences, ``projected`` is the projector's cross-entropy."""
+        assert isinstance(extras, CrossProjectors)
+        g = teacher.rows().to(student.rows.dtype)
+        forth, back = looked_up(student, teacher, g, extras)
+        best = torch.empty(len(g), dtype=torch.long, device=g.device)
+        far = teacher_space(back, g, teacher, self.temperature, best, chunk)
+        near = student_space(
+            student.lane(),
+            Lane.of(forth, student.head, student.softcap, frozen=True),
+            student.labels,
+            self.divergence,
+            self.temperature,
+            only_right=True,
+            chunk=chunk,
+            teacher_temperature=self.teacher_temperature,
+        )
+        return Terms(far.sum + near.sum, {**near.parts, **far.parts})
+
+
+def looked_up(
+    student: StudentOutput, teacher: TeacherOutput, g: Tensor, extras: CrossProjectors
+) -> tuple[Tensor, Tensor]:
+    """The teacher's rows for the student's tokens (n, d), and the student's rows for the teacher's tokens (m, D).
+
+    Raises:
+        ValueError: ids or embeddings are not there.
+    """
+    ours, theirs = student.ids, teacher.ids
+    if ours is None or theirs is None or student.embedding is None or teacher.embedding is None:
+        raise ValueError("objective 'dskd_cma' needs the ids and the embeddings of both models")
+    kind = student.rows.dtype
+    query = extras.query(_seen(ours, student.embedding).to(kind))
+    key = unit(_seen(theirs, teacher.embedding).to(kind))
+    values = extras.t2s(unit(g) + unit(teacher.embedding[theirs.labels].to(kind)))
+    forth, back = attention(
+        padded(query, ours.offsets), padded(key, theirs.offsets), mask_of(ours.offsets), mask_of(theirs.offsets)
+    )
+    to_student = forth @ padded(values, theirs.offsets).to(forth.dtype)
+    to_teacher = back @ padded(extras.s2t(student.rows), ours.offsets).to(back.dtype)
+    return to_student[mask_of(ours.offsets)].to(kind), to_teacher[mask_of(theirs.offsets)].to(kind)
+
+
+def _seen(ids: Ids, table: Tensor) -> Tensor:
+    return torch.cat([table[ids.inputs], table[ids.labels]], dim=-1)
