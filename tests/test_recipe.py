@@ -26,14 +26,14 @@ def test_overrides_reach_any_depth() -> None:
         [
             "training.lr=1e-3",
             "edges.1.name=depot",
-            "objective.divergence={name: js_divergence, beta: 0.3}",
+            "objective.kd={name: js_divergence, beta: 0.3}",
             "evaluation.by=null",
             "student.blocks=[0, 3, 29]",
         ],
     )
     assert recipe.training.lr == 1e-3
     assert recipe.edges[1].name == "depot"
-    assert recipe.objective.divergence.model_dump()["beta"] == 0.3
+    assert recipe.objective.kd.model_dump()["beta"] == 0.3
     assert recipe.evaluation.by is None
     assert recipe.student.blocks == [0, 3, 29]
 
@@ -45,12 +45,12 @@ def test_overrides_reach_any_depth() -> None:
         ("colour=red", r"unknown key 'colour' \(allowed: job, output, seed"),
         ("training.lr=-1", "training.lr: input should be greater than 0, got -1"),
         ("training.lr=fast", "training.lr: input should be a valid number.*got 'fast'"),
-        ("objective.divergence.name=kl", "forward_kl.*reverse_kl.*adaptive_kl"),
+        ("objective.kd.name=kl", "forward_kl.*reverse_kl.*adaptive_kl"),
         (
-            "objective.divergence={name: js_divergence, betaa: 1}",
+            "objective.kd={name: js_divergence, betaa: 1}",
             r"betaa' \(allowed: name, temperature,.*beta\)",
         ),
-        ("objective.divergence={temperature: 2}", r"missing key 'objective\.divergence\.name'"),
+        ("objective.kd={temperature: 2}", r"missing key 'objective\.kd\.name'"),
         ("evaluation.prompts=[]", r"evaluation\.prompts: list should have at least 1 item"),
         ("evaluation.prompts.0.x=1", "'0' is a value, it has no keys"),
         ("training.betas=[0.9, 1.5]", r"training\.betas\.1: input should be less than 1, got 1\.5"),

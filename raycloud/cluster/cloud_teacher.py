@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import ray
+import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from raycloud.cluster.runtime import computing_with, share_of_cores
@@ -81,6 +83,12 @@ class CloudTeacher:
         """A copy of the head as it crosses the link, for ``hidden`` signals."""
         return frozen_head(self._segment, self._recipe.signal.codec)
 
+    def words(self) -> Tensor:
+        """The input embedding (W, D) as it crosses the link, for objectives that look at the tokens themselves."""
+        embedding = self._teacher.model.get_input_embeddings()
+        assert isinstance(embedding, torch.nn.Embedding)
+        return embedding.weight.detach().to(torch.bfloat16).cpu()
+
     def signal(self, name: str, batch: Batch) -> list[ray.ObjectRef]:
         """The one-element list of a reference to what the teacher says about a batch.
 
@@ -90,7 +98,7 @@ class CloudTeacher:
         recipe, device = self._recipe, self._teacher.model.device
         if name != self._name:
             raise ClusterError(f"asked for signals of the teacher '{name}', this is '{self._name}'")
-        temperatures = [recipe.objective.divergence.temperature]
+        temperatures = [recipe.objective.kd.temperature]
         key = signal_key(name, batch, recipe.signal, temperatures)
         if key in self._shared:
             self._shared.move_to_end(key)

@@ -21,6 +21,8 @@ from raycloud.cluster.runtime import computing_with, share_of_cores
 from raycloud.data.batches import Batch, SampleOrder, collate, encode
 from raycloud.data.sources import load_rows
 from raycloud.data.splits import select, shard
+from raycloud.distill.objective import Sizes
+from raycloud.distill.objectives.dskd_cma import DSKDCMA
 from raycloud.distill.recipe import DistillRecipe
 from raycloud.distill.signals import FrozenHead
 from raycloud.distill.student import loss_from_signals
@@ -31,6 +33,8 @@ from raycloud.models.weights import Weights, build, load_weights, nbytes, weight
 from raycloud.results import write_folder
 from raycloud.training.loop import Step, Trainer
 from raycloud.training.precision import compute_type
+
+_EXTRAS = "extras/"
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,8 @@ class EdgeStudent:
             self._trainer: Trainer | None = None
             self._through: int | None = None
             self._head: FrozenHead | None = None
+            self._words: Tensor | None = None
+            self._extras: torch.nn.Module | None = None
             self._ready = True
 
     @ray.method(concurrency_group="control", max_task_retries=-1)
@@ -139,7 +145,7 @@ class EdgeStudent:
         signals = self._signals(meter)
         meter.add("weights_down", nbytes(weights))
         trainer = self._resumed(current, weights, meter)
-        loss = loss_from_signals(self._segment, self._recipe.objective, signals, self._head)
+        loss = loss_from_signals(self._segment, self._recipe.objective, signals, self._head, self._words, self._extras)
         steps: list[Step] = []
         with computing_with(share_of_cores(self._recipe.threads, "edge", len(self._recipe.edges))):
             self._prefetch(signals, trainer.step_index)
@@ -165,7 +171,7 @@ class EdgeStudent:
 
     def _signals(self, meter: Meter) -> ObjectStoreSignals:
         recipe = self._recipe
-        temperature = recipe.objective.divergence.temperature
+        temperature = recipe.objective.kd.temperature
         return ObjectStoreSignals(
             self._replicas, self._teacher, recipe.signal, temperature, recipe.teacher.timeout_s, meter
         )
@@ -192,33 +198,68 @@ class EdgeStudent:
             if recipe.training.gradient_checkpointing:
                 self._model.gradient_checkpointing_enable()
             self._segment = Segment(self._model)
+            self._fetch(meter)
+            # Projectors and their like stay at their edge: they belong to one student and one teacher.
+            self._extras = self._initial_extras()
+            modules = {"student": self._model, **({} if self._extras is None else {"extras": self._extras})}
             self._trainer = Trainer(
-                {"student": self._model},
+                modules,
                 recipe.training,
                 total_steps=recipe.rounds.count * recipe.rounds.steps,
                 seed=recipe.seed,
+                lr={"extras": recipe.objective.extras_lr},
                 autocast=compute_type(recipe.dtype, self._device),
             )
         if self._through is None or self._through != current - 1:
             # A new process, or a round that was begun and not finished: what counts is the last finished one.
             finished = [number for number in self._saved() if number < current]
             self._trainer.optimizer.state.clear()
+            saved = load_file(self._file(max(finished))) if finished else {}
             if finished:
-                self._trainer.load_state(load_file(self._file(max(finished))))
+                self._trainer.load_state({name: one for name, one in saved.items() if not name.startswith(_EXTRAS)})
+            if self._extras is not None and (fresh := self._initial_extras()) is not None:
+                begun = {name.removeprefix(_EXTRAS): one for name, one in saved.items() if name.startswith(_EXTRAS)}
+                self._extras.load_state_dict(begun or fresh.state_dict())
         self._through = None
         load_weights(self._model, weights)
         # A student that missed a round is where the others are in the schedule.
         self._trainer.step_index = current * recipe.rounds.steps
-        if self._head is None and recipe.objective.kd_weight and recipe.signal.kind == "hidden":
-            head: FrozenHead = self._ask("head")
-            meter.add("head", head.nbytes)
-            self._head = head.to(self._device, torch.float32)
         return self._trainer
+
+    def _fetch(self, meter: Meter) -> None:
+        """What the objective needs of the teacher once, beside its signals."""
+        recipe = self._recipe
+        if not recipe.objective.kd_weight or recipe.signal.kind != "hidden":
+            return
+        head: FrozenHead = self._ask("head")
+        meter.add("head", head.nbytes)
+        self._head = head.to(self._device, torch.float32)
+        if isinstance(recipe.objective.kd, DSKDCMA):
+            words: Tensor = self._ask("words")
+            meter.add("words", words.nbytes)
+            self._words = words.to(self._device, torch.float32)
+
+    def _initial_extras(self) -> torch.nn.Module | None:
+        """A function of the seed and of the models as the run begins."""
+        if self._head is None:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._recipe.seed)
+            sizes = Sizes(
+                self._config.hidden_size,
+                self._head.weight.shape[1],
+                self._model.get_output_embeddings().weight.detach(),
+                self._head.weight,
+            )
+            made = self._recipe.objective.kd.extras(sizes)
+        return None if made is None else made.to(self._device)
 
     def _save(self, current: int, trainer: Trainer) -> None:
         """Keep this round's state and the one before: which of them a resumed run needs, only the driver knows."""
         folder = self._file(current).parent
-        write_folder(folder, lambda to: save_file(trainer.state(), to / self._file(current).name))
+        extras = {} if self._extras is None else self._extras.state_dict()
+        state = {**trainer.state(), **{f"{_EXTRAS}{name}": one.contiguous() for name, one in extras.items()}}
+        write_folder(folder, lambda to: save_file(state, to / self._file(current).name))
         before = [number for number in self._saved() if number < current]
         for number in sorted(before)[:-1]:
             shutil.rmtree(self._file(number).parent)

@@ -8,11 +8,13 @@ from pydantic import Field, model_validator
 
 from raycloud.data.prompts import Format
 from raycloud.distill.objective import Objective
-from raycloud.distill.objectives import AnyDivergence, CrossEntropy
+from raycloud.distill.objectives import AnyObjective, CrossEntropy
 from raycloud.distill.signals import SignalRecipe
 from raycloud.models.loading import Device
 from raycloud.recipe import Recipe
 from raycloud.training.loop import TrainingRecipe
+
+_NEED_ROWS = ("dskd", "dskd_cma")
 
 
 class Placement(Recipe):
@@ -72,11 +74,13 @@ class EdgeRecipe(Recipe):
 
 
 class ObjectiveRecipe(Recipe):
-    """The loss of a response token: ``ce_weight`` · cross-entropy + ``kd_weight`` · divergence."""
+    """The loss of a response token: ``ce_weight`` · cross-entropy + ``kd_weight`` · what the teacher teaches."""
 
     ce_weight: float = Field(0.0, ge=0)
     kd_weight: float = Field(1.0, ge=0)
-    divergence: AnyDivergence = Field(default={"name": "forward_kl"}, validate_default=True)
+    kd: AnyObjective = Field(default={"name": "forward_kl"}, validate_default=True)
+    extras_lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of what an objective trains beside the student, such as projectors."""
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:
@@ -86,7 +90,7 @@ class ObjectiveRecipe(Recipe):
 
     def weighted(self) -> list[tuple[float, Objective]]:
         """The objectives with a weight."""
-        both: list[tuple[float, Objective]] = [(self.kd_weight, self.divergence), (self.ce_weight, CrossEntropy())]
+        both: list[tuple[float, Objective]] = [(self.kd_weight, self.kd), (self.ce_weight, CrossEntropy())]
         return [(weight, objective) for weight, objective in both if weight]
 
 
@@ -143,6 +147,13 @@ class DistillRecipe(Recipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        kd, kind = self.objective.kd.name, self.signal.kind
+        if self.objective.kd_weight and kd in _NEED_ROWS and kind != "hidden":
+            raise ValueError(
+                f"signal.kind is '{kind}', but objective.kd '{kd}' needs the teacher's rows; allowed: hidden"
+            )
+        if self.objective.kd_weight and kd == "mined":
+            raise ValueError("objective.kd 'mined' is for two tokenizers; allowed with the teacher's own: the others")
         names = [edge.name for edge in self.edges]
         double = sorted({name for name in names if names.count(name) > 1})
         if double:

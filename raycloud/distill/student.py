@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from raycloud.data.batches import Batch, Sample, in_length_order
@@ -76,14 +77,32 @@ def _choose(teacher: Pretrained, recipe: StudentRecipe, calibration: Sequence[Sa
 
 
 def loss_from_signals(
-    student: Segment, objective: ObjectiveRecipe, signals: SignalStore, teacher_head: FrozenHead | None
+    student: Segment,
+    objective: ObjectiveRecipe,
+    signals: SignalStore,
+    teacher_head: FrozenHead | None,
+    teacher_words: Tensor | None = None,
+    extras: nn.Module | None = None,
 ) -> Callable[[Batch], Loss]:
-    """The loss of a batch: the student's rows against what the teacher says about the same tokens."""
+    """The loss of a batch: the student's rows against what the teacher says about the same tokens.
+
+    Args:
+        student: with its head.
+        objective: what is summed.
+        signals: where the teacher's come from.
+        teacher_head: for hidden signals.
+        teacher_words: the teacher's input embedding (W, D), for objectives that look at the tokens themselves.
+        extras: what the objective trains beside the student.
+    """
     device = next(student.parameters()).device
     weighted = objective.weighted()
 
     def loss(batch: Batch) -> Loss:
-        teacher = TeacherOutput(signals.signal(batch).to(device), teacher_head) if objective.kd_weight else None
-        return weighted_sum(weighted, StudentOutput.of(student, batch.to(device)), teacher)
+        output = StudentOutput.of(student, batch.to(device))
+        if not objective.kd_weight:
+            return weighted_sum(weighted, output)
+        signal = signals.signal(batch).to(device)
+        teacher = TeacherOutput(signal, teacher_head, ids=output.ids, embedding=teacher_words)
+        return weighted_sum(weighted, output, teacher, {} if extras is None else {objective.kd.name: extras})
 
     return loss

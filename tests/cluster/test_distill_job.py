@@ -69,6 +69,21 @@ def test_a_run_leaves_recipe_metrics_summary_report_and_a_model(finished: Path, 
     assert model.generate(**tokenizer("The film", return_tensors="pt"), max_new_tokens=3).shape[1] >= 3
 
 
+def test_an_objective_with_projectors_trains_them_beside_the_student(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = small(
+        tiny_llama,
+        tmp_path / "run",
+        objective={"kd": {"name": "dskd_cma"}, "ce_weight": 0.5, "extras_lr": 1e-2},
+        rounds={"count": 2, "steps": 6},
+    )
+    run(recipe)
+    steps = records(tmp_path / "run", "step")
+    assert {"dskd_cma", "dskd_cma/student_space", "dskd_cma/projected", "cross_entropy"} <= steps[0]["terms"].keys()
+    projected = [step["terms"]["dskd_cma/projected"] for step in steps]
+    assert sum(projected[-4:]) < sum(projected[:4])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["wire_bytes"]["words"] == 2 * 49_152 * 16 * 2
+
+
 def test_the_bytes_are_those_of_the_payloads(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     wire, tokens = summary["wire_bytes"], summary["trained_tokens"]

@@ -13,8 +13,10 @@ from raycloud.cluster.cloud_teacher import TeacherFacts
 from raycloud.cluster.edge_student import EdgeStudent
 from raycloud.distill.objective import StudentOutput, weighted_sum
 from raycloud.distill.objectives import CrossEntropy
+from raycloud.distill.signals import frozen_head
 from raycloud.link.meter import Meter
 from raycloud.models.loading import load
+from raycloud.models.segments import Segment
 from raycloud.models.weights import weights_of
 from raycloud.training.loop import Trainer
 from tests.cluster.recipes import small
@@ -85,3 +87,43 @@ def test_two_rounds_are_kept_since_only_the_driver_knows_which_one_counts(make: 
         steps(student, trainer, 1)
         finish(student, number, trainer)
     assert sorted(student._saved()) == [2, 3]
+
+
+def test_projectors_go_on_where_the_last_finished_round_left_them(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(str(tiny_llama), device="cpu")
+    weights = {name: tensor.clone() for name, tensor in weights_of(loaded.model).items()}
+    answers = {"prepare": TeacherFacts("t", loaded.tokenizer, 0), "head": frozen_head(Segment(loaded.model), "float32")}
+    monkeypatch.setattr(EdgeStudent, "_ask", lambda self, method: answers[method])
+    recipe = small(tiny_llama, tmp_path / "run", objective={"kd": {"name": "dskd"}})
+
+    def started(number: int) -> tuple[EdgeStudent, Trainer]:
+        student = EdgeStudent(0, recipe, loaded.model.config, [], tmp_path / "students")
+        student._load()
+        return student, student._resumed(number, weights, Meter())
+
+    def projectors(student: EdgeStudent) -> dict[str, Tensor]:
+        assert student._extras is not None
+        return {name: tensor.clone() for name, tensor in student._extras.state_dict().items()}
+
+    def moved(student: EdgeStudent) -> None:
+        assert student._extras is not None
+        with torch.no_grad():
+            for parameter in student._extras.parameters():
+                parameter += 1.0
+
+    student, trainer = started(0)
+    begun = projectors(student)
+    assert trainer.optimizer.param_groups[-1]["peak_lr"] == recipe.objective.extras_lr
+    moved(student)
+    student._save(0, trainer)
+    learnt = projectors(student)
+    assert not torch.equal(learnt["t2s.weight"], begun["t2s.weight"])
+    again, _ = started(1)
+    assert all(torch.equal(value, learnt[name]) for name, value in projectors(again).items())
+    moved(again)  # and its round is broken off
+    again._resumed(2, weights, Meter())
+    assert all(torch.equal(value, learnt[name]) for name, value in projectors(again).items())
+    fresh, _ = started(0)
+    assert all(torch.equal(value, begun[name]) for name, value in projectors(fresh).items())
