@@ -19,11 +19,14 @@ from torch import Tensor, nn
 
 from raycloud.benchmarks.measure import PAIRS, in_subprocess, interleaved, median_ratio, peak_growth_mb, show
 from raycloud.data.batches import IGNORE
+from raycloud.distill.multi_level import multi_level, sequence_ranking
 from raycloud.distill.objective import Ids, Objective, Sizes, StudentOutput, TeacherOutput, weighted_sum
 from raycloud.distill.objectives import DIVERGENCES
 from raycloud.distill.objectives.dskd import DSKD, FittedProjectors, Projectors
 from raycloud.distill.objectives.dskd_cma import DSKDCMA, CrossProjectors, unit
+from raycloud.distill.objectives.mcw_kd import MCWKD, Extras
 from raycloud.distill.objectives.mined import MinED
+from raycloud.distill.objectives.multi_level_ot import MultiLevelOT
 from raycloud.distill.objectives.uld import ULD
 from raycloud.distill.signals import FrozenHead, Signal
 from raycloud.link.codecs import CODECS
@@ -33,6 +36,7 @@ BATCH, LENGTH, LABELLED = 4, 512, 0.16
 STUDENT_WORDS, TEACHER_WORDS, STUDENT_WIDTH, TEACHER_WIDTH = 50_257, 151_936, 768, 2_048
 _SHARED = 42_000
 _TAU = 2.0
+_DENSE = "dense"
 
 Found = list[Tensor]
 """The loss and its gradients."""
@@ -46,6 +50,8 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "dskd v1": lambda: DSKD(version=1, temperature=_TAU),
     "dskd v2": lambda: DSKD(temperature=_TAU),
     "dskd_cma": lambda: DSKDCMA(temperature=_TAU),
+    "multi_level_ot": MultiLevelOT,
+    "mcw_kd": lambda: MCWKD(temperature=_TAU),
 }
 
 
@@ -96,6 +102,8 @@ class Case:
         torch.manual_seed(1)
         sizes = Sizes(STUDENT_WIDTH, TEACHER_WIDTH, self.head.weight.detach(), self.teacher_head, self.words)
         self.extras = self.objective.extras(sizes)
+        if self.extras is not None:
+            self.extras.eval()  # running means would differ from one call to the next
 
     def _found(self, loss: Tensor) -> Found:
         inputs = [self.h, self.head.weight, *([] if self.extras is None else self.extras.parameters())]
@@ -124,8 +132,12 @@ class Case:
         one = self.objective
         if isinstance(one, DSKD):
             loss = self._dual(one.version)
+        elif isinstance(one, MCWKD):
+            loss = self._cross() + self._transports(one)
         elif isinstance(one, DSKDCMA):
             loss = self._cross()
+        elif isinstance(one, MultiLevelOT):
+            loss = self._levels(one)
         elif isinstance(one, ULD):
             loss = self._sorted()
         elif isinstance(one, MinED):
@@ -136,6 +148,35 @@ class Case:
             values = one.between(log_p, (self._z / _TAU).log_softmax(-1))  # type: ignore[attr-defined]
             loss = (values * self.mask).sum()
         return self._found(loss)
+
+    def _answers(self, values: Tensor) -> Tensor:
+        """(B, S, …) to (B, N, …): every text has as many labelled positions."""
+        return values[self.mask].unflatten(0, (BATCH, -1))
+
+    def _levels(self, one: MultiLevelOT) -> Tensor:
+        both = []
+        for logits in (self._u, self._z):
+            top = (logits / one.temperature).softmax(-1).topk(one.words)
+            p, ids = self._answers(top.values), self._answers(top.indices)
+            every = torch.ones(p.shape[:2], dtype=torch.bool)
+            both.append(sequence_ranking(p, ids, every, one.keep))
+        teacher, student = both
+        levels = multi_level(teacher, student, every, every, share=one.share, sweeps=one.sweeps)
+        return (
+            one.absolute * levels.absolute + one.logarithmic * levels.logarithmic + one.transport * levels.transport
+        ).sum()
+
+    def _transports(self, one: MCWKD) -> Tensor:
+        assert isinstance(self.extras, Extras)
+        p, q = (
+            self._answers((logits / one.rank_temperature).softmax(-1).topk(one.words).values)
+            for logits in (self._u, self._z)
+        )
+        every = torch.ones(p.shape[:2], dtype=torch.bool)
+        h, g = self._answers(self.h), self._answers(self.extras.ot(self.g))
+        covered = 1 - torch.eye(p.shape[1]).expand(BATCH, -1, -1)
+        far, near = one.transports(self.extras, (g, p, every), (h, q, every), covered)
+        return one.transport * (far + near)
 
     @property
     def _z(self) -> Tensor:
@@ -205,31 +246,43 @@ class Case:
         return entropy + near + self._kl(log_p, back @ self.teacher_head.T, self.mask)
 
 
-def difference(case: Case) -> float:
+def difference(found: Found, reference: Found) -> float:
     """The largest relative difference of the loss and of the gradients."""
-    dense, ours = case.dense(), case.ours()
-    return max(float((a - b).norm() / a.norm().clamp_min(1e-12)) for a, b in zip(dense, ours, strict=True))
+    return max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in zip(found, reference, strict=True))
+
+
+def measure(name: str) -> dict[str, dict[str, float]]:
+    """The figures of an objective and of its approximations, all beside the same dense formulation."""
+    cases = {row: Case(row) for row in (name, *(row for row in OBJECTIVES if row.startswith(f"{name} top-")))}
+    ways = {_DENSE: cases[name].dense, **{row: case.ours for row, case in cases.items()}}
+    results = {way: call() for way, call in ways.items()}
+    apart = {row: difference(results[row], results[_DENSE]) for row in cases}
+    del results
+    times = interleaved(ways)
+    del ways, cases
+    memory = {row: float(in_subprocess(__name__, row)["mb"]) for row in apart}
+    dense = float(in_subprocess(__name__, name, _DENSE)["mb"])
+    return {
+        row: {
+            "ms": statistics.median(times[row]),
+            "peak_mb": memory[row],
+            "ms_dense": statistics.median(times[_DENSE]),
+            "mb_dense": dense,
+            "speedup": median_ratio(times[_DENSE], times[row]),
+            "memory_ratio": dense / memory[row],
+            "difference": apart[row],
+        }
+        for row in apart
+    }
 
 
 def run(as_json: bool) -> dict[str, dict[str, dict[str, float]]]:
     """Measure, print, and return the figures."""
     found: dict[str, dict[str, float]] = {}
     for name in OBJECTIVES:
-        with working(name):
-            case = Case(name)
-            apart = difference(case)
-            times = interleaved({"dense": case.dense, "ours": case.ours})
-            del case
-            memory = {way: float(in_subprocess(__name__, name, way)["mb"]) for way in ("dense", "ours")}
-        found[name] = {
-            "ms": statistics.median(times["ours"]),
-            "peak_mb": memory["ours"],
-            "ms_dense": statistics.median(times["dense"]),
-            "mb_dense": memory["dense"],
-            "speedup": median_ratio(times["dense"], times["ours"]),
-            "memory_ratio": memory["dense"] / memory["ours"],
-            "difference": apart,
-        }
+        if " top-" not in name:
+            with working(name):
+                found |= measure(name)
     result = {"objectives": found}
     header = ["objective", "ms", "dense", "times", "peak MB", "dense", "times", "difference"]
     rows = [
@@ -250,13 +303,13 @@ def run(as_json: bool) -> dict[str, dict[str, dict[str, float]]]:
     return result
 
 
-def _measure(name: str, way: str) -> None:
+def _memory(name: str, way: str = "ours") -> None:
     def prepare() -> Callable[[], object]:
         case = Case(name)
-        return case.dense if way == "dense" else case.ours
+        return case.dense if way == _DENSE else case.ours
 
     print(json.dumps({"mb": peak_growth_mb(prepare)}))
 
 
 if __name__ == "__main__":
-    _measure(*sys.argv[1:])
+    _memory(*sys.argv[1:])

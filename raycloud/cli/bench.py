@@ -64,3 +64,21 @@ def split_wire(as_json: Json = False) -> None:
 def split_faults(as_json: Json = False) -> None:
     """Bad days: killed replicas, cut sockets, damaged frames, slow readers; nothing may come out wrong."""
     _run("split_faults", as_json)
+
+
+@app.command("objectives")
+def objectives(as_json: Json = False) -> None:
+    """Every distillation objective beside its dense formulation: time, memory, difference."""
+    _run("objectives", as_json)
+
+
+@app.command("alignment")
+def alignment(as_json: Json = False) -> None:
+    """Two tokenisations of the same texts: byte offsets against time warping and against rapidfuzz."""
+    _run("alignment", as_json)
+
+
+@app.command("signals")
+def signals(as_json: Json = False) -> None:
+    """What each kind of teacher signal costs in bytes, and the gradient a student gets from it."""
+    _run("signals", as_json)

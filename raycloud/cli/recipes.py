@@ -13,8 +13,9 @@ def recipe_class(job: object) -> type[Recipe]:
         RecipeError: there is no such job.
     """
     from raycloud.distill.recipe import DistillRecipe
+    from raycloud.evaluation.recipe import EvaluateRecipe
 
-    known: dict[str, type[Recipe]] = {"distill": DistillRecipe}
+    known: dict[str, type[Recipe]] = {"distill": DistillRecipe, "evaluate": EvaluateRecipe}
     if not isinstance(job, str) or job not in known:
         raise RecipeError(f"no job {job!r}; allowed: {', '.join(known)}")
     return known[job]

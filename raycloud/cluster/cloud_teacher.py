@@ -20,7 +20,7 @@ from raycloud.data.splits import Row
 from raycloud.distill.examination import Comparison, Examiner, Score
 from raycloud.distill.recipe import DistillRecipe
 from raycloud.distill.signals import FrozenHead, Signal, frozen_head, observe, signal_key
-from raycloud.distill.student import initial_student
+from raycloud.distill.student import initial_student, own_tokenizer
 from raycloud.errors import ClusterError
 from raycloud.models.loading import Pretrained, load, pick_device
 from raycloud.models.segments import Segment
@@ -138,8 +138,12 @@ class CloudTeacher:
         groups: dict[str, list[Row]] = {}
         for row in load_rows(self._recipe.data.source, recipe.split):
             groups.setdefault(str(row[recipe.by]) if recipe.by else "held-out", []).append(row)
-        held_out = {group: self._encode(spread(rows, recipe.samples)) for group, rows in sorted(groups.items())}
-        return Examiner(self._teacher, held_out)
+        data = self._recipe.data
+        held_out = {group: spread(rows, recipe.samples) for group, rows in sorted(groups.items())}
+        own = own_tokenizer(self._recipe.student, self._teacher.tokenizer)
+        return Examiner(
+            self._teacher, own, held_out, data.format, max_length=data.max_length, max_prompt=data.max_prompt
+        )
 
     def teacher_scores(self) -> dict[str, Score]:
         """The teacher on held-out text, by group and over all."""

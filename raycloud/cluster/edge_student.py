@@ -18,14 +18,15 @@ from transformers import PretrainedConfig
 
 from raycloud.cluster.object_store_signals import ObjectStoreSignals
 from raycloud.cluster.runtime import computing_with, share_of_cores
-from raycloud.data.batches import Batch, SampleOrder, collate, encode
+from raycloud.data.batches import SampleOrder, collate, encode
 from raycloud.data.sources import load_rows
 from raycloud.data.splits import select, shard
 from raycloud.distill.objective import Sizes
 from raycloud.distill.objectives.dskd_cma import DSKDCMA
+from raycloud.distill.pairs import Pairs, Words
 from raycloud.distill.recipe import DistillRecipe
 from raycloud.distill.signals import FrozenHead
-from raycloud.distill.student import loss_from_signals
+from raycloud.distill.student import Lesson, loss_from_signals, own_tokenizer
 from raycloud.link.meter import Meter
 from raycloud.models.loading import pick_device
 from raycloud.models.segments import Segment
@@ -107,9 +108,13 @@ class EdgeStudent:
             facts = self._ask("prepare")
             self._teacher, self._tokenizer = facts.name, facts.tokenizer
             rows = shard(select(load_rows(data.source, "train"), self._edge.where), self._edge.part, self._edge.of)
-            self._samples = encode(
-                rows, self._tokenizer, data.format, max_length=data.max_length, max_prompt=data.max_prompt
-            )
+            lengths_of = {"max_length": data.max_length, "max_prompt": data.max_prompt}
+            own = own_tokenizer(self._recipe.student, self._tokenizer)
+            self._pairs = None if own is None else Pairs(rows, own, self._tokenizer, data.format, **lengths_of)
+            if self._pairs is None:
+                self._samples = encode(rows, self._tokenizer, data.format, **lengths_of)
+            else:
+                self._samples = self._pairs.student
             lengths = [len(sample.ids) for sample in self._samples]
             self._order = SampleOrder(lengths, training.batch_size, self._recipe.seed)
             self._device = pick_device(self._recipe.device)
@@ -145,17 +150,19 @@ class EdgeStudent:
         signals = self._signals(meter)
         meter.add("weights_down", nbytes(weights))
         trainer = self._resumed(current, weights, meter)
-        loss = loss_from_signals(self._segment, self._recipe.objective, signals, self._head, self._words, self._extras)
+        loss = loss_from_signals(
+            self._segment, self._recipe.objective, signals, self._head, self._words, self._extras, self._pairs
+        )
         steps: list[Step] = []
         with computing_with(share_of_cores(self._recipe.threads, "edge", len(self._recipe.edges))):
             self._prefetch(signals, trainer.step_index)
             for _ in range(self._recipe.rounds.steps):
                 if self._latest > round_id:
                     return None
-                batches = self._batches(trainer.step_index)
+                lessons = self._lessons(trainer.step_index)
                 if len(steps) + 1 < self._recipe.rounds.steps:
                     self._prefetch(signals, trainer.step_index + 1)
-                steps.append(trainer.step(batches, loss))
+                steps.append(trainer.step(lessons, loss))
                 tokens = sum(step.tokens for step in steps)
                 seconds = time.perf_counter() - start
                 self._beat = Beat(current, len(steps), steps[-1].loss, tokens / seconds, os.getpid())
@@ -179,16 +186,19 @@ class EdgeStudent:
     def _prefetch(self, signals: ObjectStoreSignals, step: int) -> None:
         """Have the teacher work on a step's batches ahead of it, where the objective asks the teacher at all."""
         if self._recipe.objective.kd_weight:
-            for batch in self._batches(step):
-                signals.prefetch(batch)
+            for lesson in self._lessons(step):
+                signals.prefetch(lesson.asked)
 
-    def _batches(self, step: int) -> list[Batch]:
+    def _lessons(self, step: int) -> list[Lesson]:
         """The micro-batches of a global step: a pure function of it."""
-        accumulate, pad = self._recipe.training.accumulate, self._tokenizer.pad_token_id
-        return [
-            collate([self._samples[index] for index in self._order.indices(step * accumulate + micro)], pad)
-            for micro in range(accumulate)
-        ]
+        accumulate = self._recipe.training.accumulate
+        return [self._lesson(self._order.indices(step * accumulate + micro)) for micro in range(accumulate)]
+
+    def _lesson(self, which: list[int]) -> Lesson:
+        if self._pairs is not None:
+            return Lesson(*self._pairs.batches(which), tuple(which))
+        batch = collate([self._samples[index] for index in which], self._tokenizer.pad_token_id)
+        return Lesson(batch, batch, tuple(which))
 
     def _resumed(self, current: int, weights: Weights, meter: Meter) -> Trainer:
         """The trainer as it stood at the end of the round before, with this round's weights."""
@@ -250,6 +260,7 @@ class EdgeStudent:
                 self._head.weight.shape[1],
                 self._model.get_output_embeddings().weight.detach(),
                 self._head.weight,
+                None if self._pairs is None else Words(self._pairs.map, self._device),
             )
             made = self._recipe.objective.kd.extras(sizes)
         return None if made is None else made.to(self._device)

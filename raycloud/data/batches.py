@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from raycloud.errors import DataError
 IGNORE = -100
 _GROUP = 16
 """Batches that are sorted by length together."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,33 @@ def encode(
     Raises:
         DataError: no row is left, or a row lacks a column of the format.
     """
+    samples, _ = _encoded(rows, tokenizer, form, max_length, max_prompt)
+    return _kept([sample for sample in samples if sample.targets > 0], rows, max_length)
+
+
+def encode_both(
+    rows: Sequence[Row],
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+    form: Format,
+    *,
+    max_length: int,
+    max_prompt: int,
+) -> tuple[list[Sample], list[Sample], list[str]]:
+    """Samples of the same rows for two tokenizers, of the rows that leave both something to predict.
+
+    Returns:
+        Both sides' samples, and the responses' texts.
+    """
+    (first, texts), (second, _) = (_encoded(rows, one, form, max_length, max_prompt) for one in tokenizers)
+    kept = [both for both in zip(first, second, texts, strict=True) if both[0].targets > 0 and both[1].targets > 0]
+    ours, theirs, said = zip(*_kept(kept, rows, max_length), strict=True)
+    return list(ours), list(theirs), list(said)
+
+
+def _encoded(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, form: Format, max_length: int, max_prompt: int
+) -> tuple[list[Sample], list[str]]:
+    """A sample for every row, and the text of its response."""
     pairs = [example(row, form, tokenizer) for row in rows]
     prompts = _tokens(tokenizer, [prompt.text for prompt, _ in pairs])
     responses = _tokens(tokenizer, [response for _, response in pairs])
@@ -80,9 +110,11 @@ def encode(
             before, body, after = _tokens(tokenizer, [prompt.before, prompt.body, prompt.after])
             room = max(0, max_prompt - len(before) - len(after))
             asked = [*before, *body[:room], *after]
-        sample = Sample(tuple([*asked, *answer, *ending][:max_length]), len(asked))
-        if sample.targets > 0:
-            samples.append(sample)
+        samples.append(Sample(tuple([*asked, *answer, *ending][:max_length]), len(asked)))
+    return samples, [response for _, response in pairs]
+
+
+def _kept(samples: list[T], rows: Sequence[Row], max_length: int) -> list[T]:
     if not samples:
         raise DataError(f"no row of {len(rows)} leaves a token to predict within max_length={max_length}")
     return samples

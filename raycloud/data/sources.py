@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.json
@@ -17,11 +18,14 @@ from raycloud.errors import DataError, MissingExtra
 from raycloud.fetch import PREFIX
 
 _TABLES: dict[str, Callable[[Callable[[str], None]], pa.Table]] = {"reviews": reviews, "instruct": instruct}
-_HUB_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
+_HUB_SPLITS = {"train": "train", "valid": "validation", "test": "test", "all": "all"}
+
+Part = Split | Literal["all"]
+"""One split, or every row."""
 
 
-def load_rows(source: str, split: Split, notify: Callable[[str], None] = lambda line: None) -> list[Row]:
-    """The rows of one split.
+def load_rows(source: str, split: Part, notify: Callable[[str], None] = lambda line: None) -> list[Row]:
+    """The rows of one split, or all of them.
 
     Args:
         source: ``builtin:reviews``, ``builtin:instruct``, a ``.jsonl`` or ``.parquet`` file (also relative to
@@ -41,7 +45,7 @@ def load_rows(source: str, split: Split, notify: Callable[[str], None] = lambda 
         rows = _read_file(source).to_pylist()
     else:
         return _nonempty(_read_hub(source, split), source, split)
-    return _nonempty([row for row in rows if split_of(row) == split], source, split)
+    return _nonempty([row for row in rows if split in ("all", split_of(row))], source, split)
 
 
 def _nonempty(rows: list[Row], source: str, split: str) -> list[Row]:
@@ -66,7 +70,7 @@ def _read_file(source: str) -> pa.Table:
         raise DataError(f"cannot read '{path}': {str(error).splitlines()[0]}") from error
 
 
-def _read_hub(source: str, split: Split) -> list[Row]:
+def _read_hub(source: str, split: Part) -> list[Row]:
     if source.startswith((".", "/", "~")):
         raise DataError(f"no data set at '{source}'; allowed: a .jsonl or .parquet file, a hub id, or a builtin: name")
     try:

@@ -122,7 +122,7 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def head_loss(
-    lanes: Sequence[Lane], loss: ChunkLoss, term_weights: Tensor, *, chunk: int = 128
+    lanes: Sequence[Lane], loss: ChunkLoss, term_weights: Tensor, *, chunk: int = 64
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the terms of ``loss`` over all tokens, and the raw sum of every term.
 

@@ -70,7 +70,7 @@ def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | 
     return capped(raw if raw.dtype == torch.float64 else raw.float(), softcap)
 
 
-def head_top(lane: Lane, k: int, temperature: float = 1.0, *, chunk: int = 128) -> tuple[Tensor, Tensor]:
+def head_top(lane: Lane, k: int, temperature: float = 1.0, *, chunk: int = 64) -> tuple[Tensor, Tensor]:
     """Log-probabilities (n, k) of each token's ``k`` likeliest words, from the likeliest down, and their ids (n, k).
 
     Args:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from raycloud.data.batches import IGNORE, Batch
 from raycloud.distill.head_loss import Lane, head_loss
-from raycloud.distill.signals import FrozenHead, Signal, Targets
-from raycloud.link.codecs import CODECS
+from raycloud.distill.signals import FrozenHead, Signal, SignalKind, Targets
 from raycloud.models.segments import Segment
 from raycloud.recipe import Recipe
 from raycloud.training.loop import Loss
@@ -122,7 +121,7 @@ class TeacherOutput:
         """
         if self.signal.kind != "hidden":
             raise ValueError(f"this objective needs signals of kind 'hidden', got '{self.signal.kind}'")
-        return CODECS[self.signal.codec].decode(self.signal.payload["rows"][which])
+        return self.signal.rows(which)
 
     def logits(self, which: slice | Tensor = slice(None)) -> Tensor:
         """Logits (c, W) of some of its tokens.
@@ -131,7 +130,7 @@ class TeacherOutput:
             ValueError: the signal does not hold them.
         """
         if self.signal.kind == "logits":
-            return CODECS[self.signal.codec].decode(self.signal.payload["rows"][which])
+            return self.signal.rows(which)
         return self.frozen.logits(self.rows(which))
 
     @property
@@ -148,6 +147,17 @@ class TeacherOutput:
     def lane(self) -> Lane:
         """Its rows through its head."""
         return Lane(self.rows(), self.frozen.weight, self.frozen.bias, self.frozen.softcap)
+
+
+def both_ids(student: StudentOutput, teacher: TeacherOutput) -> tuple[Ids, Ids]:
+    """The ids of both sides.
+
+    Raises:
+        ValueError: they are not there.
+    """
+    if student.ids is None or teacher.ids is None:
+        raise ValueError("this objective needs the token ids of both models")
+    return student.ids, teacher.ids
 
 
 class TeacherAt:
@@ -208,13 +218,15 @@ class Objective(Recipe):
     """A loss on response tokens; its options are its fields."""
 
     name: str
+    kinds: ClassVar[tuple[SignalKind, ...]] = ("hidden",)
+    """Signals that tell enough for it."""
 
     def extras(self, sizes: Sizes) -> nn.Module | None:
         """What is trained beside the student and saved with it, such as projectors; None if there is nothing."""
         return None
 
     def loss(
-        self, student: StudentOutput, teacher: TeacherOutput, extras: nn.Module | None, *, chunk: int = 128
+        self, student: StudentOutput, teacher: TeacherOutput, extras: nn.Module | None, *, chunk: int = 64
     ) -> Terms:
         """Its sum over a batch's tokens."""
         raise NotImplementedError
@@ -239,7 +251,7 @@ def weighted_sum(
     teacher: TeacherOutput | None = None,
     extras: Mapping[str, nn.Module] | None = None,
     *,
-    chunk: int = 128,
+    chunk: int = 64,
 ) -> Loss:
     """Σ weight · objective over all response tokens; the terms are the raw sums by objective name.
 

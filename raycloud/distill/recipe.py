@@ -14,8 +14,6 @@ from raycloud.models.loading import Device
 from raycloud.recipe import Recipe
 from raycloud.training.loop import TrainingRecipe
 
-_NEED_ROWS = ("dskd", "dskd_cma")
-
 
 class Placement(Recipe):
     """What one actor asks of its node, beside one unit of ``cloud`` or ``edge``."""
@@ -38,7 +36,7 @@ class TeacherRecipe(Recipe):
 
 
 class StudentRecipe(Recipe):
-    """What the students start from: chosen blocks of the teacher, or a model of its own with the same vocabulary."""
+    """What the students start from: chosen blocks of the teacher, or a model of its own, tokenizer included."""
 
     model: str | None = None
     """A hub id, a directory or a built-in name; None cuts the student from the teacher."""
@@ -147,13 +145,12 @@ class DistillRecipe(Recipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        kd, kind = self.objective.kd.name, self.signal.kind
-        if self.objective.kd_weight and kd in _NEED_ROWS and kind != "hidden":
+        kd, kind = self.objective.kd, self.signal.kind
+        if self.objective.kd_weight and kind not in kd.kinds:
+            allowed = ", ".join(kd.kinds)
             raise ValueError(
-                f"signal.kind is '{kind}', but objective.kd '{kd}' needs the teacher's rows; allowed: hidden"
+                f"signal.kind '{kind}' does not tell enough for objective.kd '{kd.name}'; allowed: {allowed}"
             )
-        if self.objective.kd_weight and kd == "mined":
-            raise ValueError("objective.kd 'mined' is for two tokenizers; allowed with the teacher's own: the others")
         names = [edge.name for edge in self.edges]
         double = sorted({name for name in names if names.count(name) > 1})
         if double:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from raycloud.data.batches import Batch, Sample, in_length_order
+from raycloud.distill.divergence import Divergence
 from raycloud.distill.objective import StudentOutput, TeacherOutput, weighted_sum
+from raycloud.distill.objectives import DIVERGENCES, OBJECTIVES
+from raycloud.distill.objectives.mined import MinED
+from raycloud.distill.pairs import Pairs, Words
 from raycloud.distill.recipe import ObjectiveRecipe, StudentRecipe
 from raycloud.distill.signals import FrozenHead, SignalStore
 from raycloud.errors import ModelError
 from raycloud.models.anatomy import blocks_of
-from raycloud.models.loading import Device, Pretrained, load
+from raycloud.models.loading import Device, Pretrained, load, load_tokenizer, resolve
 from raycloud.models.segments import Segment
 from raycloud.models.surgery.extraction import extract
 from raycloud.models.surgery.importance import angular_distances, evenly_spaced, largest
@@ -22,17 +27,61 @@ from raycloud.training.loop import Loss
 _CALIBRATION_BATCH = 16
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """A micro-batch, and what the teacher is asked about: the same texts, in its own tokens where those differ."""
+
+    batch: Batch
+    asked: Batch
+    which: tuple[int, ...]
+    """Samples of the data set."""
+
+    @property
+    def targets(self) -> int:
+        """Labelled positions of the student."""
+        return self.batch.targets
+
+
+def own_tokenizer(recipe: StudentRecipe, teacher: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
+    """The students' tokenizer; None where it is the teacher's.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        DataError: its tokens' bytes are not known.
+    """
+    if recipe.model is None:
+        return None
+    own = load_tokenizer(resolve(recipe.model))
+    same = own.get_vocab() == teacher.get_vocab() and own.eos_token_id == teacher.eos_token_id
+    return None if same else own
+
+
+def check_objective(objective: ObjectiveRecipe, crossing: bool) -> None:
+    """Whether an objective can teach a student with a tokenizer of its own, or with the teacher's.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    if not objective.kd_weight:
+        return
+    name = objective.kd.name
+    if crossing and isinstance(objective.kd, Divergence):
+        others = ", ".join(other for other in OBJECTIVES if other not in DIVERGENCES)
+        raise ModelError(f"objective.kd '{name}' needs one tokenizer, student.model has its own; allowed: {others}")
+    if not crossing and isinstance(objective.kd, MinED):
+        raise ModelError(f"objective.kd '{name}' is for two tokenizers, the student has the teacher's; take forward_kl")
+
+
 def initial_student(
     teacher: Pretrained, recipe: StudentRecipe, calibration: Sequence[Sample], device: Device
 ) -> tuple[PreTrainedModel, list[int] | None]:
     """The model that students start from, in float32, and which of the teacher's blocks it has (None if its own).
 
     Raises:
-        ModelError: the recipe asks for blocks the teacher has not, or the vocabularies differ.
+        ModelError: the recipe asks for blocks the teacher has not.
     """
     if recipe.model is not None:
         student = load(recipe.model, device=device, dtype="float32").model
-        check_vocabulary(student.config, teacher.model.config)
         student.config.architectures = [type(student).__name__]
         return student, None
     total = len(blocks_of(teacher.model))
@@ -42,7 +91,7 @@ def initial_student(
 
 
 def check_vocabulary(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
-    """Whether a student has the teacher's vocabulary, which these divergences need.
+    """Whether a student with the teacher's tokenizer has as many words.
 
     Raises:
         ModelError: it has not.
@@ -83,8 +132,9 @@ def loss_from_signals(
     teacher_head: FrozenHead | None,
     teacher_words: Tensor | None = None,
     extras: nn.Module | None = None,
-) -> Callable[[Batch], Loss]:
-    """The loss of a batch: the student's rows against what the teacher says about the same tokens.
+    pairs: Pairs | None = None,
+) -> Callable[[Lesson], Loss]:
+    """The loss of a micro-batch: the student's rows against what the teacher says about the same texts.
 
     Args:
         student: with its head.
@@ -93,16 +143,21 @@ def loss_from_signals(
         teacher_head: for hidden signals.
         teacher_words: the teacher's input embedding (W, D), for objectives that look at the tokens themselves.
         extras: what the objective trains beside the student.
+        pairs: the data set in both models' tokens; None where they have one tokenizer.
     """
     device = next(student.parameters()).device
     weighted = objective.weighted()
+    words = None if pairs is None else Words(pairs.map, device)
 
-    def loss(batch: Batch) -> Loss:
-        output = StudentOutput.of(student, batch.to(device))
+    def loss(lesson: Lesson) -> Loss:
+        output = StudentOutput.of(student, lesson.batch.to(device))
         if not objective.kd_weight:
             return weighted_sum(weighted, output)
-        signal = signals.signal(batch).to(device)
-        teacher = TeacherOutput(signal, teacher_head, ids=output.ids, embedding=teacher_words)
+        signal = signals.signal(lesson.asked).to(device)
+        if pairs is None or words is None:
+            teacher = TeacherOutput(signal, teacher_head, ids=output.ids, embedding=teacher_words)
+        else:
+            teacher = pairs.output(lesson.which, signal, teacher_head, words, teacher_words)
         return weighted_sum(weighted, output, teacher, {} if extras is None else {objective.kd.name: extras})
 
     return loss

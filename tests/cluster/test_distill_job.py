@@ -21,9 +21,12 @@ from raycloud.cluster.edge_student import Beat
 from raycloud.cluster.jobs import distill as job
 from raycloud.cluster.jobs.distill import run
 from raycloud.cluster.rounds import Member, Round
+from raycloud.data.sources import load_rows
 from raycloud.distill.recipe import DistillRecipe
 from raycloud.errors import ClusterError, DataError, Interrupted, ModelError, ResultError
 from tests.cluster.recipes import small
+from tests.models.families import tiny
+from tests.tokenizers import trained
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -82,6 +85,37 @@ def test_an_objective_with_projectors_trains_them_beside_the_student(tiny_llama:
     projected = [step["terms"]["dskd_cma/projected"] for step in steps]
     assert sum(projected[-4:]) < sum(projected[:4])
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["wire_bytes"]["words"] == 2 * 49_152 * 16 * 2
+
+
+@pytest.fixture(scope="module")
+def foreigner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("foreigner")
+    tokenizer = trained(500, [row["text"] for row in load_rows("builtin:reviews", "train")[:2000]])
+    tiny("llama", dtype=torch.float32, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_student_with_its_own_tokenizer_learns_and_keeps_it(
+    tiny_llama: Path, foreigner: Path, tmp_path: Path
+) -> None:
+    recipe = small(
+        tiny_llama,
+        tmp_path / "run",
+        student={"model": str(foreigner)},
+        objective={"kd": {"name": "uld"}, "ce_weight": 1.0},
+        rounds={"count": 2, "steps": 6},
+    )
+    run(recipe)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["student_ppl_after"] < summary["student_ppl_before"]
+    assert 0 <= summary["agreement_after"] <= 1
+    assert all(record["terms"]["uld"] > 0 for record in records(tmp_path / "run", "step"))
+    kept = AutoTokenizer.from_pretrained(tmp_path / "run" / "student")
+    assert kept.get_vocab() == AutoTokenizer.from_pretrained(foreigner).get_vocab()
+    with pytest.raises(ModelError, match="'forward_kl' needs one tokenizer"):
+        run(small(tiny_llama, tmp_path / "other", student={"model": str(foreigner)}))
 
 
 def test_the_bytes_are_those_of_the_payloads(finished: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ from raycloud.cluster.edge_student import EdgeStudent
 from raycloud.distill.objective import StudentOutput, weighted_sum
 from raycloud.distill.objectives import CrossEntropy
 from raycloud.distill.signals import frozen_head
+from raycloud.distill.student import Lesson
 from raycloud.link.meter import Meter
 from raycloud.models.loading import load
 from raycloud.models.segments import Segment
 from raycloud.models.weights import weights_of
-from raycloud.training.loop import Trainer
+from raycloud.training.loop import Loss, Trainer
 from tests.cluster.recipes import small
 
 Make = Callable[[], EdgeStudent]
@@ -43,8 +45,11 @@ def make(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> M
 
 def steps(student: EdgeStudent, trainer: Trainer, count: int) -> None:
     for _ in range(count):
-        batches = student._batches(trainer.step_index)
-        trainer.step(batches, lambda b: weighted_sum([(1.0, CrossEntropy())], StudentOutput.of(student._segment, b)))
+        trainer.step(student._lessons(trainer.step_index), partial(entropy, student))
+
+
+def entropy(student: EdgeStudent, lesson: Lesson) -> Loss:
+    return weighted_sum([(1.0, CrossEntropy())], StudentOutput.of(student._segment, lesson.batch))
 
 
 def finish(student: EdgeStudent, number: int, trainer: Trainer) -> dict[str, Tensor]:

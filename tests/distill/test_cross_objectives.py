@@ -9,15 +9,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raycloud.data.batches import Batch
+from raycloud.distill.multi_level import multi_level, sequence_ranking
 from raycloud.distill.objective import Ids, Objective, Sizes, StudentOutput, TeacherOutput, weighted_sum
 from raycloud.distill.objectives.cross_entropy import CrossEntropy
 from raycloud.distill.objectives.dskd import DSKD, fitted
 from raycloud.distill.objectives.dskd_cma import DSKDCMA
+from raycloud.distill.objectives.mcw_kd import MCWKD, Extras
 from raycloud.distill.objectives.mined import MinED
+from raycloud.distill.objectives.multi_level_ot import MultiLevelOT
 from raycloud.distill.objectives.uld import ULD
-from raycloud.distill.signals import FrozenHead, Signal
+from raycloud.distill.signals import FrozenHead, Signal, SignalRecipe, frozen_head, observe
+from raycloud.distill.transport import relative_epsilon, sinkhorn
 from raycloud.link.codecs import CODECS
+from raycloud.models.segments import Segment
 from raycloud.training.loop import Loss
+from tests.models.families import tiny
 
 V, W, D_S, D_T = 41, 53, 8, 12
 OURS, THEIRS = (5, 7), (6, 4)
@@ -257,7 +264,17 @@ def test_cross_model_attention_is_its_formula() -> None:
         assert (a - b).norm() <= 1e-5 * max(1e-6, float(b.norm()))
 
 
-EVERY: list[Callable[[], Objective]] = [ULD, lambda: ULD(k=8), MinED, lambda: DSKD(version=1), DSKD, DSKDCMA]
+EVERY: list[Callable[[], Objective]] = [
+    ULD,
+    lambda: ULD(k=8),
+    MinED,
+    lambda: DSKD(version=1),
+    DSKD,
+    DSKDCMA,
+    lambda: MultiLevelOT(words=9, keep=7),
+    lambda: MCWKD(words=9),
+    lambda: MCWKD(words=9, solver="semi_dual"),
+]
 
 
 @pytest.mark.parametrize("make", EVERY)
@@ -266,7 +283,7 @@ def test_a_text_says_the_same_in_any_company(make: Callable[[], Objective]) -> N
     case, objective = Case(), make()
     torch.manual_seed(0)
     extras = objective.extras(case.sizes)
-    extras = None if extras is None else extras.double()
+    extras = None if extras is None else extras.double().eval()
     whole = float(case.loss(objective, extras, chunk=100).sum.detach())
     parts = 0.0
     for text in range(2):
@@ -303,7 +320,7 @@ def test_finite_at_the_extremes(make: Callable[[], Objective], dtype: torch.dtyp
             signal=Wide(case.teacher.signal, case.g.float()),
         )
         extras = objective.extras(Sizes(D_S, D_T, head.weight.float(), case.teacher_weight.float(), case.teacher.words))
-        modules = {} if extras is None else {objective.name: extras.to(dtype)}
+        modules = {} if extras is None else {objective.name: extras}
         loss = weighted_sum([(1.0, objective), (0.5, CrossEntropy())], student, teacher, modules)
         loss.sum.backward()
         assert torch.isfinite(loss.sum)
@@ -315,3 +332,136 @@ def test_cross_entropy_beside_it_counts_every_token() -> None:
     loss = case.loss(ULD(), None, ce=1.0)
     entropy = nn.functional.cross_entropy(case.z, case.student.labels, reduction="sum")
     assert float(loss.terms["cross_entropy"]) == pytest.approx(float(entropy.detach()), rel=1e-9)
+
+
+def per_text(case: Case, values: Tensor, side: Ids) -> list[Tensor]:
+    return [values[int(side.offsets[text]) : int(side.offsets[text + 1])] for text in range(2)]
+
+
+def ranks(logits: Tensor, k: int, tau: float) -> tuple[Tensor, Tensor]:
+    top = (logits / tau).softmax(-1).topk(k)
+    return top.values, top.indices
+
+
+def test_multi_level_ot_is_the_sum_of_its_levels_text_by_text() -> None:
+    case, objective = Case(), MultiLevelOT(words=9, keep=7, temperature=1.5)
+    ours = case.loss(objective, None)
+    ids, other = case.student.ids, case.teacher.ids
+    assert ids is not None and other is not None
+    reference = case.h.new_zeros(())
+    for text, (z, u) in enumerate(zip(per_text(case, case.z, ids), per_text(case, case.u, other), strict=True)):
+        everywhere = [torch.ones(1, len(one), dtype=torch.bool) for one in (z, u)]
+        ordered = []
+        for one, mask in zip((z, u), everywhere, strict=True):
+            values, which = ranks(one, 9, 1.5)
+            ordered.append(sequence_ranking(values[None], which[None], mask, 7))
+        partner = torch.tensor(PARTNER[int(ids.offsets[text]) : int(ids.offsets[text + 1])])
+        partner = torch.where(partner >= 0, partner - other.offsets[text], -1)
+        levels = multi_level(ordered[1].detach(), ordered[0], everywhere[1], everywhere[0], partner[None])
+        reference = reference + (levels.absolute + 0.1 * levels.logarithmic + 0.1 * levels.transport).sum()
+    assert float(ours.sum.detach()) == pytest.approx(float(reference.detach()), rel=1e-6)
+    inputs = [case.h, case.head.weight]
+    for a, b in zip(torch.autograd.grad(ours.sum, inputs), torch.autograd.grad(reference, inputs), strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def spans(case: Case) -> tuple[Tensor, Tensor]:
+    """Both sides cover bytes 0 to 12 of each text, in tokens of about the same length."""
+    both = []
+    for lengths in (OURS, THEIRS):
+        cuts = [torch.linspace(0, 12, n + 1).round().long() for n in lengths]
+        both.append(torch.cat([torch.stack([cut[:-1], cut[1:]], 1) for cut in cuts]))
+    return both[0], both[1]
+
+
+def test_mcw_kd_adds_two_transports_to_cross_model_attention() -> None:
+    case, objective = Case(), MCWKD(words=9)
+    case.teacher = replace(case.teacher, spans=spans(case))
+    torch.manual_seed(0)
+    extras = objective.extras(case.sizes).double()
+    assert isinstance(extras, Extras)
+    ours = case.loss(objective, extras.eval())
+    attention = case.loss(DSKDCMA(temperature=3.0), extras)
+    ids, other = case.student.ids, case.teacher.ids
+    assert ids is not None and other is not None
+    reference = attention.sum
+    g = extras.ot(case.g)
+    sides = [per_text(case, one, ids) for one in (case.z, case.h, spans(case)[0])]
+    others = [per_text(case, one, other) for one in (case.u, g, spans(case)[1])]
+    for z, h, span, u, state, its_span in zip(*sides, *others, strict=True):
+        q, p = ranks(z, 9, 2.0)[0], ranks(u, 9, 2.0)[0]
+        a, b = extras.salience(state).sigmoid(), extras.salience(h).sigmoid()
+        kl_rows = [[((x + 1e-7) * ((x + 1e-7) / (y + 1e-7)).log() - x + y).sum() for y in q] for x in p]
+        predicted = [torch.cdist(p, q), torch.stack([torch.stack(row) for row in kl_rows]), (a - b.T).abs()]
+        mine, its = (torch.stack([one[max(0, i - 4) : i + 5].mean(0) for i in range(len(one))]) for one in (h, state))
+        overlap = torch.tensor(
+            [
+                [max(0, min(x[1], y[1]) - max(x[0], y[0])) / (max(x[1], y[1]) - min(x[0], y[0])) for y in span.tolist()]
+                for x in its_span.tolist()
+            ]
+        )
+        cosine = nn.functional.cosine_similarity(its[:, None], mine[None], dim=-1)
+        stands = [1 - overlap, torch.cdist(its, mine), 1 - cosine]
+        for costs, weights in ((predicted, (0.2, 0.5, 0.3)), (stands, (0.3, 0.5, 0.2))):
+            cost = sum(weight * one for weight, one in zip(weights, costs, strict=True))
+            assert isinstance(cost, Tensor)
+            mu, nu = (torch.full((1, n), 1 / n) for n in cost.shape)
+            detached = cost.detach().float()[None]
+            plan = sinkhorn(detached, mu, nu, relative_epsilon(detached, mu, nu, 0.1), 30).mass[0]
+            reference = reference + (plan * cost).sum() * cost.shape[1]
+    assert float(ours.sum.detach()) == pytest.approx(float(reference.detach()), rel=1e-4)
+    inputs = [case.h, case.head.weight, extras.ot.weight, extras.salience.weight]
+    for x, y in zip(torch.autograd.grad(ours.sum, inputs), torch.autograd.grad(reference, inputs), strict=True):
+        assert (x - y).norm() <= 1e-3 * y.norm()
+
+
+def test_cost_weights_learn_and_costs_are_weighed_by_what_they_were() -> None:
+    case, objective = Case(), MCWKD(words=9)
+    case.teacher = replace(case.teacher, spans=spans(case))
+    torch.manual_seed(0)
+    extras = objective.extras(case.sizes).double().train()
+    assert isinstance(extras, Extras)
+    torch.testing.assert_close(extras.logit_costs.weights, torch.tensor([0.2, 0.5, 0.3]).double())
+    loss = case.loss(objective, extras)
+    (gradient,) = torch.autograd.grad(loss.sum, extras.state_costs.logits)
+    assert gradient.abs().min() > 0
+    assert not torch.equal(extras.state_costs.scale, torch.ones(3).double())
+    again = case.loss(objective, extras.eval())
+    assert float(again.sum.detach()) != pytest.approx(float(loss.sum.detach()), rel=1e-3)
+
+
+def test_the_semi_dual_potential_climbs_to_the_transport_it_bounds() -> None:
+    case, objective = Case(), MCWKD(words=9, solver="semi_dual")
+    case.teacher = replace(case.teacher, spans=spans(case))
+    torch.manual_seed(0)
+    extras = objective.extras(case.sizes).double().eval()
+    assert isinstance(extras, Extras)
+    potentials = [*extras.logit_potential.parameters(), *extras.state_potential.parameters()]
+    optimiser = torch.optim.Adam(potentials, lr=3e-3)
+    bounds = []
+    for _ in range(30):
+        optimiser.zero_grad()
+        loss = case.loss(objective, extras)
+        loss.sum.backward()
+        optimiser.step()
+        bounds.append(float(loss.terms["mcw_kd/logit_transport"]) + float(loss.terms["mcw_kd/state_transport"]))
+    assert bounds[-1] > bounds[0]
+
+
+@pytest.mark.parametrize("kind", ["topk", "sorted"])
+def test_uld_takes_what_a_small_signal_tells(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model = tiny("llama", dtype=torch.float32)
+    segment = Segment(model)
+    ids = torch.randint(3, 50, (2, 12))
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.roll(ids, -1, 1))
+    student = StudentOutput.of(Segment(tiny("llama", dtype=torch.float32, seed=1)), batch)
+    head = frozen_head(segment, "float32")
+    losses = [
+        weighted_sum([(1.0, ULD(k=6))], student, TeacherOutput(observe(segment, "t", batch, recipe, [1.0]), head)).sum
+        for recipe in (SignalRecipe(codec="float32"), SignalRecipe(kind=kind, codec="float32", k=8))  # type: ignore[arg-type]
+    ]
+    assert float(losses[1]) == pytest.approx(float(losses[0]), rel=1e-4)
+    few = TeacherOutput(observe(segment, "t", batch, SignalRecipe(kind=kind, k=4), [1.0]), head)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="k=6 needs as many from the signal, got 4"):
+        weighted_sum([(1.0, ULD(k=6))], student, few)

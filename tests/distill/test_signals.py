@@ -1,15 +1,32 @@
-"""What a teacher says: exactness of every kind, keys, and top-k with a tail."""
+"""What a teacher says: exactness of every kind, keys, top-k with a tail, and draws that are right on average."""
 
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 from raycloud.data.batches import IGNORE, Batch, Sample, collate
-from raycloud.distill.objectives.forward_kl import forward_kl
-from raycloud.distill.signals import FrozenHead, Signal, SignalRecipe, frozen_head, observe, signal_key
+from raycloud.distill.objectives import DIVERGENCES
+from raycloud.distill.objectives.forward_kl import ForwardKL, forward_kl
+from raycloud.distill.signals import (
+    FrozenHead,
+    Signal,
+    SignalKind,
+    SignalRecipe,
+    Targets,
+    frozen_head,
+    observe,
+    sample_keys,
+    signal_key,
+)
+from raycloud.distill.signals.coding import decode_ids, decode_rows, encode_ids, encode_rows
+from raycloud.distill.signals.draws import RAGGED, draw, offsets, record, recorded, tokens_at
+from raycloud.distill.signals.kept import keep, kept
+from raycloud.errors import RecipeError
+from raycloud.link.codecs.quantised import Int8
 from raycloud.models.segments import Segment
 from tests.models.families import tiny
 
@@ -53,7 +70,7 @@ def test_top_k_keeps_the_largest_and_the_mass_of_the_rest(temperature: float, te
     expected = reference(teacher, batch, temperature)
     assert torch.allclose(aim.log_p[:, :-1], expected.topk(10).values, atol=1e-5)
     assert torch.allclose(aim.log_p.logsumexp(-1), torch.zeros(signal.count), atol=1e-5)
-    assert signal.nbytes == signal.count * (10 * 4 + 10 * 4 + 2 * 4)
+    assert signal.nbytes == signal.count * (10 * 4 + 10 * 1 + 2 * 4)  # 97 words: an id is one byte
     # The student over the same support: kept ids exactly, everything else in one bucket; a lower bound of the true KL.
     z = torch.randn(signal.count, expected.shape[1], generator=torch.Generator().manual_seed(0))
     log_q = (z / temperature).log_softmax(-1)
@@ -92,6 +109,7 @@ def test_keys_tell_apart_whatever_makes_a_signal_invalid(batch: Batch) -> None:
         ("t", Batch(batch.ids, batch.valid, other_labels), recipe, [1.0]),
         ("t", batch, SignalRecipe(kind="topk"), [1.0]),
         ("t", batch, recipe, [2.0]),
+        ("t", Batch(batch.ids.flip(0), batch.valid.flip(0), batch.labels.flip(0)), recipe, [1.0]),
     ]
     assert len({signal_key(*variant) for variant in variants}) == len(variants)
     assert signal_key("t", batch, recipe, [2.0, 1.0]) == signal_key("t", batch, recipe, [1.0, 2.0])
@@ -106,3 +124,206 @@ def test_missing_parts_are_said(teacher: Segment, batch: Batch) -> None:
         topk.targets(slice(0, 1), 2.0, None)
     assert FrozenHead(torch.zeros(4, 3)).nbytes == 48
     assert Signal("k", "logits", "float32", {"rows": torch.zeros(2, 8, dtype=torch.uint8)}).nbytes == 16
+
+
+def whole(signal: Signal, temperature: float = 1.0) -> Targets:
+    return signal.targets(slice(0, signal.count), temperature, None)
+
+
+def student_logits(count: int) -> torch.Tensor:
+    z = 2 * torch.randn(count, 97, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return z.requires_grad_()
+
+
+def estimate(aim: Targets, z: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward KL of each token and the gradient of its sum in the student's logits."""
+    values = ForwardKL(temperature=temperature).per_token(z, torch.zeros(len(z)), lambda _: aim)
+    return values.detach(), torch.autograd.grad(values.sum(), z)[0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["sampled", "hybrid"])
+def test_drawn_targets_are_right_on_average(kind: str, temperature: float, teacher: Segment, batch: Batch) -> None:
+    recipe = SignalRecipe(kind=kind, codec="float32", k=5, draws=7)
+    expected = reference(teacher, batch, temperature).double()
+    z = student_logits(len(expected))
+    q = (z.detach() / temperature).softmax(-1)
+    dense_value = (expected.exp() * (expected - q.log())).sum(-1)
+    dense = (q - expected.exp()) / temperature
+    repeats = 150
+    found = [
+        estimate(whole(observe(teacher, f"t{n}", batch, recipe, [1.0, 2.0]), temperature), z, temperature)
+        for n in range(repeats)
+    ]
+    for drawn, exact in zip(map(torch.stack, zip(*found, strict=True)), (dense_value, dense), strict=True):
+        chance = float((drawn.var(dim=0).sum() / repeats).sqrt())
+        assert float((drawn[0] - exact).norm()) > 4 * chance  # one draw alone is noisy
+        assert float((drawn.mean(dim=0) - exact).norm()) < 1.4 * chance
+
+
+def test_draws_keep_to_their_share_and_never_leave_the_support() -> None:
+    generator = torch.Generator().manual_seed(1)
+    mass = torch.rand(200, 31, generator=generator) ** 4
+    mass[:, ::3] = 0
+    mass[:, 30] = 0
+    offset = torch.rand(200, generator=generator, dtype=torch.float64)
+    offset[:2] = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    drawn = draw(mass, 20, offset)
+    counts = torch.zeros(200, 31).scatter_add_(1, drawn, torch.ones(200, 20))
+    share = 20 * mass / mass.sum(-1, keepdim=True)
+    assert (counts <= share.ceil() + 1e-4).all() and (counts >= share.floor() - 1e-4).all()
+    assert (counts[mass == 0] == 0).all() and (counts.sum(-1) == 20).all()
+    assert (draw(torch.zeros(1, 4), 3, offset[:1]) < 4).all()  # no mass at all: some id, and its weight is 0
+
+
+def test_recorded_draws_come_back(teacher: Segment) -> None:
+    draws = torch.tensor([[[0, 0, 0, 0], [1, 1, 2, 96]], [[3, 4, 5, 6], [96, 96, 96, 96]]])
+    said = record(draws, 97)
+    assert {name: tensor.dtype for name, tensor in said.items()} == dict.fromkeys(said, torch.uint8)
+    assert said["drawn"].tolist() == [[1, 3], [4, 1]]
+    ids, share = recorded(said, 1)
+    assert ids.tolist() == [[1, 2, 96, 0], [96, 0, 0, 0]]
+    assert share.tolist() == [[0.5, 0.25, 0.25, 0], [1, 0, 0, 0]]
+    backwards = recorded(tokens_at(said, torch.tensor([1, 0, 1])), 0)[1]
+    assert backwards.tolist() == [[0.25] * 4, [1, 0, 0, 0], [0.25] * 4]
+    assert record(draws[:0], 97)["drawn_ids"].shape == (0, 1)
+
+
+def test_random_numbers_are_those_of_the_sample_and_even() -> None:
+    keys = ["0123456789abcdef" * 4, "fedcba9876543210" * 4]
+    both = offsets(keys, [3, 2000], 2)
+    assert torch.equal(both[3:], offsets(keys[1:], [2000], 2)) and torch.equal(both[:3], offsets(keys[:1], [3], 2))
+    assert both.min() >= 0 and both.max() < 1
+    assert both[3:].mean() == pytest.approx(0.5, abs=0.02) and both[3:].std() == pytest.approx(12**-0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("kind", get_args(SignalKind))
+def test_a_tokens_signal_does_not_depend_on_its_batch(kind: SignalKind, teacher: Segment, batch: Batch) -> None:
+    recipe = SignalRecipe(kind=kind, codec="float32", k=5, draws=7)
+    together = observe(teacher, "t", batch, recipe, [1.0, 2.0], chunk=6)
+    other = collate([SAMPLES[2], Sample(tuple(range(40)), 3), SAMPLES[0]], pad=1)
+    elsewhere = observe(teacher, "t", other, recipe, [1.0, 2.0])
+    assert sample_keys("t", batch, recipe, [1.0])[0] == sample_keys("t", other, recipe, [1.0])[2]
+    targets = [sample.targets for sample in SAMPLES]
+    for here, there in (
+        (slice(0, targets[0]), slice(elsewhere.count - targets[0], elsewhere.count)),
+        (slice(together.count - targets[2], together.count), slice(0, targets[2])),
+    ):
+        mine, theirs = tokens_at(together.payload, here), tokens_at(elsewhere.payload, there)
+        for name in mine:
+            if name == "rows":
+                mine[name], theirs[name] = (decode_rows(one[name], "float32") for one in (mine, theirs))
+            exact = not mine[name].dtype.is_floating_point  # ids and counts
+            assert torch.allclose(mine[name], theirs[name], rtol=0, atol=0 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("kind", get_args(SignalKind))
+def test_some_tokens_in_any_order(kind: SignalKind, teacher: Segment, batch: Batch) -> None:
+    signal = observe(teacher, "t", batch, SignalRecipe(kind=kind, k=5, draws=7), [1.0, 2.0], chunk=6)
+    assert signal.count == batch.targets
+    head = frozen_head(teacher, "float32") if kind == "hidden" else None
+    which = torch.tensor([4, 0, 11, 4])
+    everything = signal.targets(slice(None), 2.0, head)
+    some = signal.targets(which, 2.0, head)
+    width = some.log_p.shape[1]  # draws are filled up to the longest of those at hand
+    assert torch.allclose(some.log_p, everything.log_p[which, :width], atol=1e-5)
+    assert some.kind == everything.kind == kind
+    if some.ids is not None and everything.ids is not None:
+        assert torch.equal(some.ids, everything.ids[which, : some.ids.shape[1]])
+
+
+def test_sorted_values_and_scalars(teacher: Segment, batch: Batch) -> None:
+    expected = reference(teacher, batch, 2.0)
+    ranked = observe(teacher, "t", batch, SignalRecipe(kind="sorted", codec="float32", k=10), [2.0])
+    aim = whole(ranked, 2.0)
+    assert torch.allclose(aim.log_p[:, :-1], expected.topk(10).values, atol=1e-5)
+    assert torch.allclose(aim.log_p.exp().sum(-1), torch.ones(ranked.count), atol=1e-5)
+    assert aim.ids is None and ranked.nbytes == ranked.count * (10 * 4 + 4)
+    z = student_logits(ranked.count).detach()
+    assert torch.allclose(aim.log_q(z, 2.0)[:, :-1], (z / 2).log_softmax(-1).topk(10).values)
+    actual = whole(observe(teacher, "t", batch, SignalRecipe(kind="scalars"), [1.0, 2.0]), 2.0)
+    labels = batch.labels[batch.labels != IGNORE]
+    assert torch.allclose(actual.log_p, expected.gather(-1, labels[:, None]), atol=1e-5)
+    with pytest.raises(ValueError, match="not of a distribution"):
+        actual.log_q(z, 2.0)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("kind", ["sampled", "hybrid", "sorted", "scalars"])
+def test_divergences_refuse_what_does_not_tell_enough(name: str, kind: str, teacher: Segment, batch: Batch) -> None:
+    signal = observe(teacher, "t", batch, SignalRecipe(kind=kind, k=5, draws=7), [1.0])
+    objective, z = DIVERGENCES[name](), student_logits(signal.count)
+    if name == "forward_kl" and kind in ("sampled", "hybrid"):
+        assert torch.isfinite(objective.per_token(z, batch.labels, lambda tau: whole(signal, tau))).all()
+        return
+    allowed = "hidden, logits, topk" + (", hybrid, sampled" if name == "forward_kl" else "")
+    with pytest.raises(ValueError, match=f"^objective '{name}' cannot be taken .* kind '{kind}'; allowed: {allowed}$"):
+        objective.per_token(z, batch.labels, lambda tau: whole(signal, tau))
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_both_masses_are_exact_near_nought_and_near_one(scale: float) -> None:
+    u = scale * torch.randn(50, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    said, ids, _ = keep(u.float(), 4, "float32", [1.0])
+    found = kept(said["rows"], said["tail"][:, 0], "float32", 1.0).double().exp()
+    p = u.softmax(-1)
+    tail = p.scatter(-1, ids, 0.0).sum(-1)
+    assert torch.allclose(found[:, :-1], p.gather(-1, ids), rtol=1e-4, atol=0)
+    assert torch.allclose(found[:, -1], tail.clamp_min(1e-7), rtol=1e-4, atol=1e-12)
+
+
+def test_coded_probabilities_fill_their_mass() -> None:
+    u = (
+        3 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(0)) + 200
+    )  # far from 0: relative to the largest
+    said, ids, others = keep(u, 64, "bfloat16", [1.0, 2.0])
+    assert torch.isinf(others.gather(-1, ids)).all() and torch.isinf(others).sum() == 50 * 64
+    found = kept(said["rows"], said["tail"][:, 1], "bfloat16", 2.0).exp()
+    p = (u.double() / 2).softmax(-1)
+    assert torch.allclose(found.sum(-1), torch.ones(50), atol=1e-6)
+    assert torch.allclose(found[:, -1].double(), p.scatter(-1, ids, 0.0).sum(-1), rtol=1e-4)
+    assert torch.allclose(found[:, :-1].double(), p.gather(-1, ids), rtol=0.02)
+
+
+def test_logits_are_relative_to_the_largest(teacher: Segment, batch: Batch) -> None:
+    signal = observe(teacher, "t", batch, SignalRecipe(kind="logits", codec="bfloat16"), [1.0])
+    assert (signal.rows().amax(-1) == 0).all()
+
+
+@pytest.mark.parametrize("width", [32, 31, 576])
+def test_int8_rows_survive_outlying_coordinates(width: int) -> None:
+    rows = torch.randn(40, width, generator=torch.Generator().manual_seed(0))
+    rows[:, 3] *= 60
+    coded = encode_rows(rows, "int8")
+    assert coded.shape == (40, width + 2) and coded.dtype == torch.uint8
+    plain = Int8(width, width)
+    lost = (decode_rows(coded, "int8") - rows).norm()
+    assert lost < 0.7 * (plain.decode(plain.encode(rows)) - rows).norm()
+    assert lost < 0.02 * rows.norm()
+
+
+def test_int8_signals_are_near(teacher: Segment, batch: Batch) -> None:
+    signal = observe(teacher, "t", batch, SignalRecipe(codec="int8"), [1.0])
+    head = frozen_head(teacher, "int8")
+    assert head.weight.dtype == torch.bfloat16 and signal.nbytes == batch.targets * (32 + 2)
+    found = signal.targets(slice(None), 1.0, head.to(torch.device("cpu"), torch.float32)).log_p
+    assert float(forward_kl(reference(teacher, batch, 1.0), found).mean()) <= 1e-3
+    with pytest.raises(RecipeError, match="codec is 'int8' with kind 'topk'; allowed: float32, bfloat16, float16"):
+        SignalRecipe.parse({"kind": "topk", "codec": "int8"})
+    with pytest.raises(ValueError, match="a topk signal holds no rows"):
+        observe(teacher, "t", batch, SignalRecipe(kind="topk"), [1.0]).rows()
+
+
+@pytest.mark.parametrize(("words", "size"), [(2, 1), (256, 1), (257, 2), (65_536, 2), (65_537, 3), (151_936, 3)])
+def test_ids_take_as_many_bytes_as_they_need(words: int, size: int) -> None:
+    ids = torch.tensor([[0, 1], [words // 2, words - 1]])
+    assert encode_ids(ids, words).shape == (2, 2, size)
+    assert torch.equal(decode_ids(encode_ids(ids, words)), ids)
+
+
+@pytest.mark.parametrize("kind", get_args(SignalKind))
+def test_a_batch_without_labels_has_an_empty_signal(kind: SignalKind, teacher: Segment) -> None:
+    silent = collate([Sample((3, 4, 5), 3)], pad=0)
+    signal = observe(teacher, "t", silent, SignalRecipe(kind=kind), [1.0])
+    assert signal.count == 0 and signal.nbytes == 0
+    assert set(RAGGED) <= set(signal.payload) or kind not in ("sampled", "hybrid")

@@ -26,7 +26,7 @@ from raycloud.data.sources import load_rows
 from raycloud.data.splits import select, shard
 from raycloud.distill.examination import ALL, Comparison, Score, gap_closed
 from raycloud.distill.recipe import DistillRecipe, Placement
-from raycloud.distill.student import check_blocks, check_vocabulary
+from raycloud.distill.student import check_blocks, check_objective, check_vocabulary, own_tokenizer
 from raycloud.errors import ClusterError, DataError, Interrupted, ModelError, RaycloudError
 from raycloud.models.anatomy import anatomy_of
 from raycloud.models.loading import load_config, load_tokenizer, quiet_transformers, resolve
@@ -84,10 +84,14 @@ def _preflight(recipe: DistillRecipe) -> None:
         raise ModelError(f"teacher.model '{recipe.teacher.model}' is an encoder; allowed: causal language models")
     if recipe.student.model is None:
         check_blocks(recipe.student, config.num_hidden_layers)
-    else:
+    tokenizer = load_tokenizer(where)
+    own = own_tokenizer(recipe.student, tokenizer)
+    check_objective(recipe.objective, own is not None)
+    if recipe.student.model is not None and own is None:
         check_vocabulary(load_config(resolve(recipe.student.model, console.print)), config)
     rows = load_rows(recipe.data.source, "train", console.print)
-    example(rows[0], recipe.data.format, load_tokenizer(where))
+    for one in (tokenizer, own or tokenizer):
+        example(rows[0], recipe.data.format, one)
     for edge in recipe.edges:
         shard(select(rows, edge.where), edge.part, edge.of)
     held_out, by = load_rows(recipe.data.source, recipe.evaluation.split), recipe.evaluation.by
@@ -255,7 +259,9 @@ class _Run:
         def fill(to: Path) -> None:
             with quiet_transformers():
                 model.save_pretrained(to)
-                self.teacher.tokenizer.save_pretrained(to)
+                (own_tokenizer(self.recipe.student, self.teacher.tokenizer) or self.teacher.tokenizer).save_pretrained(
+                    to
+                )
 
         write_folder(self.results.path / "student", fill)
         checkpoint.facts["seconds"] += self._elapsed()

@@ -108,21 +108,22 @@ class DSKD(Objective):
         return FittedProjectors(*_shared(sizes.student_head, sizes.teacher_head, sizes.words), self.refresh)
 
     def loss(
-        self, student: StudentOutput, teacher: TeacherOutput, extras: nn.Module | None, *, chunk: int = 128
+        self, student: StudentOutput, teacher: TeacherOutput, extras: nn.Module | None, *, chunk: int = 64
     ) -> Terms:
         """``student_space`` and ``teacher_space`` are divergences, ``projected`` is the projector's cross-entropy."""
         mine, theirs = paired(student, teacher)
         h, labels, g = student.rows[mine], student.labels[mine], teacher.rows(theirs)
         assert isinstance(extras, Projectors | FittedProjectors)
+        kind = extras.t2s.weight.dtype
         if isinstance(extras, FittedProjectors):
             extras.follow(*_shared(student.head.weight.detach(), teacher.frozen.weight, teacher.words))
-        back = extras.s2t(h)
+        back = extras.s2t(h.to(kind))
         best = torch.empty(len(g), dtype=torch.long, device=g.device)
         far = teacher_space(back, g, teacher, self.temperature, best, chunk)
         targets = labels if self.version == 1 else named(best, teacher, len(student.head.weight))
         near = student_space(
             Lane.of(h, student.head, student.softcap),
-            Lane.of(extras.t2s(g.to(h.dtype)), student.head, student.softcap, frozen=True),
+            Lane.of(extras.t2s(g.to(kind)).to(student.head.weight.dtype), student.head, student.softcap, frozen=True),
             targets,
             self.divergence,
             self.temperature,

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raycloud.distill.head_loss import Lane
-from raycloud.distill.objective import Ids, Objective, Sizes, StudentOutput, TeacherOutput, Terms
+from raycloud.distill.objective import Ids, Objective, Sizes, StudentOutput, TeacherOutput, Terms, both_ids
 from raycloud.distill.objectives.dskd import Projectors, student_space, teacher_space
 from raycloud.distill.objectives.plain import AnyDivergence
 from raycloud.distill.ragged import mask_of, padded
@@ -62,17 +62,17 @@ class DSKDCMA(Objective):
         return CrossProjectors(sizes.student, sizes.teacher)
 
     def loss(
-        self, student: StudentOutput, teacher: TeacherOutput, extras: nn.Module | None, *, chunk: int = 128
+        self, student: StudentOutput, teacher: TeacherOutput, extras: nn.Module | None, *, chunk: int = 64
     ) -> Terms:
         """``student_space`` and ``teacher_space`` are divergences, ``projected`` is the projector's cross-entropy."""
         assert isinstance(extras, CrossProjectors)
-        g = teacher.rows().to(student.rows.dtype)
+        g = teacher.rows().to(extras.t2s.weight.dtype)
         forth, back = looked_up(student, teacher, g, extras)
         best = torch.empty(len(g), dtype=torch.long, device=g.device)
         far = teacher_space(back, g, teacher, self.temperature, best, chunk)
         near = student_space(
             student.lane(),
-            Lane.of(forth, student.head, student.softcap, frozen=True),
+            Lane.of(forth.to(student.head.weight.dtype), student.head, student.softcap, frozen=True),
             student.labels,
             self.divergence,
             self.temperature,
@@ -91,10 +91,10 @@ def looked_up(
     Raises:
         ValueError: ids or embeddings are not there.
     """
-    ours, theirs = student.ids, teacher.ids
-    if ours is None or theirs is None or student.embedding is None or teacher.embedding is None:
-        raise ValueError("objective 'dskd_cma' needs the ids and the embeddings of both models")
-    kind = student.rows.dtype
+    ours, theirs = both_ids(student, teacher)
+    if student.embedding is None or teacher.embedding is None:
+        raise ValueError("cross-model attention needs the embeddings of both models")
+    kind = g.dtype
     query = extras.query(_seen(ours, student.embedding).to(kind))
     key = unit(_seen(theirs, teacher.embedding).to(kind))
     values = extras.t2s(unit(g) + unit(teacher.embedding[theirs.labels].to(kind)))
@@ -102,7 +102,7 @@ def looked_up(
         padded(query, ours.offsets), padded(key, theirs.offsets), mask_of(ours.offsets), mask_of(theirs.offsets)
     )
     to_student = forth @ padded(values, theirs.offsets).to(forth.dtype)
-    to_teacher = back @ padded(extras.s2t(student.rows), ours.offsets).to(back.dtype)
+    to_teacher = back @ padded(extras.s2t(student.rows.to(kind)), ours.offsets).to(back.dtype)
     return to_student[mask_of(ours.offsets)].to(kind), to_teacher[mask_of(theirs.offsets)].to(kind)
 
 

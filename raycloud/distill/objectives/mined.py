@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from raycloud.distill.objective import TeacherAt, TokenObjective, Vocabularies
+from raycloud.distill.signals import SignalKind
 
 
 def carried_over(p: Tensor, words: Vocabularies, size: int) -> Tensor:
@@ -35,6 +36,7 @@ class MinED(TokenObjective):
     """Forward KL at tokens that both tokenizers have, with the teacher's words replaced by the student's nearest."""
 
     name: Literal["mined"] = "mined"
+    kinds: ClassVar[tuple[SignalKind, ...]] = ("hidden", "logits")
     temperature: float = Field(2.0, gt=0)
     """Divides both models' logits."""
     k: int | None = Field(None, gt=0)

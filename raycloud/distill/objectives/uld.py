@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from raycloud.distill.objective import TeacherAt, TokenObjective
+from raycloud.distill.signals import SignalKind
 
 
 def ranked(logits: Tensor, k: int | None) -> Tensor:
@@ -39,14 +40,28 @@ class ULD(TokenObjective):
     """Sorted probabilities compared, where both tokenizers stand at the same place in the text."""
 
     name: Literal["uld"] = "uld"
+    kinds: ClassVar[tuple[SignalKind, ...]] = ("hidden", "logits", "topk", "sorted")
     temperature: float = Field(1.0, gt=0)
     """Divides both models' logits."""
     k: int | None = Field(128, gt=0)
     """Largest probabilities compared one by one, all others as one sum: it errs by at most both sums. None sorts the
     whole vocabularies, as published."""
 
+    def _sent(self, p: Tensor) -> Tensor:
+        """What to compare with of probabilities that came as the largest and a rest, (c, j + 1) to (c, k + 1).
+
+        Raises:
+            ValueError: fewer were sent than are compared.
+        """
+        if self.k is None or self.k > p.shape[-1] - 1:
+            raise ValueError(f"objective 'uld' with k={self.k} needs as many from the signal, got {p.shape[-1] - 1}")
+        return with_rest(p[:, : self.k])
+
     def per_token(self, logits: Tensor, labels: Tensor, teacher: TeacherAt) -> Tensor:
         """The distance of each token (c,)."""
         with torch.no_grad():
-            p = ranked(teacher.logits() / self.temperature, self.k)
+            if teacher.teacher.signal.kind in ("hidden", "logits"):
+                p = ranked(teacher.logits() / self.temperature, self.k)
+            else:
+                p = self._sent(teacher(self.temperature).log_p.exp())
         return ranked_distance(p, ranked(logits / self.temperature, self.k))

@@ -1,0 +1,257 @@
+"""Aligning two tokenisations: byte offsets for a whole corpus against edit-distance time warping and against rapidfuzz.
+
+The published way (MinED, FuseLLM) warps one list of tokens onto the other, a match costing the edit distance of the two
+strings: N x M steps in Python for each text. Its edit distances are rapidfuzz's here, in C, and each is computed once.
+The other rival is rapidfuzz's own edit script between both lists of token strings, read into the same chunks, pairs and
+overlaps. All are given token ids, and have what they look up by vocabulary entry; none is given the text.
+``align_texts``, which also compares the tokens' bytes with the text, is shown beside them.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from raycloud.benchmarks.measure import PAIRS, interleaved, median_ratio, show
+from raycloud.data.sources import load_rows
+from raycloud.distill.alignment import Alignment, align, align_texts, leads
+from raycloud.distill.vocabulary import byte_lengths, token_bytes
+from raycloud.errors import MissingExtra
+from raycloud.models.loading import load_tokenizer, resolve
+from raycloud.report.console import console, working
+
+BUILT_IN = ("SmolLM2/Gemma", "builtin:smollm2-135m-instruct", "builtin:gemma3-270m")
+PUBLISHED = ("TinyLlama/Mistral", "tokenizers/tinyllama-1.1b-3T", "tokenizers/mistral-7b-v0.1")
+TEXTS = 2000
+WARPED = 16
+"""Texts that time warping is timed on: every so many-th by length."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """The same texts as two tokenizers see them."""
+
+    texts: list[str]
+    student: PreTrainedTokenizerBase
+    teacher: PreTrainedTokenizerBase
+    student_ids: list[list[int]]
+    teacher_ids: list[list[int]]
+    student_words: list[str]
+    """The string of each vocabulary entry, with the space as such."""
+    teacher_words: list[str]
+
+    @classmethod
+    def of(cls, texts: Sequence[str], student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Case:
+        """Tokenise, without special tokens."""
+        texts = sorted((text for text in texts if text), key=len)
+        ids = [tokenizer(texts, add_special_tokens=False)["input_ids"] for tokenizer in (student, teacher)]
+        return cls(texts, student, teacher, ids[0], ids[1], _words(student), _words(teacher))
+
+    def checked(self) -> Alignment:
+        """All texts at once, their bytes compared."""
+        return align_texts(self.texts, self.student_ids, self.teacher_ids, self.student, self.teacher)
+
+    def ours(self) -> Callable[[], Alignment]:
+        """All texts at once, by token ids."""
+        lengths = byte_lengths(self.student), byte_lengths(self.teacher)
+        before = leads(self.student, self.texts), leads(self.teacher, self.texts)
+        return lambda: align(
+            self.student_ids, self.teacher_ids, *lengths, student_lead=before[0], teacher_lead=before[1]
+        )
+
+    def strings(self, nth: int) -> tuple[list[str], list[str]]:
+        """Both lists of token strings of a text."""
+        words, others = self.student_words, self.teacher_words
+        return [words[token] for token in self.student_ids[nth]], [others[token] for token in self.teacher_ids[nth]]
+
+    @property
+    def some(self) -> list[int]:
+        """The texts that time warping is timed on."""
+        return np.linspace(0, len(self.texts) - 1, min(WARPED, len(self.texts)) + 2).round().astype(int)[1:-1].tolist()
+
+
+def _words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Byte-level and SentencePiece tokens in one spelling."""
+    entries = token_bytes(tokenizer)
+    data, offsets = entries.data.tobytes(), entries.offsets.tolist()
+    return [data[start:end].decode("latin-1") for start, end in zip(offsets, islice(offsets, 1, None), strict=False)]
+
+
+def warp(student: Sequence[str], teacher: Sequence[str], distance: Callable[[str, str], int]) -> list[tuple[int, int]]:
+    """The cheapest monotone path through all matches of student and teacher tokens, as index pairs from the end."""
+    known: dict[tuple[str, str], int] = {}
+    cost = [[0.0] * len(teacher) for _ in student]
+    for i, ours in enumerate(student):
+        for j, theirs in enumerate(teacher):
+            here = known.get((ours, theirs))
+            if here is None:
+                here = known[ours, theirs] = distance(ours, theirs)
+            before = 0.0
+            if i and j:
+                before = min(cost[i - 1][j - 1], cost[i - 1][j], cost[i][j - 1])
+            elif i or j:
+                before = cost[i - 1][j] if i else cost[i][j - 1]
+            cost[i][j] = here + before
+    i, j = len(student) - 1, len(teacher) - 1
+    path = [(i, j)]
+    while i or j:
+        steps = [(i - 1, j - 1)] if i and j else []
+        steps += [(i - 1, j)] if i else []
+        steps += [(i, j - 1)] if j else []
+        i, j = min(steps, key=lambda at: cost[at[0]][at[1]])
+        path.append((i, j))
+    return path
+
+
+@dataclass
+class Edited:
+    """What an edit script says of all texts: chunks, pairs and overlaps as in :class:`Alignment`, as lists."""
+
+    student: list[int] = field(default_factory=list)
+    teacher: list[int] = field(default_factory=list)
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    overlap: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+def edited(case: Case, matching: Callable[[list[str], list[str]], Any]) -> Edited:
+    """The alignment that an edit script of every text's token strings gives.
+
+    ``matching`` finds the runs of equal tokens (index, index, length), an empty one at the end; what lies between two
+    runs is one chunk.
+    """
+    found, chunk = Edited(), 0
+    for nth in range(len(case.texts)):
+        ours, theirs = case.strings(nth)
+        at, there = len(found.student), len(found.teacher)
+        i = j = 0
+        for first, other, size in matching(ours, theirs):
+            if first > i or other > j:
+                found.student += [chunk] * (first - i)
+                found.teacher += [chunk] * (other - j)
+                found.overlap += common(
+                    list(map(len, ours[i:first])), list(map(len, theirs[j:other])), at + i, there + j
+                )
+                chunk += 1
+            i, j = first + size, other + size
+            here, across = range(at + first, at + i), range(there + other, there + j)
+            found.student += range(chunk, chunk + size)
+            found.teacher += range(chunk, chunk + size)
+            found.pairs += zip(here, across, strict=True)
+            found.overlap += zip(here, across, map(len, ours[first:i]), strict=True)
+            chunk += size
+    return found
+
+
+def common(ours: list[int], theirs: list[int], at: int, there: int) -> list[tuple[int, int, int]]:
+    """Bytes shared by each two of the tokens of a chunk, with these lengths and first indices: two pointers."""
+    found = []
+    i = j = 0
+    while i < len(ours) and j < len(theirs):
+        size = min(ours[i], theirs[j])
+        if size:
+            found.append((at + i, there + j, size))
+        ours[i] -= size
+        theirs[j] -= size
+        i, j = i + (not ours[i]), j + (not theirs[j])
+    return found
+
+
+def measure(texts: Sequence[str], student: str, teacher: str) -> dict[str, float]:
+    """The figures of one pair of tokenizers.
+
+    Raises:
+        MissingExtra: rapidfuzz is not installed.
+    """
+    try:
+        from rapidfuzz.distance import Levenshtein
+    except ModuleNotFoundError:
+        raise MissingExtra("'raycloud bench alignment'", "dev") from None
+
+    def matching(ours: list[str], theirs: list[str]) -> Any:
+        return Levenshtein.editops(ours, theirs).as_matching_blocks()
+
+    case = Case.of(texts, *(load_tokenizer(resolve(source, console.print)) for source in (student, teacher)))
+    alignment = case.checked()
+    lists = [case.strings(nth) for nth in case.some]
+    times = interleaved(
+        {
+            "ours": case.ours(),
+            "checked": case.checked,
+            "rapidfuzz": lambda: edited(case, matching),
+            "dtw": lambda: [warp(ours, theirs, Levenshtein.distance) for ours, theirs in lists],
+        }
+    )
+    count = len(case.texts)
+    each = {name: [ms / (len(case.some) if name == "dtw" else count) for ms in taken] for name, taken in times.items()}
+    script, pairs = set(edited(case, matching).pairs), alignment.pairs.tolist()
+    return {
+        "texts": count,
+        "student_tokens": len(alignment.student_group),
+        "teacher_tokens": len(alignment.teacher_group),
+        "exact_span_share": alignment.exact_share,
+        "pairs_per_s": 1e3 / statistics.median(each["ours"]),
+        **{f"us_{name}": 1e3 * statistics.median(taken) for name, taken in each.items()},
+        "speedup_vs_dtw": median_ratio(each["dtw"], each["ours"]),
+        "speedup_vs_rapidfuzz": median_ratio(each["rapidfuzz"], each["ours"]),
+        "rapidfuzz_agreement": sum(tuple(pair) in script for pair in pairs) / len(pairs),
+    }
+
+
+def run(as_json: bool, *, texts: int = TEXTS) -> dict[str, Any]:
+    """Measure, print, and return the figures."""
+    measured = {}
+    rows = load_rows("builtin:instruct", "test", console.print)
+    name, student, teacher = BUILT_IN
+    with working(f"{name}, {PAIRS} rounds"):
+        spoken = [f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows]
+        measured[name] = measure(spoken[:texts], student, teacher)
+    name, student, teacher = PUBLISHED
+    root = os.environ.get("RAYCLOUD_DATA")
+    folder = Path(root or ".").expanduser()
+    if root and all((folder / part).exists() for part in (student, teacher, "dolly/dev.jsonl")):
+        rows = [row for split in ("train", "valid", "test") for row in load_rows("dolly/dev.jsonl", split)]
+        with working(f"{name}, {PAIRS} rounds"):
+            measured[name] = measure(
+                [row["output"] for row in rows[:texts]], str(folder / student), str(folder / teacher)
+            )
+    headline = ("exact_span_share", "pairs_per_s", "speedup_vs_dtw", "speedup_vs_rapidfuzz")
+    last = list(measured)[-1]
+    result = {"pair": last, **{key: measured[last][key] for key in headline}, "pairs": measured}
+    _show(result, as_json)
+    return result
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    rows = [
+        [
+            name,
+            f"{of['exact_span_share']:.3f}",
+            f"{of['pairs_per_s']:.0f}",
+            f"{of['us_ours']:.1f}",
+            f"{of['us_checked']:.1f}",
+            f"{of['us_rapidfuzz']:.1f}",
+            f"{of['us_dtw']:.0f}",
+            f"{of['speedup_vs_dtw']:.0f}",
+            f"{of['speedup_vs_rapidfuzz']:.1f}",
+        ]
+        for name, of in result["pairs"].items()
+    ]
+    header = [
+        "student/teacher",
+        "exact spans",
+        "texts per s",
+        "µs ours",
+        "rapidfuzz",
+        "dtw",
+        "dtw/ours",
+        "rapidfuzz/ours",
+    ]
+    show(f"alignment, microseconds for a text, medians of {PAIRS}", header, rows, result, as_json)

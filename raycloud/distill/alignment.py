@@ -1,0 +1,399 @@
+"""Which tokens of two tokenisations of the same texts cover the same bytes.
+
+Position i of the student and position i of the teacher seldom speak about the same text. The byte of the text that a
+token ends at can be compared: exactly, in time linear in the tokens, and for a whole corpus at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from raycloud.distill.vocabulary import Bools, Ints, characters, offsets_of, token_bytes, utf8_lengths
+from raycloud.errors import DataError
+
+Ids = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """Both tokenisations of B texts, the texts laid one after the other: n student tokens, m teacher tokens.
+
+    A chunk is what lies between two neighbouring byte boundaries that both tokenisations have. All int32.
+    """
+
+    student_offsets: Tensor
+    """(B + 1,): the student tokens of text b lie from ``student_offsets[b]`` to ``student_offsets[b + 1]``."""
+    teacher_offsets: Tensor
+    """(B + 1,)"""
+    student_group: Tensor
+    """(n,): the chunk of each student token, ascending; -1 behind the last boundary shared in its text."""
+    teacher_group: Tensor
+    """(m,)"""
+    student_ends: Tensor
+    """(n,): the byte of its text that each student token ends at, and where the next begins."""
+    teacher_ends: Tensor
+    """(m,)"""
+    pairs: Tensor
+    """(P, 2): a student and a teacher token that are a chunk each, ascending."""
+    overlap: Tensor
+    """(E, 2): a student and a teacher token that have bytes in common, ascending. EOS counts as one byte."""
+    overlap_bytes: Tensor
+    """(E,): how many."""
+
+    @property
+    def texts(self) -> int:
+        """B."""
+        return len(self.student_offsets) - 1
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks there are."""
+        return int(self.student_group.max()) + 1 if len(self.student_group) else 0
+
+    @property
+    def exact_share(self) -> float:
+        """The share of student tokens that have a teacher token of exactly the same bytes."""
+        return len(self.pairs) / max(1, len(self.student_group))
+
+    @property
+    def chunk_share(self) -> float:
+        """The share of student tokens that are in a chunk."""
+        return int((self.student_group >= 0).sum()) / max(1, len(self.student_group))
+
+    def to(self, device: torch.device) -> Alignment:
+        """The same alignment on another device."""
+        return Alignment(**{name: tensor.to(device) for name, tensor in self._tensors().items()})
+
+    def select(self, texts: Sequence[int]) -> Alignment:
+        """The alignment of some texts, such as a batch, in this order.
+
+        Raises:
+            IndexError: there is no such text.
+        """
+        chosen = torch.as_tensor(texts, dtype=torch.long, device=self.student_offsets.device)
+        if ((chosen < 0) | (chosen >= self.texts)).any():
+            raise IndexError(f"texts {list(texts)} of an alignment of {self.texts}")
+        student, student_offsets, student_moved = _picked(self.student_offsets, chosen)
+        teacher, teacher_offsets, teacher_moved = _picked(self.teacher_offsets, chosen)
+        moved = torch.stack([student_moved, teacher_moved], dim=1)
+
+        def rows(of: Tensor) -> tuple[Tensor, Tensor]:
+            """Which rows of a list of token pairs belong to the texts, and the pairs as they are numbered there."""
+            first = torch.searchsorted(of[:, 0].contiguous(), self.student_offsets)
+            which, offsets, _ = _picked(first, chosen)
+            return which, of[which] + moved.repeat_interleave(offsets.diff(), dim=0)
+
+        overlapping, overlap = rows(self.overlap)
+        return Alignment(
+            student_offsets.int(),
+            teacher_offsets.int(),
+            _renumbered(self.student_group[student], student_offsets),
+            _renumbered(self.teacher_group[teacher], teacher_offsets),
+            self.student_ends[student],
+            self.teacher_ends[teacher],
+            rows(self.pairs)[1].int(),
+            overlap.int(),
+            self.overlap_bytes[overlapping],
+        )
+
+    def save(self, path: str | Path, key: str) -> None:
+        """Write the file as a whole or not at all; ``key`` says what it is valid for, see :func:`alignment_key`."""
+        where = Path(path).expanduser()
+        where.parent.mkdir(parents=True, exist_ok=True)
+        content = safetensors.torch.save(self._tensors(), {"key": key})
+        with tempfile.NamedTemporaryFile(dir=where.parent, prefix=f".{where.name}-", delete=False) as file:
+            try:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                os.fchmod(file.fileno(), 0o644)
+                Path(file.name).replace(where)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+
+    @classmethod
+    def load(cls, path: str | Path, key: str) -> Alignment:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            DataError: there is none, it is damaged, or it was made of other tokenizers or ids.
+        """
+        where = Path(path).expanduser()
+        if not where.is_file():
+            raise DataError(f"no alignment file at '{path}'")
+        try:
+            with safe_open(where, framework="pt") as file:
+                stored = (file.metadata() or {}).get("key")
+                if stored == key:
+                    return cls(**{field.name: file.get_tensor(field.name).clone() for field in fields(cls)})
+        except SafetensorError as error:
+            raise DataError(f"'{path}' is damaged or no alignment file: {str(error).splitlines()[0]}") from error
+        raise DataError(f"alignment file '{path}' is stale: it was made of other tokenizers or token ids")
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name).contiguous() for field in fields(self)}
+
+
+def _picked(offsets: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of runs that begin at ``offsets``, the chosen ones: their indices, their new offsets, how far each has moved."""
+    starts = offsets.long()[chosen]
+    lengths = offsets.long()[chosen + 1] - starts
+    new = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    moved = new[:-1] - starts
+    return torch.arange(int(new[-1]), device=new.device) - moved.repeat_interleave(lengths), new, moved
+
+
+def _renumbered(group: Tensor, offsets: Tensor) -> Tensor:
+    """Chunks counted anew; a text begins with a new one even where it follows itself."""
+    fresh = torch.ones(len(group) + 1, dtype=torch.bool, device=group.device)
+    fresh[1:-1] = group[1:] != group[:-1]
+    fresh[offsets] = True
+    counted = (fresh[:-1] & (group >= 0)).cumsum(0) - 1
+    return torch.where(group >= 0, counted, -1).int()
+
+
+def alignment_key(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, student_ids: Ids, teacher_ids: Ids
+) -> str:
+    """What an alignment is valid for: SHA-256 of both vocabularies' bytes and of all token ids."""
+    digest = hashlib.sha256(b"1")
+    for tokenizer, ids in ((student, student_ids), (teacher, teacher_ids)):
+        offsets, flat = _flat(ids)
+        digest.update(f"|{token_bytes(tokenizer).fingerprint}|{tokenizer.eos_token_id}|{len(ids)}|".encode())
+        digest.update(offsets.tobytes() + flat.tobytes())
+    return digest.hexdigest()
+
+
+def align_texts(
+    texts: Sequence[str],
+    student_ids: Ids,
+    teacher_ids: Ids,
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+) -> Alignment:
+    """Align what two fast tokenizers made of the same texts, without special tokens.
+
+    The tokens' bytes are compared with the texts'. Where a tokenizer normalises a text, or finds a special token spelt
+    out in it, its own offsets are taken for that text.
+
+    Args:
+        texts: B of them.
+        student_ids: of each text, perhaps cut at the end, perhaps ending in EOS.
+        teacher_ids: likewise.
+        student: made the student's ids.
+        teacher: made the teacher's ids.
+
+    Raises:
+        DataError: ids that are not of their text, or a tokenizer that is neither byte-level BPE nor SentencePiece.
+    """
+    return _aligned(_checked("student", texts, student_ids, student), _checked("teacher", texts, teacher_ids, teacher))
+
+
+def align(
+    student_ids: Ids,
+    teacher_ids: Ids,
+    student_lengths: Tensor,
+    teacher_lengths: Tensor,
+    *,
+    student_eos: int | None = None,
+    teacher_eos: int | None = None,
+    student_lead: Sequence[int] | Ints | None = None,
+    teacher_lead: Sequence[int] | Ints | None = None,
+) -> Alignment:
+    """Align two tokenisations of the same texts by the bytes of their tokens alone; the texts are not looked at.
+
+    Args:
+        student_ids: of each text.
+        teacher_ids: of each text.
+        student_lengths: (V,) bytes of every student token, see :func:`~raycloud.distill.vocabulary.byte_lengths`.
+        teacher_lengths: (W,)
+        student_eos: where the last token is this one it ends the text.
+        teacher_eos: likewise.
+        student_lead: bytes that each text's tokens have before the text: SentencePiece's space; see :func:`leads`.
+        teacher_lead: likewise.
+
+    Raises:
+        DataError: ids outside their vocabulary, or whole texts whose bytes differ.
+    """
+    ours, ours_closed = _by_lengths("student", student_ids, student_lengths, student_eos, student_lead)
+    theirs, theirs_closed = _by_lengths("teacher", teacher_ids, teacher_lengths, teacher_eos, teacher_lead)
+    if len(ours_closed) != len(theirs_closed):
+        raise DataError(f"{len(ours_closed)} texts of the student, {len(theirs_closed)} of the teacher")
+    both = np.flatnonzero(ours_closed & theirs_closed)
+    here, there = ours.ends[ours.offsets[both + 1] - 1], theirs.ends[theirs.offsets[both + 1] - 1]
+    if (here != there).any():
+        nth = int(np.flatnonzero(here != there)[0])
+        raise DataError(
+            f"text {both[nth]} has {here[nth] - 1} bytes in the student's tokens, {there[nth] - 1} in the teacher's; "
+            "both must be of the same text and leave its bytes as they are"
+        )
+    return _aligned(ours, theirs)
+
+
+def leads(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Ints:
+    """(B,): 1 where the tokenizer puts a space before the text, which is in the tokens and not in the text."""
+    plain, spaced = token_bytes(tokenizer).lead
+    return np.array([(spaced if text[0] == " " else plain) if text else 0 for text in texts], np.int64)
+
+
+@dataclass(frozen=True)
+class _Spans:
+    """One side's tokens: where those of each text begin (B + 1,), and the byte of its text that each ends at (n,)."""
+
+    offsets: Ints
+    ends: Ints
+
+
+def _flat(ids: Ids) -> tuple[Ints, Ints]:
+    """Where each text's ids begin, and all ids."""
+    offsets = offsets_of(np.fromiter(map(len, ids), np.int64, len(ids)))
+    return offsets, np.fromiter(chain.from_iterable(ids), np.int64, int(offsets[-1]))
+
+
+def _check_range(side: str, flat: Ints, size: int) -> None:
+    if len(flat) and not 0 <= flat.min() <= flat.max() < size:
+        wrong = flat[(flat < 0) | (flat >= size)][0]
+        raise DataError(f"{side} token id {wrong} is not in its vocabulary of {size}")
+
+
+def _closed(offsets: Ints, flat: Ints, eos: int | None) -> Bools:
+    """(B,): whether the last token is EOS."""
+    closed = np.zeros(len(offsets) - 1, bool)
+    some = np.flatnonzero(np.diff(offsets))
+    if eos is not None:
+        closed[some] = flat[offsets[some + 1] - 1] == eos
+    return closed
+
+
+def _ends(offsets: Ints, lengths: Ints, lead: Ints, closed: Bools) -> Ints:
+    """The byte of its text that each token ends at. EOS is given a byte of its own behind the text."""
+    lengths = lengths.copy()
+    lengths[offsets[1:][closed] - 1] = 1
+    total = offsets_of(lengths)
+    before = total[offsets[:-1]] + lead
+    return np.maximum(total[1:] - np.repeat(before, np.diff(offsets)), 0)
+
+
+def _by_lengths(
+    side: str, ids: Ids, lengths: Tensor, eos: int | None, lead: Sequence[int] | Ints | None
+) -> tuple[_Spans, Bools]:
+    """The spans of one side's tokens, and which texts end in EOS."""
+    offsets, flat = _flat(ids)
+    table = lengths.numpy()
+    _check_range(side, flat, len(table))
+    closed = _closed(offsets, flat, eos)
+    before = np.zeros(len(ids), np.int64) if lead is None else np.asarray(lead)
+    return _Spans(offsets, _ends(offsets, table[flat], before, closed)), closed
+
+
+def _checked(side: str, texts: Sequence[str], ids: Ids, tokenizer: PreTrainedTokenizerBase) -> _Spans:
+    """The spans of one side's tokens, after their bytes have been compared with the texts'."""
+    if len(ids) != len(texts):
+        raise DataError(f"{len(ids)} texts of the {side}'s ids for {len(texts)} texts")
+    vocabulary = token_bytes(tokenizer)
+    offsets, flat = _flat(ids)
+    _check_range(side, flat, len(vocabulary.lengths))
+    lead, closed = leads(tokenizer, texts), _closed(offsets, flat, tokenizer.eos_token_id)
+    tokens = vocabulary.take(flat)
+    ends = _ends(offsets, tokens.lengths, lead, closed)
+    spelt, bounds = tokens.data.tobytes(), tokens.offsets[offsets].tolist()
+    for nth, (start, end, space, whole) in enumerate(
+        zip(bounds, bounds[1:], lead.tolist(), closed.tolist(), strict=False)
+    ):
+        given = b" " * space + texts[nth].encode()
+        if not given.startswith(spelt[start:end]) or (whole and len(given) != end - start):
+            ends[offsets[nth] : offsets[nth + 1]] = _ends_by_offsets(side, nth, texts[nth], ids[nth], tokenizer)
+    return _Spans(offsets, ends)
+
+
+def _ends_by_offsets(side: str, nth: int, text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Ints:
+    """What :func:`_ends` gives, from the tokenizer's own offsets in characters, for a text that it has changed."""
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    known = made["input_ids"]
+    rest = list(ids[len(known) :])
+    if list(ids[: len(known)]) != known[: len(ids)] or rest not in ([], [tokenizer.eos_token_id]):
+        raise DataError(f"the {side}'s ids of text {nth} are not what its tokenizer makes of it: {text[:40]!r}")
+    byte_at = offsets_of(utf8_lengths(characters(text)))
+    ends = byte_at[[end for _, end in made["offset_mapping"]][: len(ids)]]
+    return np.maximum.accumulate(np.concatenate([ends, [byte_at[-1] + 1] * len(rest)])).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where one side's tokens end, as one ascending number for text and byte, each place once."""
+
+    distinct: Ints
+    first: Ints
+    """The first token that ends there: the one that holds the byte before it. Others hold none."""
+    rank: Ints
+    """(n,): which place each token ends at."""
+
+    @classmethod
+    def of(cls, side: _Spans, stride: int, dtype: type[np.signedinteger]) -> _Places:
+        text = np.repeat(np.arange(len(side.offsets) - 1, dtype=dtype), np.diff(side.offsets))
+        places = side.ends.astype(dtype) + dtype(stride) * text
+        new = np.ones(len(places), bool)
+        new[1:] = places[1:] != places[:-1]
+        first = np.flatnonzero(new)
+        return cls(places[first], first, np.cumsum(new, dtype=np.int32) - 1)
+
+
+def _aligned(student: _Spans, teacher: _Spans) -> Alignment:
+    stride = 1 + max(int(side.ends.max(initial=0)) for side in (student, teacher))
+    # Half the memory, where it is enough.
+    dtype = np.int32 if 2 * stride * len(student.offsets) < 2**31 else np.int64
+    ours, theirs = _Places.of(student, stride, dtype), _Places.of(teacher, stride, dtype)
+    # One merge, a student's place before an equal one of the teacher; everything else is counting.
+    merged = np.sort(np.concatenate([2 * ours.distinct, 2 * theirs.distinct + 1]), kind="stable")
+    place, teachers = merged >> 1, (merged & 1).astype(bool)
+    from_student, from_teacher = np.flatnonzero(~teachers), np.flatnonzero(teachers)
+    text, shared = place // stride, np.zeros(len(merged), bool)
+    shared[1:] = place[1:] == place[:-1]
+    chunk = np.cumsum(shared, dtype=np.int32) - shared
+    next_shared = np.append(text[np.flatnonzero(shared)], dtype(-1))
+    chunk = np.where(next_shared.take(chunk) == text, chunk, -1)
+    student_group = chunk.take(from_student).take(ours.rank)
+    teacher_group = chunk.take(from_teacher).take(theirs.rank)
+    single = _single(student_group) & _single(teacher_group)
+    # Between neighbouring places lies what one token of either side have in common.
+    cuts = np.flatnonzero(~shared)
+    begins = text[cuts] * dtype(stride)
+    begins[1:] = np.maximum(begins[1:], place[cuts[:-1]])
+    student_at = (np.cumsum(~teachers, dtype=np.int32) - ~teachers)[cuts]
+    teacher_at = cuts - student_at
+    common = place[cuts] - begins
+    for side, at in ((ours, student_at), (theirs, teacher_at)):
+        common[np.append(side.distinct, dtype(-1))[at] // stride != text[cuts]] = 0
+    some = np.flatnonzero(common > 0)
+    arrays = {
+        "student_offsets": student.offsets,
+        "teacher_offsets": teacher.offsets,
+        "student_group": student_group,
+        "teacher_group": teacher_group,
+        "student_ends": student.ends,
+        "teacher_ends": teacher.ends,
+        "pairs": np.stack([np.flatnonzero(single.take(group)) for group in (student_group, teacher_group)], axis=1),
+        "overlap": np.stack([ours.first.take(student_at[some]), theirs.first.take(teacher_at[some])], axis=1),
+        "overlap_bytes": common[some],
+    }
+    return Alignment(**{name: torch.from_numpy(array.astype(np.int32)) for name, array in arrays.items()})
+
+
+def _single(group: Ints) -> Bools:
+    """Whether each chunk has one token; one more entry, which is never true, for the tokens outside, -1."""
+    counts = np.bincount(group + 1)
+    return np.append(counts[1:] == 1, False)

@@ -1,0 +1,31 @@
+"""How near an answer comes to its references: ROUGE-L and exact match."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+
+from rouge_score.rouge_scorer import RougeScorer
+
+_SCORER = RougeScorer(["rougeL"], use_stemmer=True)
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def rouge_l(answer: str, references: Sequence[str]) -> float:
+    """100 · the F-measure of the longest common subsequence of stemmed words (Lin 2004), by the best reference.
+
+    ``rouge_score`` knows the letters a to z and digits only: other scripts score 0.
+    """
+    return 100 * float(_SCORER.score_multi(references, answer)["rougeL"].fmeasure)
+
+
+def exact(answer: str, references: Sequence[str]) -> bool:
+    """Whether the answer is a reference, but for case, ASCII punctuation and white space.
+
+    So do Super-NaturalInstructions (Wang et al. 2022); articles count.
+    """
+    return _normalised(answer) in map(_normalised, references)
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.lower().translate(_PUNCTUATION).split())
