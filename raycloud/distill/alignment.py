@@ -329,7 +329,7 @@ def _ends_by_offsets(side: str, nth: int, text: str, ids: Sequence[int], tokeniz
         raise DataError(f"the {side}'s ids of text {nth} are not what its tokenizer makes of it: {text[:40]!r}")
     byte_at = offsets_of(utf8_lengths(characters(text)))
     ends = byte_at[[end for _, end in made["offset_mapping"]][: len(ids)]]
-    return np.maximum.accumulate(np.concatenate([ends, [byte_at[-1] + 1] * len(rest)])).astype(np.int64)
+    return np.append(ends, [byte_at[-1] + 1] * len(rest)).astype(np.int64)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from raycloud.distill.alignment import Alignment, align_texts
 from raycloud.distill.objective import Ids, TeacherOutput, Vocabularies
 from raycloud.distill.ragged import text_of
 from raycloud.distill.signals import FrozenHead, Signal
-from raycloud.distill.vocabulary import VocabularyMap, byte_lengths
+from raycloud.distill.vocabulary import VocabularyMap
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,6 @@ class Pairs:
         )
         ours, theirs = ([sample.ids[sample.prompt :] for sample in side] for side in (self.student, self.teacher))
         self.alignment: Alignment = align_texts(texts, ours, theirs, student, teacher)
-        self._lengths = (byte_lengths(student), byte_lengths(teacher))
         self.map = VocabularyMap.build(student, teacher)
 
     def batches(self, which: Sequence[int]) -> tuple[Batch, Batch]:
@@ -126,15 +125,16 @@ class Pairs:
 
     def _spans(self, which: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Byte spans of both sides' labelled tokens within their responses."""
-        found = []
-        for side, lengths in zip((self.student, self.teacher), self._lengths, strict=True):
-            spans = []
-            for sample in (side[index] for index in which):
-                ends = lengths[torch.tensor(sample.ids[sample.prompt :])].long().cumsum(0)
-                begins = torch.cat([ends.new_zeros(1), ends[:-1]])
-                spans.append(torch.stack([begins, ends], dim=1)[1 if sample.prompt == 0 else 0 :])
-            found.append(torch.cat(spans))
-        return found[0], found[1]
+        chosen = self.alignment.select(which)
+        ours = _spans(chosen.student_ends, chosen.student_offsets, [self.student[index] for index in which])
+        theirs = _spans(chosen.teacher_ends, chosen.teacher_offsets, [self.teacher[index] for index in which])
+        return ours, theirs
+
+
+def _spans(ends: Tensor, offsets: Tensor, samples: Sequence[Sample]) -> Tensor:
+    begins = torch.cat([ends.new_zeros(1), ends[:-1]])
+    begins[offsets[:-1].long()] = 0
+    return torch.stack([begins, ends], dim=1).long()[_labelled(offsets, samples)]
 
 
 def _labelled(offsets: Tensor, samples: Sequence[Sample]) -> Tensor:

@@ -33,6 +33,7 @@ _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _LETTERS = np.array([chr(byte) for byte in range(256)], object)
 """GPT-2 writes a byte as this character: Latin-1 where that can be seen, else the next one from U+0100 on."""
 _LETTERS[np.setdiff1d(np.arange(256), _PRINTABLE)] = [chr(0x100 + nth) for nth in range(256 - len(_PRINTABLE))]
+_FILE = "map.safetensors"
 _ROLES = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
@@ -52,7 +53,7 @@ class Strings:
     def take(self, chosen: Ints) -> Strings:
         """Some of them, in this order."""
         _, offsets, data = self.arrow().take(pa.array(chosen)).buffers()
-        return Strings(np.frombuffer(data, np.uint8), np.frombuffer(offsets, np.int64))
+        return Strings(np.frombuffer(data, np.uint8), np.frombuffer(offsets, np.int64, len(chosen) + 1))
 
     def arrow(self) -> pa.Array:
         """The same memory as Arrow's binary strings, which can be looked up and numbered by the million."""
@@ -238,9 +239,6 @@ class VocabularyMap:
             save_file(_mapped(ours, theirs, roles, bound), folder / _FILE)
 
         return cls(**load_file(prepared(cache_dir() / "vocabularies" / key[:24], prepare) / _FILE))
-
-
-_FILE = "map.safetensors"
 
 
 def _roles(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> dict[int, int]:

@@ -234,7 +234,7 @@ def test_a_selection_is_the_alignment_of_the_selected(kinds: tuple[str, str]) ->
     ours, theirs = KINDS[kinds[0]], KINDS[kinds[1]]
     student, teacher = ids_of(ours, TEXTS), [one[: 1 + len(one) // 2] for one in ids_of(theirs, TEXTS)]
     whole = align_texts(TEXTS, student, teacher, ours, theirs)
-    for chosen in ([3], [5, 4, 0, 9], [2, 2, 4, 2], list(range(len(TEXTS))), []):
+    for chosen in ([3], [5, 4, 0, 9], [2, 2, 4, 4, 2], list(range(len(TEXTS))), []):
         expected = align_texts(*([side[index] for index in chosen] for side in (TEXTS, student, teacher)), ours, theirs)
         assert_equal(whole.select(chosen), expected)
         assert whole.select(chosen).texts == len(chosen)
@@ -260,6 +260,14 @@ def test_lengths_alone_say_the_same(kinds: tuple[str, str]) -> None:
     assert_equal(found, align_texts(TEXTS, student, teacher, ours, theirs))
 
 
+def test_a_token_without_bytes_before_a_text() -> None:
+    lengths = torch.tensor([0, 1, 2], dtype=torch.int32)
+    found = align([[1, 2], [0, 2, 1]], [[1, 2], [1, 1]], lengths, lengths, student_lead=[0, 1])
+    assert found.student_ends.tolist() == [1, 3, 0, 1, 2]
+    assert found.student_group.tolist() == [0, 1, 2, 2, 3]
+    assert found.teacher_group.tolist() == [0, 1, 2, 3]
+
+
 def test_a_large_corpus_needs_wide_numbers() -> None:
     """Places are counted in 32 bits only where they fit."""
     lengths = torch.tensor([1, 2, 2**30])
@@ -278,7 +286,8 @@ def test_a_large_corpus_needs_wide_numbers() -> None:
     ("tokenizer", "text"),
     [
         (byte_level(nfc=True), "cafe\u0301 the shells"),
-        (sentencepiece(200), "the ▁ shells"),
+        (byte_level(nfc=True), "q\u0302\u0323 the shells"),
+        (sentencepiece(200), "the ▁ 😀 shells"),
         (sentencepiece(200), "▁the shells"),
         (byte_level(330), "so </s> the shells"),
     ],
@@ -292,6 +301,9 @@ def test_a_text_that_is_changed_is_aligned_by_the_tokenizers_offsets(
     found = align_texts(texts, student, teacher, tokenizer, other).select([1])
     size = len(text.encode())
     assert found.student_ends[-1] == found.teacher_ends[-1] == size + 1
+    total = torch.zeros(len(found.student_ends), dtype=torch.int32)
+    total.index_add_(0, found.overlap[:, 0], found.overlap_bytes)
+    assert torch.equal(total, found.student_ends.diff(prepend=torch.zeros(1, dtype=torch.int32)))
     # What lies behind the change is aligned exactly.
     shells = size - len(" shells")
     assert shells in found.student_ends.tolist() and shells in found.teacher_ends.tolist()
@@ -335,10 +347,11 @@ def test_files(tmp_path: Path) -> None:
     others = [
         alignment_key(ours, ours, student, teacher),
         alignment_key(theirs, ours, student, teacher),
+        alignment_key(ours, sentencepiece(200, always=True), student, teacher),
         alignment_key(ours, theirs, student[:-1], teacher[:-1]),
         alignment_key(ours, theirs, [*student[:-2], student[-2] + student[-1], []], teacher),
     ]
-    assert len({key, *others}) == 5
+    assert len({key, *others}) == 6
     for other in others:
         with pytest.raises(DataError, match="is stale: it was made of other tokenizers or token ids"):
             Alignment.load(path, other)

@@ -63,6 +63,27 @@ def test_partners_stand_for_the_same_bytes(
         assert words[0] == words[1]
 
 
+@pytest.mark.parametrize("form", ["plain", "alpaca"])
+def test_spans_are_where_the_tokens_stand(
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast], form: Format
+) -> None:
+    pairs, which = paired(tokenizers, form), [1, 0]
+    for side, tokenizer, spans in zip(pairs.batches(which), tokenizers, pairs._spans(which), strict=True):
+        labels = side.labels[side.labels != IGNORE]
+        assert len(labels) == len(spans)
+        begins = 0
+        for index, count in zip(which, (side.labels != IGNORE).sum(1).tolist(), strict=True):
+            data = ROWS[index]["text"].encode()
+            for label, (start, stop) in zip(
+                labels[begins : begins + count].tolist(), spans[begins : begins + count].tolist(), strict=True
+            ):
+                if label != tokenizer.eos_token_id:
+                    assert tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens([label])) == data[
+                        start:stop
+                    ].decode(errors="replace")
+            begins += count
+
+
 def test_with_one_tokenizer_every_token_is_its_own_partner(
     tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
 ) -> None:
