@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -69,10 +70,10 @@ def serve(
         server = Server(create_app(writer.model, called, token=token or None, meter=writer.meter))
         key = "your token" if token else "anything"
         console.print(f"serving '{called}': base_url={address_of(listening)} api_key={key} (Ctrl-C ends)")
-        try:
+        # The server ends by itself or by raising the signal once more, as it comes.
+        with suppress(KeyboardInterrupt):
             server.run(sockets=[listening])
-        except KeyboardInterrupt:
-            console.print("stopped")
+        console.print("stopped")
 
 
 @app.command("chat")

@@ -268,7 +268,7 @@ def test_students_with_one_shard_share_the_teachers_forward_passes(tiny_llama: P
         (
             {"student": {"model": "builtin:minilm-l6"}},
             ModelError,
-            "a vocabulary of 30522 words; allowed: the",
+            "student.model 'builtin:minilm-l6' is an encoder; allowed: causal",
         ),
         ({"student": {"placement": {"num_gpus": 1}}}, ClusterError, "of the resource 'GPU', this job needs 2"),
         ({"teacher": {"replicas": 5}}, ClusterError, "has 4 of the resource 'cloud', this job needs 5"),

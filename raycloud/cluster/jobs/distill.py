@@ -82,13 +82,17 @@ def _preflight(recipe: DistillRecipe) -> None:
     config = load_config(where)
     if not anatomy_of(config).causal:
         raise ModelError(f"teacher.model '{recipe.teacher.model}' is an encoder; allowed: causal language models")
-    if recipe.student.model is None:
-        check_blocks(recipe.student, config.num_hidden_layers)
     tokenizer = load_tokenizer(where)
     own = own_tokenizer(recipe.student, tokenizer)
+    if recipe.student.model is None:
+        check_blocks(recipe.student, config.num_hidden_layers)
+    else:
+        student = load_config(resolve(recipe.student.model, console.print))
+        if not anatomy_of(student).causal:
+            raise ModelError(f"student.model '{recipe.student.model}' is an encoder; allowed: causal language models")
+        if own is None:
+            check_vocabulary(student, config)
     check_objective(recipe.objective, own is not None)
-    if recipe.student.model is not None and own is None:
-        check_vocabulary(load_config(resolve(recipe.student.model, console.print)), config)
     rows = load_rows(recipe.data.source, "train", console.print)
     for one in (tokenizer, own or tokenizer):
         example(rows[0], recipe.data.format, one)
