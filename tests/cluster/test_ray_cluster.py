@@ -150,7 +150,13 @@ def test_a_killed_driver_resumes_to_the_same_weights(recipe: Path, tmp_path: Pat
 def test_ctrl_c_ends_cleanly(recipe: Path, tmp_path: Path) -> None:
     command = [str(BIN / "raycloud"), "distill", "--recipe", str(recipe)]
     driver = subprocess.Popen(
-        command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores Ctrl-C, and so would what the tests start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for((tmp_path / "run" / "state" / "round-0001").is_dir, 200, "the first round")
     driver.send_signal(signal.SIGINT)
