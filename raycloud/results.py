@@ -21,17 +21,19 @@ RECIPE = "recipe.yaml"
 _LOCK = ".lock"
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Replace a text file as a whole: readers see the old content or the new one, also after a crash."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file as a whole: readers see the old content or the new one, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
-    ) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        try:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), 0o644)
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:

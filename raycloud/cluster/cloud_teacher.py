@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from raycloud.cluster.runtime import computing_with, share_of_cores
 from raycloud.data.batches import Batch, Sample, encode
 from raycloud.data.sources import load_rows
-from raycloud.data.splits import Row
+from raycloud.data.splits import Row, spread
 from raycloud.distill.examination import Comparison, Examiner, Score
 from raycloud.distill.recipe import DistillRecipe
 from raycloud.distill.signals import FrozenHead, Signal, frozen_head, observe, signal_key
@@ -122,7 +122,7 @@ class CloudTeacher:
         recipe = self._recipe
         with computing_with(os.cpu_count() or 1):
             rows = load_rows(recipe.data.source, "train")
-            calibration = self._encode(spread(rows, recipe.student.calibration))
+            calibration = self._encode([rows[place] for place in spread(len(rows), recipe.student.calibration)])
             student, blocks = initial_student(self._teacher, recipe.student, calibration, recipe.device)
         return Start(student.config, {name: tensor.cpu() for name, tensor in weights_of(student).items()}, blocks)
 
@@ -139,7 +139,10 @@ class CloudTeacher:
         for row in load_rows(self._recipe.data.source, recipe.split):
             groups.setdefault(str(row[recipe.by]) if recipe.by else "held-out", []).append(row)
         data = self._recipe.data
-        held_out = {group: spread(rows, recipe.samples) for group, rows in sorted(groups.items())}
+        held_out = {
+            group: [rows[place] for place in spread(len(rows), recipe.samples)]
+            for group, rows in sorted(groups.items())
+        }
         own = own_tokenizer(self._recipe.student, self._teacher.tokenizer)
         return Examiner(
             self._teacher, own, held_out, data.format, max_length=data.max_length, max_prompt=data.max_prompt
@@ -163,10 +166,3 @@ class CloudTeacher:
 
     def _built(self, config: PretrainedConfig, weights: Weights) -> PreTrainedModel:
         return build(config, weights, device=pick_device(self._recipe.device), dtype=self._teacher.model.dtype)
-
-
-def spread(rows: Sequence[Row], most: int) -> list[Row]:
-    """At most ``most`` rows at even distances."""
-    if len(rows) <= most:
-        return list(rows)
-    return [rows[index * len(rows) // most] for index in range(most)]

@@ -53,3 +53,9 @@ def shard(rows: Sequence[Row], part: int, of: int) -> list[Row]:
     if not found:
         raise DataError(f"shard {part} of {of} is empty: the data set has {len(rows)} rows")
     return found
+
+
+def spread(count: int, most: int | None) -> list[int]:
+    """At most ``most`` of the places 0 to ``count`` − 1, at even distances: files are often sorted by kind."""
+    wanted = count if most is None else min(most, count)
+    return [place * count // wanted for place in range(wanted)]

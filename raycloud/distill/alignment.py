@@ -7,8 +7,6 @@ token ends at can be compared: exactly, in time linear in the tokens, and for a 
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
@@ -23,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from raycloud.distill.vocabulary import Bools, Ints, characters, offsets_of, token_bytes, utf8_lengths
 from raycloud.errors import DataError
+from raycloud.results import write_atomically
 
 Ids = Sequence[Sequence[int]]
 
@@ -112,18 +111,7 @@ class Alignment:
     def save(self, path: str | Path, key: str) -> None:
         """Write the file as a whole or not at all; ``key`` says what it is valid for, see :func:`alignment_key`."""
         where = Path(path).expanduser()
-        where.parent.mkdir(parents=True, exist_ok=True)
-        content = safetensors.torch.save(self._tensors(), {"key": key})
-        with tempfile.NamedTemporaryFile(dir=where.parent, prefix=f".{where.name}-", delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.fchmod(file.fileno(), 0o644)
-                Path(file.name).replace(where)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        write_atomically(where, safetensors.torch.save(self._tensors(), {"key": key}))
 
     @classmethod
     def load(cls, path: str | Path, key: str) -> Alignment:

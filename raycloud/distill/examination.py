@@ -115,7 +115,7 @@ class Examiner:
             return student.agreement(teacher)
         partner = self._partners[group] if group != ALL else _joined(self._partners, self._asked)
         mine, theirs = self._words.shared
-        named = torch.full((int(teacher.guesses.max()) + 1 + int(theirs.max()),), -1)
+        named = torch.full((1 + int(max(teacher.guesses.max(), theirs.max())),), -1)
         named[theirs] = mine
         found = (partner >= 0).nonzero()[:, 0]
         return float((student.guesses[found] == named[teacher.guesses[partner[found]]]).double().mean())

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from raycloud.data.batches import Sample
 from raycloud.data.prompts import Format, Prompt, example
-from raycloud.data.splits import Row
+from raycloud.data.splits import Row, spread
 from raycloud.errors import DataError
 
 
@@ -22,12 +22,6 @@ class Question:
     prompt: str
     ids: tuple[int, ...]
     references: tuple[str, ...]
-
-
-def spread(count: int, limit: int | None) -> list[int]:
-    """Up to ``limit`` of the places 0 to ``count`` − 1, evenly: files are often sorted by kind."""
-    wanted = count if limit is None else min(limit, count)
-    return [place * count // wanted for place in range(wanted)]
 
 
 def ask(

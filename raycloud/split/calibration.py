@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +25,7 @@ from raycloud.link.codecs.transforms import Rotate
 from raycloud.models.anatomy import blocks_of
 from raycloud.models.segments import Segment
 from raycloud.models.weights import fingerprint, weights_of
+from raycloud.results import write_atomically
 
 TOKENS = 8192
 """Enough text to calibrate on."""
@@ -110,18 +109,7 @@ class Calibration:
         """Write the file as a whole or not at all."""
         where = Path(path).expanduser()
         metadata = {"calibration": self._header().model_dump_json(), "fingerprint": self.fingerprint}
-        content = safetensors.torch.save(self._tensors(), metadata)
-        where.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=where.parent, prefix=f".{where.name}-", delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.fchmod(file.fileno(), 0o644)
-                Path(file.name).replace(where)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        write_atomically(where, safetensors.torch.save(self._tensors(), metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:

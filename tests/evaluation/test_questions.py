@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from raycloud.data.batches import encode
 from raycloud.data.prompts import Format
 from raycloud.data.sources import load_rows
-from raycloud.data.splits import Row
+from raycloud.data.splits import Row, spread
 from raycloud.errors import DataError
-from raycloud.evaluation.questions import ask, references, spread
+from raycloud.evaluation.questions import ask, references
 from raycloud.models.loading import load_tokenizer, resolve
 
 ROWS: list[Row] = [
