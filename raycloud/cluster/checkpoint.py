@@ -1,4 +1,4 @@
-"""What a killed driver needs to go on: the averaged student after the last complete round, and the run's facts."""
+"""What a killed driver needs to go on: the averaged students after the last complete round, and the run's facts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,17 @@ from raycloud.errors import ResultError
 from raycloud.models.weights import Weights
 from raycloud.results import write_folder
 
+_WEIGHTS = "weights.safetensors"
+_FACTS = "facts.json"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A student between two rounds."""
+
+    config: PretrainedConfig
+    weights: Weights
+
 
 @dataclass
 class Checkpoint:
@@ -22,8 +33,8 @@ class Checkpoint:
 
     rounds: int
     """Complete rounds."""
-    config: PretrainedConfig
-    weights: Weights
+    students: dict[str, Snapshot]
+    """By cohort."""
     facts: dict[str, Any]
     """What the summary needs to know of the time before, as plain JSON."""
 
@@ -31,9 +42,11 @@ class Checkpoint:
         """Write it as a folder that is there as a whole or not at all, then drop the older one."""
 
         def fill(to: Path) -> None:
-            self.config.save_pretrained(to)
-            save_file({name: tensor.contiguous() for name, tensor in self.weights.items()}, to / "weights.safetensors")
-            (to / "facts.json").write_text(json.dumps(self.facts))
+            for cohort, student in self.students.items():
+                student.config.save_pretrained(to / cohort)
+                tensors = {name: tensor.contiguous() for name, tensor in student.weights.items()}
+                save_file(tensors, to / cohort / _WEIGHTS)
+            (to / _FACTS).write_text(json.dumps(self.facts))
 
         name = f"round-{self.rounds:04d}"
         write_folder(folder / name, fill)
@@ -53,10 +66,11 @@ class Checkpoint:
             return None
         newest = found[-1]
         try:
-            config = AutoConfig.from_pretrained(newest)
-            facts = json.loads((newest / "facts.json").read_text())
-            return cls(
-                int(newest.name.removeprefix("round-")), config, load_file(newest / "weights.safetensors"), facts
-            )
+            facts = json.loads((newest / _FACTS).read_text())
+            students = {
+                cohort: Snapshot(AutoConfig.from_pretrained(newest / cohort), load_file(newest / cohort / _WEIGHTS))
+                for cohort in facts["students"]
+            }
         except Exception as error:  # whichever of the three readers meets the damage
             raise ResultError(f"cannot resume from '{newest}': {str(error).splitlines()[0]}") from error
+        return cls(int(newest.name.removeprefix("round-")), students, facts)

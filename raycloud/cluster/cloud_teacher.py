@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,8 +17,10 @@ from raycloud.cluster.runtime import computing_with, share_of_cores
 from raycloud.data.batches import Batch, Sample, encode
 from raycloud.data.sources import load_rows
 from raycloud.data.splits import Row, spread
-from raycloud.distill.examination import Comparison, Examiner, Score
-from raycloud.distill.recipe import DistillRecipe
+from raycloud.distill.examination import Comparison, Examined, Examiner
+from raycloud.distill.recipe import Cohort, DistillRecipe
+from raycloud.distill.shard import Shard, origin_of, training_rows
+from raycloud.distill.signal_file import building, tokenizer_fingerprint
 from raycloud.distill.signals import FrozenHead, Signal, frozen_head, observe, signal_key
 from raycloud.distill.student import initial_student, own_tokenizer
 from raycloud.errors import ClusterError
@@ -46,6 +48,14 @@ class Start:
     blocks: list[int] | None
 
 
+@dataclass(frozen=True)
+class Findings:
+    """An examination, and ROUGE-L (%) of the answers where any were asked for."""
+
+    examined: Examined
+    rouge_l: float | None
+
+
 class CloudTeacher:
     """Holds the teacher and answers for it; every method may be called again with the same outcome.
 
@@ -59,6 +69,7 @@ class CloudTeacher:
         self._recipe = recipe
         self._shared: OrderedDict[str, tuple[ray.ObjectRef, int]] = OrderedDict()
         self._shared_bytes = 0
+        self._examiners: dict[str | None, Examiner] = {}
 
     def prepare(self) -> TeacherFacts:
         """Load the model."""
@@ -98,15 +109,14 @@ class CloudTeacher:
         recipe, device = self._recipe, self._teacher.model.device
         if name != self._name:
             raise ClusterError(f"asked for signals of the teacher '{name}', this is '{self._name}'")
-        temperatures = [recipe.objective.kd.temperature]
-        key = signal_key(name, batch, recipe.signal, temperatures)
+        key = signal_key(name, batch, recipe.signal, recipe.temperatures)
         if key in self._shared:
             self._shared.move_to_end(key)
         else:
             # Students train while this runs; where they share its node, it takes one student's share of the cores.
             threads = share_of_cores(recipe.threads, "edge", len(recipe.edges))
             with computing_with(threads), computing_in(compute_type(recipe.dtype, device), device):
-                said = observe(self._segment, name, batch.to(device), recipe.signal, temperatures)
+                said = observe(self._segment, name, batch.to(device), recipe.signal, recipe.temperatures)
             self._share(key, said)
         return [self._shared[key][0]]
 
@@ -117,14 +127,34 @@ class CloudTeacher:
             _, (_, size) = self._shared.popitem(last=False)
             self._shared_bytes -= size
 
-    def start(self) -> Start:
-        """The model that students start from."""
-        recipe = self._recipe
+    @ray.method(num_returns="streaming")
+    def keep_signals(self) -> Iterator[tuple[int, int]]:
+        """Fill the recipe's folder of signals for all edges; yields how many of how many samples are there.
+
+        Where several replicas are asked, the one that comes second finds the work done.
+        """
+        recipe, device = self._recipe, self._teacher.model.device
+        samples = {
+            sample: None
+            for edge in recipe.edges
+            if recipe.cohort_of(edge).objective.kd_weight
+            for sample in Shard.of(recipe, edge, self._teacher.tokenizer).asked
+        }
+        with computing_with(os.cpu_count() or 1), computing_in(compute_type(recipe.dtype, device), device):
+            origin = origin_of(recipe, self._name, self._teacher.tokenizer)
+            yield from building(str(recipe.teacher.signals), origin, self._segment, list(samples))
+
+    def start(self, cohort: str) -> Start:
+        """The model that a cohort starts from."""
+        recipe, student = self._recipe, self._cohort(cohort).student
         with computing_with(os.cpu_count() or 1):
-            rows = load_rows(recipe.data.source, "train")
-            calibration = self._encode([rows[place] for place in spread(len(rows), recipe.student.calibration)])
-            student, blocks = initial_student(self._teacher, recipe.student, calibration, recipe.device)
-        return Start(student.config, {name: tensor.cpu() for name, tensor in weights_of(student).items()}, blocks)
+            rows = training_rows(recipe.data)
+            calibration = self._encode([rows[place] for place in spread(len(rows), student.calibration)])
+            model, blocks = initial_student(self._teacher, student, calibration, recipe.device)
+        return Start(model.config, {name: tensor.cpu() for name, tensor in weights_of(model).items()}, blocks)
+
+    def _cohort(self, name: str) -> Cohort:
+        return next(cohort for cohort in self._recipe.cohorts if cohort.name == name)
 
     def _encode(self, rows: Sequence[Row]) -> list[Sample]:
         data = self._recipe.data
@@ -133,36 +163,51 @@ class CloudTeacher:
         )
 
     @cached_property
-    def _examination(self) -> Examiner:
-        recipe = self._recipe.evaluation
-        groups: dict[str, list[Row]] = {}
-        for row in load_rows(self._recipe.data.source, recipe.split):
-            groups.setdefault(str(row[recipe.by]) if recipe.by else "held-out", []).append(row)
-        data = self._recipe.data
-        held_out = {
-            group: [rows[place] for place in spread(len(rows), recipe.samples)]
-            for group, rows in sorted(groups.items())
-        }
-        own = own_tokenizer(self._recipe.student, self._teacher.tokenizer)
-        return Examiner(
-            self._teacher, own, held_out, data.format, max_length=data.max_length, max_prompt=data.max_prompt
-        )
+    def _held_out(self) -> list[Row]:
+        return load_rows(self._recipe.data.source, self._recipe.evaluation.split)
 
-    def teacher_scores(self) -> dict[str, Score]:
-        """The teacher on held-out text, by group and over all."""
+    def _examiner(self, cohort: str) -> Examiner:
+        """Students with one tokenizer share theirs."""
+        own = own_tokenizer(self._cohort(cohort).student, self._teacher.tokenizer)
+        words = None if own is None else tokenizer_fingerprint(own)
+        if words not in self._examiners:
+            recipe, data = self._recipe.evaluation, self._recipe.data
+            groups: dict[str, list[Row]] = {}
+            for row in self._held_out:
+                groups.setdefault(str(row[recipe.by]) if recipe.by else "held-out", []).append(row)
+            held_out = {
+                group: [rows[place] for place in spread(len(rows), recipe.samples)]
+                for group, rows in sorted(groups.items())
+            }
+            self._examiners[words] = Examiner(
+                self._teacher, own, held_out, data.format, max_length=data.max_length, max_prompt=data.max_prompt
+            )
+        return self._examiners[words]
+
+    def teacher_scores(self, cohort: str) -> Findings:
+        """The teacher on the held-out text of a cohort, which may lack rows that one of both cannot read."""
         with computing_with(os.cpu_count() or 1):
-            return self._examination.teacher()
+            examiner = self._examiner(cohort)
+            return Findings(Examined(examiner.teacher(), []), self._rouge_l(examiner, None))
 
-    def scores(self, config: PretrainedConfig, weights: Weights) -> dict[str, Score]:
-        """A student on held-out text, by group and over all."""
+    def scores(self, cohort: str, config: PretrainedConfig, weights: Weights, *, answer: bool = True) -> Findings:
+        """A student on held-out text; without ``answer`` no questions are asked."""
         with computing_with(os.cpu_count() or 1):
-            return self._examination.student(self._built(config, weights))
+            examiner, model = self._examiner(cohort), self._built(config, weights)
+            return Findings(examiner.student(model), self._rouge_l(examiner, model) if answer else None)
 
-    def compare(self, config: PretrainedConfig, weights: Weights) -> Comparison:
+    def _rouge_l(self, examiner: Examiner, model: PreTrainedModel | None) -> float | None:
+        how = self._recipe.evaluation
+        if not how.answers:
+            return None
+        return examiner.rouge_l(model, self._held_out, how.answers, how.generation, self._recipe.seed)
+
+    def compare(self, cohort: str, config: PretrainedConfig, weights: Weights) -> Comparison:
         """Prompts completed by both, and both speeds."""
         recipe = self._recipe.evaluation
         with computing_with(os.cpu_count() or 1):
-            return self._examination.compare(self._built(config, weights), recipe.prompts, recipe.new_tokens)
+            student = self._built(config, weights)
+            return self._examiner(cohort).compare(student, recipe.prompts, recipe.new_tokens)
 
     def _built(self, config: PretrainedConfig, weights: Weights) -> PreTrainedModel:
         return build(config, weights, device=pick_device(self._recipe.device), dtype=self._teacher.model.dtype)

@@ -18,15 +18,15 @@ from transformers import PretrainedConfig
 
 from raycloud.cluster.object_store_signals import ObjectStoreSignals
 from raycloud.cluster.runtime import computing_with, share_of_cores
-from raycloud.data.batches import SampleOrder, collate, encode
-from raycloud.data.sources import load_rows
-from raycloud.data.splits import select, shard
+from raycloud.data.batches import SampleOrder
 from raycloud.distill.objective import Sizes
 from raycloud.distill.objectives.dskd_cma import DSKDCMA
-from raycloud.distill.pairs import Pairs, Words
+from raycloud.distill.pairs import Words
 from raycloud.distill.recipe import DistillRecipe
-from raycloud.distill.signals import FrozenHead
-from raycloud.distill.student import Lesson, loss_from_signals, own_tokenizer
+from raycloud.distill.shard import Shard, origin_of
+from raycloud.distill.signal_file import FileSignals, MeteredSignals
+from raycloud.distill.signals import FrozenHead, SignalStore
+from raycloud.distill.student import Lesson, loss_from_signals
 from raycloud.link.meter import Meter
 from raycloud.models.loading import pick_device
 from raycloud.models.segments import Segment
@@ -83,6 +83,7 @@ class EdgeStudent:
         state: Path,
     ) -> None:
         self._edge, self._recipe, self._config, self._names = recipe.edges[index], recipe, config, replicas
+        self._objective = recipe.cohort_of(self._edge).objective
         self._folder = state / self._edge.name
         self._latest = 0
         self._beat: Beat | None = None
@@ -98,26 +99,19 @@ class EdgeStudent:
             DataError: the edge has no data.
         """
         self._load()
-        return len(self._samples)
+        return len(self._shard.samples)
 
     def _load(self) -> None:
         """Does nothing the second time."""
         if not self._ready:
-            data, training = self._recipe.data, self._recipe.training
             self._replicas = [ray.get_actor(name) for name in self._names]
             facts = self._ask("prepare")
             self._teacher, self._tokenizer = facts.name, facts.tokenizer
-            rows = shard(select(load_rows(data.source, "train"), self._edge.where), self._edge.part, self._edge.of)
-            lengths_of = {"max_length": data.max_length, "max_prompt": data.max_prompt}
-            own = own_tokenizer(self._recipe.student, self._tokenizer)
-            self._pairs = None if own is None else Pairs(rows, own, self._tokenizer, data.format, **lengths_of)
-            if self._pairs is None:
-                self._samples = encode(rows, self._tokenizer, data.format, **lengths_of)
-            else:
-                self._samples = self._pairs.student
-            lengths = [len(sample.ids) for sample in self._samples]
-            self._order = SampleOrder(lengths, training.batch_size, self._recipe.seed)
+            self._shard = Shard.of(self._recipe, self._edge, self._tokenizer)
+            lengths = [len(sample.ids) for sample in self._shard.samples]
+            self._order = SampleOrder(lengths, self._recipe.training.batch_size, self._recipe.seed)
             self._device = pick_device(self._recipe.device)
+            self._kept: FileSignals | None = None
             self._trainer: Trainer | None = None
             self._through: int | None = None
             self._head: FrozenHead | None = None
@@ -151,7 +145,7 @@ class EdgeStudent:
         meter.add("weights_down", nbytes(weights))
         trainer = self._resumed(current, weights, meter)
         loss = loss_from_signals(
-            self._segment, self._recipe.objective, signals, self._head, self._words, self._extras, self._pairs
+            self._segment, self._objective, signals, self._head, self._words, self._extras, self._shard.pairs
         )
         steps: list[Step] = []
         with computing_with(share_of_cores(self._recipe.threads, "edge", len(self._recipe.edges))):
@@ -176,29 +170,26 @@ class EdgeStudent:
     def _ask(self, method: str) -> Any:
         return ray.get(getattr(self._replicas[0], method).remote(), timeout=self._recipe.teacher.timeout_s)
 
-    def _signals(self, meter: Meter) -> ObjectStoreSignals:
+    def _signals(self, meter: Meter) -> SignalStore:
         recipe = self._recipe
-        temperature = recipe.objective.kd.temperature
-        return ObjectStoreSignals(
-            self._replicas, self._teacher, recipe.signal, temperature, recipe.teacher.timeout_s, meter
-        )
+        if recipe.teacher.signals is None or not self._objective.kd_weight:
+            return ObjectStoreSignals(
+                self._replicas, self._teacher, recipe.signal, recipe.temperatures, recipe.teacher.timeout_s, meter
+            )
+        if self._kept is None:
+            self._kept = FileSignals(recipe.teacher.signals, origin_of(recipe, self._teacher, self._tokenizer))
+        return MeteredSignals(self._kept, meter)
 
-    def _prefetch(self, signals: ObjectStoreSignals, step: int) -> None:
-        """Have the teacher work on a step's batches ahead of it, where the objective asks the teacher at all."""
-        if self._recipe.objective.kd_weight:
+    def _prefetch(self, signals: SignalStore, step: int) -> None:
+        """Have the teacher work on a step's batches ahead of it, where it is asked at all."""
+        if self._objective.kd_weight and isinstance(signals, ObjectStoreSignals):
             for lesson in self._lessons(step):
                 signals.prefetch(lesson.asked)
 
     def _lessons(self, step: int) -> list[Lesson]:
         """The micro-batches of a global step: a pure function of it."""
         accumulate = self._recipe.training.accumulate
-        return [self._lesson(self._order.indices(step * accumulate + micro)) for micro in range(accumulate)]
-
-    def _lesson(self, which: list[int]) -> Lesson:
-        if self._pairs is not None:
-            return Lesson(*self._pairs.batches(which), tuple(which))
-        batch = collate([self._samples[index] for index in which], self._tokenizer.pad_token_id)
-        return Lesson(batch, batch, tuple(which))
+        return [self._shard.lesson(self._order.indices(step * accumulate + micro)) for micro in range(accumulate)]
 
     def _resumed(self, current: int, weights: Weights, meter: Meter) -> Trainer:
         """The trainer as it stood at the end of the round before, with this round's weights."""
@@ -217,7 +208,7 @@ class EdgeStudent:
                 recipe.training,
                 total_steps=recipe.rounds.count * recipe.rounds.steps,
                 seed=recipe.seed,
-                lr={"extras": recipe.objective.extras_lr},
+                lr={"extras": self._objective.extras_lr},
                 autocast=compute_type(recipe.dtype, self._device),
             )
         if self._through is None or self._through != current - 1:
@@ -239,12 +230,12 @@ class EdgeStudent:
     def _fetch(self, meter: Meter) -> None:
         """What the objective needs of the teacher once, beside its signals."""
         recipe = self._recipe
-        if not recipe.objective.kd_weight or recipe.signal.kind != "hidden":
+        if not self._objective.kd_weight or recipe.signal.kind != "hidden":
             return
         head: FrozenHead = self._ask("head")
         meter.add("head", head.nbytes)
         self._head = head.to(self._device, torch.float32)
-        if isinstance(recipe.objective.kd, DSKDCMA):
+        if isinstance(self._objective.kd, DSKDCMA):
             words: Tensor = self._ask("words")
             meter.add("words", words.nbytes)
             self._words = words.to(self._device, torch.float32)
@@ -260,9 +251,9 @@ class EdgeStudent:
                 self._head.weight.shape[1],
                 self._model.get_output_embeddings().weight.detach(),
                 self._head.weight,
-                None if self._pairs is None else Words(self._pairs.map, self._device),
+                None if self._shard.pairs is None else Words(self._shard.pairs.map, self._device),
             )
-            made = self._recipe.objective.kd.extras(sizes)
+            made = self._objective.kd.extras(sizes)
         return None if made is None else made.to(self._device)
 
     def _save(self, current: int, trainer: Trainer) -> None:

@@ -26,7 +26,7 @@ class ObjectStoreSignals:
         teachers: handles of the replicas.
         name: the teacher's name, part of every key.
         recipe: kind of signal.
-        temperature: the objective's.
+        temperatures: see :attr:`~raycloud.distill.recipe.DistillRecipe.temperatures`.
         timeout_s: how long to wait for one signal.
         meter: counts ids up and signals down.
     """
@@ -36,16 +36,16 @@ class ObjectStoreSignals:
         teachers: Sequence[Any],
         name: str,
         recipe: SignalRecipe,
-        temperature: float,
+        temperatures: Sequence[float],
         timeout_s: float,
         meter: Meter,
     ) -> None:
         self._teachers, self._name, self._recipe = teachers, name, recipe
-        self._temperature, self._timeout, self._meter = temperature, timeout_s, meter
+        self._temperatures, self._timeout, self._meter = temperatures, timeout_s, meter
         self._asked: dict[str, ray.ObjectRef] = {}
 
     def _key(self, batch: Batch) -> str:
-        return signal_key(self._name, batch, self._recipe, [self._temperature])
+        return signal_key(self._name, batch, self._recipe, self._temperatures)
 
     def _ask(self, key: str, batch: Batch) -> ray.ObjectRef:
         self._meter.add("ids", batch.nbytes)

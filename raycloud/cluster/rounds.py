@@ -1,4 +1,4 @@
-"""Rounds: every student trains from the same weights, those that answer in time are averaged by tokens.
+"""Rounds: the students of a cohort train from the same weights, those that answer in time are averaged by tokens.
 
 A student whose process dies, or that is late, is left out of the round; Ray starts it again, it is given the newest
 weights and takes part in the next round. No failure of a student ends the run while another one answers.
@@ -7,7 +7,7 @@ weights and takes part in the next round. No failure of a student ends the run w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ class Member:
     """A student actor as the driver sees it."""
 
     name: str
+    cohort: str
     actor: Any
     ready: bool = False
     met: bool = False
@@ -66,7 +67,8 @@ class Round:
     """What a round brought."""
 
     index: int
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Averages by cohort, of those in which a student answered."""
     answers: list[Answer] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
     seconds: float = 0.0
@@ -77,7 +79,12 @@ Watch = Callable[[dict[str, Beat]], None]
 
 
 def run_round(
-    round_id: int, index: int, members: Sequence[Member], weights: Weights, recipe: RoundsRecipe, watch: Watch
+    round_id: int,
+    index: int,
+    members: Sequence[Member],
+    weights: Mapping[str, Weights],
+    recipe: RoundsRecipe,
+    watch: Watch,
 ) -> Round:
     """Train one round and average it; without any answer the result has no weights.
 
@@ -85,7 +92,7 @@ def run_round(
         round_id: larger than that of every earlier call, also where a round is tried again.
         index: the round, counted from 0.
         members: the students.
-        weights: what they all start from.
+        weights: what they start from, by cohort.
         recipe: deadline and patience.
         watch: see :data:`Watch`.
 
@@ -94,14 +101,14 @@ def run_round(
     """
     begun = time.monotonic()
     deadline, patience = begun + recipe.deadline_s, begun + recipe.rejoin_s
-    current = ray.put(dict(weights))
+    current = {cohort: ray.put(dict(some)) for cohort, some in weights.items()}
     training: dict[ray.ObjectRef, Member] = {}
     preparing: dict[ray.ObjectRef, Member] = {}
     beats: dict[str, Beat] = {}
     done = Round(index)
 
     def train(member: Member) -> None:
-        training[member.actor.train.remote(round_id, index, current)] = member
+        training[member.actor.train.remote(round_id, index, current[member.cohort])] = member
 
     for member in members:
         if member.ready:
@@ -138,8 +145,10 @@ def run_round(
     done.missed.extend(Missed(member.name, "absent", "not started") for member in preparing.values())
     done.seconds = time.monotonic() - begun
     done.answers.sort(key=lambda answer: answer.name)  # sums depend on their order, and arrival is chance
-    if done.answers:
-        done.weights = weighted_average([one.weights for one in done.answers], [one.tokens for one in done.answers])
+    for cohort in weights:
+        names = {member.name for member in members if member.cohort == cohort}
+        if mine := [one for one in done.answers if one.name in names]:
+            done.weights[cohort] = weighted_average([one.weights for one in mine], [one.tokens for one in mine])
     return done
 
 

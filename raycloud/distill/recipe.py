@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -10,6 +11,7 @@ from raycloud.data.prompts import Format
 from raycloud.distill.objective import Objective
 from raycloud.distill.objectives import AnyObjective, CrossEntropy
 from raycloud.distill.signals import SignalRecipe
+from raycloud.evaluation.recipe import GenerationRecipe
 from raycloud.models.loading import Device
 from raycloud.recipe import Recipe
 from raycloud.training.loop import TrainingRecipe
@@ -33,6 +35,8 @@ class TeacherRecipe(Recipe):
     placement: Placement = Placement()
     timeout_s: float = Field(300.0, gt=0)
     """How long a student waits for one signal."""
+    signals: str | None = None
+    """A folder for its signals, computed once for all epochs, students and runs; None asks batch by batch."""
 
 
 class StudentRecipe(Recipe):
@@ -58,17 +62,8 @@ class DataRecipe(Recipe):
     max_length: int = Field(512, gt=1)
     """Tokens of prompt and response together."""
     max_prompt: int = Field(256, gt=0)
-
-
-class EdgeRecipe(Recipe):
-    """One edge and the part of the data that is its own."""
-
-    name: str = Field(pattern=r"^[\w-]+$")
-    where: dict[str, list[Any]] = {}
-    """Columns and the values this edge's rows have there; empty for all rows."""
-    part: int = Field(0, ge=0)
-    """Which of ``of`` disjoint shards of those rows."""
-    of: int = Field(1, gt=0)
+    limit: int | None = Field(None, gt=0)
+    """So many rows of the training split, evenly spread over it; None for all."""
 
 
 class ObjectiveRecipe(Recipe):
@@ -90,6 +85,35 @@ class ObjectiveRecipe(Recipe):
         """The objectives with a weight."""
         both: list[tuple[float, Objective]] = [(self.kd_weight, self.kd), (self.ce_weight, CrossEntropy())]
         return [(weight, objective) for weight, objective in both if weight]
+
+
+class EdgeRecipe(Recipe):
+    """One edge and the part of the data that is its own."""
+
+    name: str = Field(pattern=r"^[\w-]+$")
+    where: dict[str, list[Any]] = {}
+    """Columns and the values this edge's rows have there; empty for all rows."""
+    part: int = Field(0, ge=0)
+    """Which of ``of`` disjoint shards of those rows."""
+    of: int = Field(1, gt=0)
+    student: StudentRecipe | None = None
+    """What this edge's student starts from, where it is not the recipe's."""
+    objective: ObjectiveRecipe | None = None
+    """How it learns, where that is not the recipe's."""
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Edges with the same student and objective: they start from the same weights and are averaged.
+
+    A run has one, or several that learn from one teacher beside each other.
+    """
+
+    name: str
+    """That of its first edge."""
+    student: StudentRecipe
+    objective: ObjectiveRecipe
+    edges: tuple[str, ...]
 
 
 class RoundsRecipe(Recipe):
@@ -118,6 +142,10 @@ class EvaluationRecipe(Recipe):
         ["The film is", "This phone", "The president said"], min_length=1
     )
     new_tokens: int = Field(24, gt=0)
+    answers: int = Field(0, ge=0)
+    """Held-out instructions to answer, for ROUGE-L; 0 for none."""
+    generation: GenerationRecipe = GenerationRecipe(new_tokens=64)
+    """How they are answered."""
 
 
 class DistillRecipe(Recipe):
@@ -143,14 +171,32 @@ class DistillRecipe(Recipe):
     rounds: RoundsRecipe = RoundsRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
 
+    @property
+    def cohorts(self) -> list[Cohort]:
+        """The run's students, in the order of their first edges."""
+        found: list[Cohort] = []
+        for edge in self.edges:
+            what = (edge.student or self.student, edge.objective or self.objective)
+            known = next((one for one in found if (one.student, one.objective) == what), None)
+            if known is None:
+                found.append(Cohort(edge.name, *what, edges=(edge.name,)))
+            else:
+                found[found.index(known)] = replace(known, edges=(*known.edges, edge.name))
+        return found
+
+    def cohort_of(self, edge: EdgeRecipe) -> Cohort:
+        """The cohort an edge belongs to."""
+        return next(cohort for cohort in self.cohorts if edge.name in cohort.edges)
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """What signals are made for: none where they hold all there is to say at any temperature."""
+        if self.signal.kind in ("hidden", "logits"):
+            return ()
+        return tuple(sorted({one.objective.kd.temperature for one in self.cohorts if one.objective.kd_weight}))
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        kd, kind = self.objective.kd, self.signal.kind
-        if self.objective.kd_weight and kind not in kd.kinds:
-            allowed = ", ".join(kd.kinds)
-            raise ValueError(
-                f"signal.kind '{kind}' does not tell enough for objective.kd '{kd.name}'; allowed: {allowed}"
-            )
         names = [edge.name for edge in self.edges]
         double = sorted({name for name in names if names.count(name) > 1})
         if double:
@@ -158,4 +204,14 @@ class DistillRecipe(Recipe):
         for edge in self.edges:
             if edge.part >= edge.of:
                 raise ValueError(f"edges: '{edge.name}' has part {edge.part} of {edge.of}; allowed: 0 to {edge.of - 1}")
+        kind = self.signal.kind
+        for cohort in self.cohorts:
+            kd = cohort.objective.kd
+            if cohort.objective.kd_weight and kind not in kd.kinds:
+                allowed = ", ".join(kd.kinds)
+                raise ValueError(
+                    f"signal.kind '{kind}' does not tell enough for objective.kd '{kd.name}'; allowed: {allowed}"
+                )
+        if self.evaluation.answers and self.data.format == "plain":
+            raise ValueError("evaluation.answers needs a data.format with instructions; allowed: alpaca, chat")
         return self

@@ -27,6 +27,7 @@ from raycloud.distill.signals import Signal, SignalRecipe, observe, sample_keys
 from raycloud.distill.signals.draws import tokens_at
 from raycloud.distill.signals.keys import joined
 from raycloud.errors import DataError
+from raycloud.link.meter import Meter
 from raycloud.models.segments import Segment
 from raycloud.results import write_atomically
 
@@ -107,34 +108,10 @@ class FileSignals:
         part: int = 256,
         moved: Callable[[int, int], None] = lambda done, total: None,
     ) -> FileSignals:
-        """Have the teacher say what it thinks of all samples, but for those whose signals are there already.
-
-        Args:
-            path: the folder, made where it is missing.
-            origin: kind of signal, temperatures, and the teacher's name.
-            teacher: the whole model.
-            samples: the data set.
-            part: samples of one file, at most that many are lost when the process is killed.
-            moved: told after each part how many of how many samples are there.
-
-        Raises:
-            DataError: the folder holds signals of another origin, or another process builds in it.
-        """
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
-            if (folder / ORIGIN).is_file() or any(folder.glob("*.safetensors")):
-                _check_origin(folder, origin)
-            else:
-                write_atomically(folder / ORIGIN, json.dumps(origin.facts(), indent=2) + "\n")
-            wanted = {key: sample for sample in samples for key in origin.keys(collate([sample], pad=0))}
-            there = _whole_parts(folder)
-            missing = sorted(wanted.keys() - there, key=lambda key: (len(wanted[key].ids), key))
-            for begin in range(0, len(missing), part):
-                keys = missing[begin : begin + part]
-                _save(folder, keys, _said(teacher, origin, [wanted[key] for key in keys]))
-                moved(len(wanted) - len(missing) + begin + len(keys), len(wanted))
-        return cls(folder, origin)
+        """Those of a folder that lacks none of the samples; see :func:`building`, whose steps ``moved`` is told."""
+        for done, total in building(path, origin, teacher, samples, part=part):
+            moved(done, total)
+        return cls(path, origin)
 
     def __len__(self) -> int:
         """Samples it holds."""
@@ -157,6 +134,56 @@ class FileSignals:
         payload = {name: torch.cat([one[name] for one in found]) for name in found[0]}
         recipe = self._origin.recipe
         return Signal(joined(keys), recipe.kind, recipe.codec, payload, tuple(sorted(set(self._origin.temperatures))))
+
+
+class MeteredSignals:
+    """A :class:`~raycloud.distill.signals.SignalStore` that counts what it hands out as ``signals``."""
+
+    def __init__(self, inner: FileSignals, meter: Meter) -> None:
+        self._inner, self._meter = inner, meter
+
+    def signal(self, batch: Batch) -> Signal:
+        """Read, then count."""
+        said = self._inner.signal(batch)
+        self._meter.add("signals", said.nbytes)
+        return said
+
+
+def building(
+    path: str | Path, origin: Origin, teacher: Segment, samples: Sequence[Sample], *, part: int = 256
+) -> Iterator[tuple[int, int]]:
+    """Have the teacher say what it thinks of all samples, but for those whose signals are there already.
+
+    Where another process builds in the folder, its end is waited for, and what it has left is taken over.
+
+    Args:
+        path: the folder, made where it is missing.
+        origin: kind of signal, temperatures, and the teacher's name.
+        teacher: the whole model.
+        samples: the data set.
+        part: samples of one file, at most that many are lost when the process is killed.
+
+    Yields:
+        After each part, how many of how many samples are there.
+
+    Raises:
+        DataError: the folder holds signals of another origin.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        if (folder / ORIGIN).is_file() or any(folder.glob("*.safetensors")):
+            _check_origin(folder, origin)
+        else:
+            write_atomically(folder / ORIGIN, json.dumps(origin.facts(), indent=2) + "\n")
+        wanted = {key: sample for sample in samples for key in origin.keys(collate([sample], pad=0))}
+        missing = sorted(wanted.keys() - _whole_parts(folder), key=lambda key: (len(wanted[key].ids), key))
+        there = len(wanted) - len(missing)
+        yield there, len(wanted)
+        for begin in range(0, len(missing), part):
+            keys = missing[begin : begin + part]
+            _save(folder, keys, _said(teacher, origin, [wanted[key] for key in keys]))
+            yield there + begin + len(keys), len(wanted)
 
 
 def _check_origin(folder: Path, origin: Origin) -> None:
@@ -230,8 +257,5 @@ def _whole_parts(folder: Path) -> set[str]:
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; what a killed process left behind half-written is overwritten."""
     with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"signals in '{folder}' are being built by another process") from None
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -6,15 +6,23 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raycloud.evaluation.recipe import GenerationRecipe
 from raycloud.evaluation.sampling import NOTHING, pick
 from raycloud.models.cache import KVCache
 from raycloud.models.segments import Segment
+from raycloud.models.text import end_ids
 
 END_OF_TEXT = "<|endoftext|>"
 """Ends an answer also where it is not the model's EOS, as token or as text."""
+
+
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids that end a model's answer."""
+    ends = end_ids(tokenizer, model.config, model.generation_config)
+    end_of_text = tokenizer.get_vocab().get(END_OF_TEXT)
+    return ends if end_of_text is None else ends | {end_of_text}
 
 
 def answers(

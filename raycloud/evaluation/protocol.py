@@ -19,7 +19,7 @@ from raycloud.data.batches import Sample, in_length_order
 from raycloud.data.sources import load_rows
 from raycloud.data.splits import Row
 from raycloud.errors import Interrupted, ModelError, ResultError
-from raycloud.evaluation.answers import END_OF_TEXT, answers, text_of
+from raycloud.evaluation.answers import answers, ends_of, text_of
 from raycloud.evaluation.language import Judgement, judge
 from raycloud.evaluation.questions import Question, ask, references
 from raycloud.evaluation.recipe import EvaluateRecipe, GenerationRecipe, folders
@@ -28,7 +28,6 @@ from raycloud.models.anatomy import anatomy_of
 from raycloud.models.attention import PLAIN
 from raycloud.models.loading import load, load_config, load_tokenizer, resolve
 from raycloud.models.segments import Segment
-from raycloud.models.text import end_ids
 from raycloud.report.console import bars, console, working
 from raycloud.results import RECIPE, Mode, ResultDir, write_atomically, write_folder
 
@@ -148,9 +147,7 @@ class _Model:
             loaded = load(where, device=recipe.device, dtype=recipe.dtype, notify=console.print)
         model, tokenizer = loaded.model, loaded.tokenizer
         model.set_attn_implementation(PLAIN)
-        ends = end_ids(tokenizer, model.config, model.generation_config)
-        end_of_text = tokenizer.get_vocab().get(END_OF_TEXT)
-        return cls(Segment(model), tokenizer, ends if end_of_text is None else ends | {end_of_text})
+        return cls(Segment(model), tokenizer, ends_of(model, tokenizer))
 
     def judge(self, samples: Sequence[Sample], batch_size: int) -> Judgement:
         device = next(self.segment.parameters()).device

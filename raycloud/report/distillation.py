@@ -25,14 +25,45 @@ def _millions(value: float) -> str:
 
 
 def _models(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """Of one cohort: the teacher and the student before and after."""
     header = ["", "teacher", "student before", "student after"]
-    return header, [
+    rows = [
         ["perplexity", *(f"{summary[key]:.1f}" for key in ("teacher_ppl", "student_ppl_before", "student_ppl_after"))],
-        ["agreement with teacher", "", _share(summary["agreement_before"]), _share(summary["agreement_after"])],
         ["gap closed", "", "", _share(summary["gap_closed"])],
+        ["agreement with teacher", "", _share(summary["agreement_before"]), _share(summary["agreement_after"])],
+        ["KL from teacher, nats per token", "", f"{summary['kl_before']:.3f}", f"{summary['kl_after']:.3f}"],
+    ]
+    if summary["rouge_l_after"] is not None:
+        kinds = ("teacher_rouge_l", "rouge_l_before", "rouge_l_after")
+        rows.append(["ROUGE-L of answers", *(f"{summary[kind]:.1f}" for kind in kinds)])
+    rows += [
         ["parameters", _millions(summary["teacher_params"]), *[_millions(summary["student_params"])] * 2],
         ["tokens/s, generating", f"{summary['teacher_tok_s']:.1f}", "", f"{summary['student_tok_s']:.1f}"],
     ]
+    return header, rows
+
+
+def _beside(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """The students of several cohorts beside each other."""
+    header = ["student", "parameters", "tokens trained", "perplexity before", "after", "agreement", "KL"]
+    return header, [
+        [
+            name,
+            _millions(student["student_params"]),
+            str(student["student_tokens"]),
+            f"{student['student_ppl_before']:.1f}",
+            f"{student['student_ppl_after']:.1f}",
+            _share(student["agreement_after"]),
+            f"{student['kl_after']:.3f}",
+        ]
+        for name, student in summary["students"].items()
+    ]
+
+
+def _students(summary: Summary) -> list[tuple[str, Summary]]:
+    """Each cohort's headlines with what the run has in common; a cohort that is alone has no name."""
+    students = summary["students"]
+    return [("" if len(students) == 1 else name, {**summary, **student}) for name, student in students.items()]
 
 
 def _groups(summary: Summary) -> tuple[list[str], list[list[str]]]:
@@ -66,18 +97,29 @@ def _link(summary: Summary) -> tuple[list[str], list[list[str]]]:
 
 def print_summary(summary: Summary) -> None:
     """The tables of a finished run, and the prompts as both models complete them."""
-    for header, rows in (_models(summary), _groups(summary), _link(summary)):
-        table = Table(*header)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    for one in summary["completions"]:
-        console.print(f"\n{_plain(one['prompt'])}", style="bold")
-        console.print(f"  teacher: {_plain(one['teacher'])}")
-        console.print(f"  student: {_plain(one['student'])}")
+    students = _students(summary)
+    if len(students) > 1:
+        _print(*_beside(summary))
+    for name, student in students:
+        if name:
+            console.print(f"\nstudent '{name}'", style="bold")
+        _print(*_models(student))
+        _print(*_groups(student))
+        for one in student["completions"]:
+            console.print(f"\n{_plain(one['prompt'])}", style="bold")
+            console.print(f"  teacher: {_plain(one['teacher'])}")
+            console.print(f"  student: {_plain(one['student'])}")
+    _print(*_link(summary))
     console.print(f"\n{summary['rounds']} rounds, {summary['trained_tokens']} tokens, {summary['seconds']:.0f} s")
+
+
+def _print(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*header)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _plain(text: str) -> str:
@@ -87,7 +129,8 @@ def _plain(text: str) -> str:
 def write_page(folder: Path, summary: Summary, metrics: Sequence[dict[str, Any]], recipe: str) -> None:
     """Write ``report.html`` into a result directory."""
     page = Page("Distillation", f"{folder.name}: {summary['rounds']} rounds in {summary['seconds']:.0f} s")
-    page.table(*_models(summary))
+    students = _students(summary)
+    page.table(*(_beside(summary) if len(students) > 1 else _models(students[0][1])))
     page.heading("Loss")
     steps = [record for record in metrics if record["kind"] == "step"]
     names = list(dict.fromkeys(record["student"] for record in steps))
@@ -95,26 +138,29 @@ def write_page(folder: Path, summary: Summary, metrics: Sequence[dict[str, Any]]
     starts = {record["round"]: record["step"] for record in reversed(steps)}
     page.picture(curves(lines, "step", "loss per token", marks=sorted(starts.values())[1:]), "loss curves")
     page.text("Dotted lines are averages of the students.")
-    page.heading("Held-out text")
-    page.table(*_groups(summary))
-    groups = summary["groups"]
-    page.picture(
-        grouped_bars(
-            list(groups),
-            {
-                "before": [group["student_ppl_before"] for group in groups.values()],
-                "after": [group["student_ppl_after"] for group in groups.values()],
-                "teacher": [group["teacher_ppl"] for group in groups.values()],
-            },
-            "perplexity",
-        ),
-        "perplexity by group",
-    )
+    for name, student in students:
+        page.heading(f"Held-out text, student '{name}'" if name else "Held-out text")
+        if name:
+            page.table(*_models(student))
+        page.table(*_groups(student))
+        groups = student["groups"]
+        page.picture(
+            grouped_bars(
+                list(groups),
+                {
+                    "before": [group["student_ppl_before"] for group in groups.values()],
+                    "after": [group["student_ppl_after"] for group in groups.values()],
+                    "teacher": [group["teacher_ppl"] for group in groups.values()],
+                },
+                "perplexity",
+            ),
+            "perplexity by group",
+        )
+        completions = [list(one.values()) for one in student["completions"]]
+        page.table(["prompt", "teacher", "student"], completions, prose=True)
     page.heading("Link")
     page.table(*_link(summary))
     page.text("Ids and signals grow with the text; weights cross once a round, the head once a run, to every edge.")
-    page.heading("Completions")
-    page.table(["prompt", "teacher", "student"], [list(one.values()) for one in summary["completions"]], prose=True)
     missed = [record for record in metrics if record["kind"] == "missed"]
     if missed:
         page.heading("Rounds without a student")

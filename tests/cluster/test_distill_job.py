@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -64,12 +65,109 @@ def test_a_run_leaves_recipe_metrics_summary_report_and_a_model(finished: Path, 
     assert len(records(finished, "step")) == 3 * 3 * 2
     assert "newsroom" in (finished / "report.html").read_text()
     assert {path.name for path in finished.iterdir()} == {
-        ".lock", "recipe.yaml", "metrics.jsonl", "summary.json", "report.html", "student"
+        ".lock", "recipe.yaml", "metrics.jsonl", "summary.json", "held_out.jsonl", "report.html", "student"
     }  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(finished / "student")
     tokenizer = AutoTokenizer.from_pretrained(finished / "student")
     assert model.config.num_hidden_layers == 2
     assert model.generate(**tokenizer("The film", return_tensors="pt"), max_new_tokens=3).shape[1] >= 3
+
+
+def test_held_out_texts_add_up_to_the_summary(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    texts = [json.loads(line) for line in (finished / "held_out.jsonl").read_text().splitlines()]
+    assert len({(text["group"], text["text"]) for text in texts}) == len(texts) == 4 * 8
+    tokens = sum(text["tokens"] for text in texts)
+    assert math.exp(sum(text["nll"] for text in texts) / tokens) == pytest.approx(summary["student_ppl_after"])
+    assert sum(text["kl"] for text in texts) / tokens == pytest.approx(summary["kl_after"])
+    assert sum(text["agree"] for text in texts) / tokens == pytest.approx(summary["agreement_after"])
+    assert 0 < summary["kl_after"] < summary["kl_before"]
+
+
+def test_students_of_several_kinds_learn_from_one_teacher(
+    finished: Path, tiny_llama: Path, foreigner: Path, tmp_path: Path
+) -> None:
+    """Two edges as in the other run, and beside them a smaller student and one with a tokenizer of its own."""
+    recipe = small(
+        tiny_llama,
+        tmp_path / "run",
+        edges=[
+            {"name": "store", "where": {"domain": ["movie", "product"]}},
+            {
+                "name": "watch",
+                "student": {"blocks": 1, "choose": "spacing"},
+                "objective": {"kd": {"name": "reverse_kl"}},
+            },
+            {"name": "newsroom", "where": {"domain": ["news", "tweet"]}},
+            {
+                "name": "abroad",
+                "student": {"model": str(foreigner)},
+                "objective": {"kd": {"name": "uld"}, "ce_weight": 1},
+            },
+        ],
+    )
+    assert [cohort.edges for cohort in recipe.cohorts] == [("store", "newsroom"), ("watch",), ("abroad",)]
+    summary = run(recipe).summary
+    assert list(summary["students"]) == ["store", "watch", "abroad"]
+    assert all(one["student_ppl_after"] < one["student_ppl_before"] for one in summary["students"].values())
+    assert summary["trained_tokens"] == sum(one["student_tokens"] for one in summary["students"].values())
+    folder = tmp_path / "run" / "students"
+    blocks = {one.name: AutoModelForCausalLM.from_pretrained(one).config.num_hidden_layers for one in folder.iterdir()}
+    assert blocks == {"store": 2, "watch": 1, "abroad": tiny("llama").config.num_hidden_layers}
+    # The others' company changes nothing.
+    for name, tensor in weights(finished).items():
+        assert torch.equal(tensor, load_file(folder / "store" / "model.safetensors")[name])
+    assert "student 'watch'" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_kept_signals_serve_all_epochs_and_runs(finished: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    def kept(output: str, **changes: Any) -> DistillRecipe:
+        return small(tiny_llama, tmp_path / output, teacher={"signals": str(tmp_path / "signals")}, **changes)
+
+    summary = run(kept("run", data={"limit": 64})).summary
+    assert summary["wire_bytes"]["signals"] == summary["trained_tokens"] * 16 * 2
+    parts = {part: part.stat().st_mtime_ns for part in (tmp_path / "signals").glob("*.safetensors")}
+    run(kept("again", data={"limit": 64}, objective={"kd": {"name": "reverse_kl", "temperature": 2.0}}))
+    assert parts == {part: part.stat().st_mtime_ns for part in (tmp_path / "signals").glob("*.safetensors")}
+    with_less = run(small(tiny_llama, tmp_path / "asked", data={"limit": 64})).summary
+    assert with_less["student_ppl_after"] == pytest.approx(summary["student_ppl_after"], rel=1e-3)
+    with pytest.raises(DataError, match="stale: teacher is"):
+        run(
+            kept(
+                "other",
+                data={"limit": 64},
+                teacher={"model": str(scrambled(tiny_llama, tmp_path)), "signals": str(tmp_path / "signals")},
+            )
+        )
+
+
+def scrambled(model: Path, folder: Path) -> Path:
+    """The same model with other weights."""
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        loaded.get_input_embeddings().weight.mul_(1.5)
+    loaded.save_pretrained(folder / "scrambled")
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder / "scrambled")
+    return folder / "scrambled"
+
+
+def test_answers_to_held_out_instructions_are_compared_with_references(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = small(
+        tiny_llama,
+        tmp_path / "run",
+        data={"source": "builtin:instruct", "format": "alpaca", "max_length": 96, "max_prompt": 80, "limit": 64},
+        evaluation={
+            "answers": 4,
+            "generation": {"new_tokens": 6},
+            "samples": 4,
+            "prompts": ["The film"],
+            "new_tokens": 2,
+        },
+        edges=[{"name": "edge"}],
+        rounds={"count": 1, "steps": 2},
+    )
+    summary = run(recipe).summary
+    assert all(0 <= summary[key] <= 100 for key in ("teacher_rouge_l", "rouge_l_before", "rouge_l_after"))
 
 
 def test_an_objective_with_projectors_trains_them_beside_the_student(tiny_llama: Path, tmp_path: Path) -> None:
@@ -228,10 +326,10 @@ def test_several_replicas_answer_and_a_killed_one_comes_back(
     killed: list[Any] = []
     original = job._Run._start_students
 
-    def start(self: Any, config: Any) -> list[Member]:
+    def start(self: Any, checkpoint: Any) -> list[Member]:
         killed.append(self.replicas[1])
         ray.kill(self.replicas[1], no_restart=False)
-        return original(self, config)
+        return original(self, checkpoint)
 
     monkeypatch.setattr(job._Run, "_start_students", start)
     recipe = small(tiny_llama, tmp_path / "run", teacher={"replicas": 2})

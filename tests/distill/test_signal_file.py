@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
 import signal as signals_of_the_system
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 
 from raycloud.data.batches import Sample, SampleOrder, collate
 from raycloud.distill import signal_file
-from raycloud.distill.signal_file import FileSignals, Origin, tokenizer_fingerprint
+from raycloud.distill.signal_file import FileSignals, Origin, building, tokenizer_fingerprint
 from raycloud.distill.signals import SignalKind, SignalRecipe, observe
 from raycloud.distill.signals.coding import decode_rows
 from raycloud.errors import DataError
@@ -176,11 +176,17 @@ def test_folders_of_others_are_left_alone(teacher: Segment, tmp_path: Path) -> N
         FileSignals(tmp_path, ORIGIN)
 
 
-def test_one_builds_at_a_time(teacher: Segment, tmp_path: Path) -> None:
-    with open(tmp_path / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="being built by another process"):
-            FileSignals.build(tmp_path, ORIGIN, teacher, SAMPLES)
+def test_who_comes_second_waits_and_takes_over_what_is_there(teacher: Segment, tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    first = building(tmp_path, ORIGIN, teacher, SAMPLES, part=5)
+    next(first)
+    second = threading.Thread(target=lambda: steps.extend(building(tmp_path, ORIGIN, teacher, SAMPLES)))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive() and not steps
+    list(first)
+    second.join()
+    assert steps == [(len(SAMPLES), len(SAMPLES))]
 
 
 def test_a_tokenizers_fingerprint_tells_which_id_is_which_word() -> None:

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,28 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from raycloud.cluster.checkpoint import Checkpoint
-from raycloud.cluster.cloud_teacher import CloudTeacher, Start, TeacherFacts
-from raycloud.cluster.edge_student import Beat, EdgeStudent
+from raycloud.cluster.checkpoint import Checkpoint, Snapshot
+from raycloud.cluster.cloud_teacher import CloudTeacher, Findings, Start, TeacherFacts
+from raycloud.cluster.edge_student import Answer, Beat, EdgeStudent
 from raycloud.cluster.rounds import Member, Round, run_round
 from raycloud.cluster.runtime import joined, stoppable
 from raycloud.data.prompts import example
 from raycloud.data.sources import load_rows
 from raycloud.data.splits import select, shard
-from raycloud.distill.examination import ALL, Comparison, Score, gap_closed
-from raycloud.distill.recipe import DistillRecipe, Placement
+from raycloud.distill.examination import ALL, Comparison, gap_closed
+from raycloud.distill.recipe import Cohort, DistillRecipe, Placement, StudentRecipe
+from raycloud.distill.shard import training_rows
 from raycloud.distill.student import check_blocks, check_objective, check_vocabulary, own_tokenizer
 from raycloud.errors import ClusterError, DataError, Interrupted, ModelError, RaycloudError
+from raycloud.evaluation.questions import ask
 from raycloud.models.anatomy import anatomy_of
 from raycloud.models.loading import load_config, load_tokenizer, quiet_transformers, resolve
 from raycloud.models.weights import Weights, build
 from raycloud.report.console import Bars, bars, console, working
 from raycloud.report.distillation import print_summary, write_page
-from raycloud.results import RECIPE, Mode, ResultDir, write_folder
+from raycloud.results import RECIPE, Mode, ResultDir, write_atomically, write_folder
 
 _ANSWER_S = 3600.0
 """The longest one answer of the teacher may take: loading it, cutting a student, an examination."""
@@ -60,7 +62,8 @@ def run(recipe: DistillRecipe, mode: Mode = "new") -> Result:
     """
     ResultDir.check(recipe.output, recipe, mode)
     _preflight(recipe)
-    places = [recipe.teacher.placement] * recipe.teacher.replicas + [recipe.student.placement] * len(recipe.edges)
+    students = [recipe.cohort_of(edge).student.placement for edge in recipe.edges]
+    places = [recipe.teacher.placement] * recipe.teacher.replicas + students
     needs = {"cloud": float(recipe.teacher.replicas), "edge": float(len(recipe.edges))}
     shares = {"CPU": sum(place.num_cpus for place in places), "GPU": sum(place.num_gpus for place in places)}
     try:
@@ -83,24 +86,36 @@ def _preflight(recipe: DistillRecipe) -> None:
     if not anatomy_of(config).causal:
         raise ModelError(f"teacher.model '{recipe.teacher.model}' is an encoder; allowed: causal language models")
     tokenizer = load_tokenizer(where)
-    own = own_tokenizer(recipe.student, tokenizer)
-    if recipe.student.model is None:
-        check_blocks(recipe.student, config.num_hidden_layers)
-    else:
-        student = load_config(resolve(recipe.student.model, console.print))
-        if not anatomy_of(student).causal:
-            raise ModelError(f"student.model '{recipe.student.model}' is an encoder; allowed: causal language models")
-        if own is None:
-            check_vocabulary(student, config)
-    check_objective(recipe.objective, own is not None)
-    rows = load_rows(recipe.data.source, "train", console.print)
-    for one in (tokenizer, own or tokenizer):
-        example(rows[0], recipe.data.format, one)
+    rows = training_rows(recipe.data, console.print)
+    for cohort in recipe.cohorts:
+        own = _check_student(cohort, config, tokenizer)
+        for one in (tokenizer, own or tokenizer):
+            example(rows[0], recipe.data.format, one)
     for edge in recipe.edges:
         shard(select(rows, edge.where), edge.part, edge.of)
     held_out, by = load_rows(recipe.data.source, recipe.evaluation.split), recipe.evaluation.by
     if by is not None and by not in held_out[0]:
         raise DataError(f"evaluation.by: no column '{by}'; allowed: null, {', '.join(held_out[0])}")
+    if recipe.evaluation.answers:
+        ask(held_out, tokenizer, recipe.data.format, max_prompt=recipe.data.max_prompt, limit=1)
+
+
+def _check_student(
+    cohort: Cohort, teacher: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase | None:
+    """Whether a cohort can learn from the teacher as it means to; its own tokenizer, if it has one."""
+    student = cohort.student
+    own = own_tokenizer(student, tokenizer)
+    if student.model is None:
+        check_blocks(student, teacher.num_hidden_layers)
+    else:
+        config = load_config(resolve(student.model, console.print))
+        if not anatomy_of(config).causal:
+            raise ModelError(f"student.model '{student.model}' is an encoder; allowed: causal language models")
+        if own is None:
+            check_vocabulary(config, teacher)
+    check_objective(cohort.objective, own is not None)
+    return own
 
 
 def _with_absolute_paths(recipe: DistillRecipe) -> DistillRecipe:
@@ -110,11 +125,18 @@ def _with_absolute_paths(recipe: DistillRecipe) -> DistillRecipe:
         path = Path(source).expanduser() if source else None
         return str(path.absolute()) if path and path.exists() else source
 
+    def student(one: StudentRecipe) -> StudentRecipe:
+        return one.model_copy(update={"model": absolute(one.model)})
+
+    signals = recipe.teacher.signals and str(Path(recipe.teacher.signals).expanduser().absolute())
     return recipe.model_copy(
         update={
-            "teacher": recipe.teacher.model_copy(update={"model": absolute(recipe.teacher.model)}),
-            "student": recipe.student.model_copy(update={"model": absolute(recipe.student.model)}),
+            "teacher": recipe.teacher.model_copy(update={"model": absolute(recipe.teacher.model), "signals": signals}),
+            "student": student(recipe.student),
             "data": recipe.data.model_copy(update={"source": absolute(recipe.data.source)}),
+            "edges": [
+                edge.model_copy(update={"student": edge.student and student(edge.student)}) for edge in recipe.edges
+            ],
         }
     )
 
@@ -138,7 +160,9 @@ class _Run:
             self._start_teacher()
         checkpoint = Checkpoint.latest(self.state) or self._first_checkpoint()
         self.results.keep_metrics(lambda record: record["round"] < checkpoint.rounds)
-        members = self._start_students(checkpoint.config)
+        if checkpoint.rounds < self.recipe.rounds.count and self.recipe.teacher.signals is not None:
+            self._keep_signals()
+        members = self._start_students(checkpoint)
         while checkpoint.rounds < self.recipe.rounds.count:
             checkpoint = self._next(checkpoint, members)
         return self._finish(checkpoint)
@@ -161,15 +185,27 @@ class _Run:
         except RayError as error:
             raise ClusterError(f"the teacher does not answer: {str(error).splitlines()[0]}") from error
 
+    def _keep_signals(self) -> None:
+        """Have the teacher say once, and on disk, all that the students will ask."""
+        with bars(100) as progress:
+            for ref in self.replicas[0].keep_signals.remote():
+                done, total = self._ask(ref)
+                progress.move("signals kept, %", 100 * done // max(1, total), f"{done} of {total} samples")
+
     def _first_checkpoint(self) -> Checkpoint:
-        with working("student cut from the teacher" if self.recipe.student.model is None else "student loaded"):
-            start: Start = self._ask(self.replicas[0].start.remote())
-        with working("teacher and student examined"):
-            teacher = self._ask(self.replicas[0].teacher_scores.remote())
-            before = self._scores(start.config, start.weights)
-        facts: dict[str, Any] = {"blocks": start.blocks, "teacher": _plain(teacher), "before": _plain(before)}
-        facts |= {"wire": {}, "tokens": 0, "seconds": self._elapsed()}
-        checkpoint = Checkpoint(0, start.config, start.weights, facts)
+        students, found = {}, {}
+        for cohort in self.recipe.cohorts:
+            name = f" '{cohort.name}'" if len(self.recipe.cohorts) > 1 else ""
+            with working(f"student{name} {'cut from the teacher' if cohort.student.model is None else 'loaded'}"):
+                start: Start = self._ask(self.replicas[0].start.remote(cohort.name))
+            with working(f"teacher and student{name} examined"):
+                teacher: Findings = self._ask(self.replicas[0].teacher_scores.remote(cohort.name))
+                before = self._findings(cohort.name, start.config, start.weights)
+            students[cohort.name] = Snapshot(start.config, start.weights)
+            found[cohort.name] = {"blocks": start.blocks, "tokens": 0, "teacher": _plain(teacher)}
+            found[cohort.name] |= {"before": _plain(before)}
+        facts: dict[str, Any] = {"students": found, "wire": {}, "tokens": 0, "seconds": self._elapsed()}
+        checkpoint = Checkpoint(0, students, facts)
         checkpoint.save(self.state)
         return checkpoint
 
@@ -179,22 +215,23 @@ class _Run:
         passed, self.begun = now - self.begun, now
         return passed
 
-    def _scores(self, config: PretrainedConfig, weights: Weights) -> dict[str, Score]:
-        scores: dict[str, Score] = self._ask(self.replicas[0].scores.remote(config, ray.put(dict(weights))))
-        return scores
+    def _findings(self, cohort: str, config: PretrainedConfig, weights: Weights, *, answer: bool = True) -> Findings:
+        found: Findings = self._ask(
+            self.replicas[0].scores.remote(cohort, config, ray.put(dict(weights)), answer=answer)
+        )
+        return found
 
-    def _start_students(self, config: PretrainedConfig) -> list[Member]:
+    def _start_students(self, checkpoint: Checkpoint) -> list[Member]:
         # The control group answers while a round is being trained.
         student: Any = ray.remote(concurrency_groups={"control": 1})(EdgeStudent)  # type: ignore[call-overload]
-        options = {"max_restarts": -1, **_place(self.recipe.student.placement, "edge")}
-        folder = self.state / "students"
-        return [
-            Member(
-                edge.name,
-                student.options(**options).remote(index, self.recipe, config, self.names, folder),
-            )
-            for index, edge in enumerate(self.recipe.edges)
-        ]
+        folder, members = self.state / "students", []
+        for index, edge in enumerate(self.recipe.edges):
+            cohort = self.recipe.cohort_of(edge)
+            options = {"max_restarts": -1, **_place(cohort.student.placement, "edge")}
+            config = checkpoint.students[cohort.name].config
+            actor = student.options(**options).remote(index, self.recipe, config, self.names, folder)
+            members.append(Member(edge.name, cohort.name, actor))
+        return members
 
     def _next(self, checkpoint: Checkpoint, members: list[Member]) -> Checkpoint:
         """One round more; rounds that nobody answers are tried again."""
@@ -213,21 +250,30 @@ class _Run:
                     move(member.name, 0, "begins")
 
                 self.round_id += 1
-                done = run_round(self.round_id, index, members, checkpoint.weights, recipe, watch)
+                weights = {cohort: student.weights for cohort, student in checkpoint.students.items()}
+                done = run_round(self.round_id, index, members, weights, recipe, watch)
             self._log(done)
             if done.answers:
                 break
         else:
             raise ClusterError(f"no student answered in {recipe.empty} rounds in a row: {done.missed[-1].detail}")
-        facts = checkpoint.facts
+        facts, cohort_of = checkpoint.facts, {member.name: member.cohort for member in members}
         for answer in done.answers:
             facts["tokens"] += answer.tokens
+            facts["students"][cohort_of[answer.name]]["tokens"] += answer.tokens
             for kind, size in answer.meter.payload.items():
                 facts["wire"][kind] = facts["wire"].get(kind, 0) + size
+        # A cohort that nobody answered for stays as it was.
+        students = {
+            cohort: Snapshot(student.config, done.weights.get(cohort, student.weights))
+            for cohort, student in checkpoint.students.items()
+        }
         if index + 1 == recipe.count:
-            facts |= self._examine_last(checkpoint.config, done)
+            for cohort in self.recipe.cohorts:
+                answers = [answer for answer in done.answers if answer.name in cohort.edges]
+                facts["students"][cohort.name] |= self._examine_last(cohort, students[cohort.name], answers)
         facts["seconds"] += self._elapsed()
-        following = Checkpoint(index + 1, checkpoint.config, done.weights, facts)
+        following = Checkpoint(index + 1, students, facts)
         following.save(self.state)
         return following
 
@@ -249,27 +295,38 @@ class _Run:
                 f"in {done.seconds:.0f} s, averaged {' and '.join(students)}"
             )
 
-    def _examine_last(self, config: PretrainedConfig, done: Round) -> dict[str, Any]:
+    def _examine_last(self, cohort: Cohort, student: Snapshot, answers: Sequence[Answer]) -> dict[str, Any]:
         """The averaged student, and beside it every student as it was before the last average."""
-        with working("students examined"):
-            singles = {answer.name: _plain(self._scores(config, answer.weights)) for answer in done.answers}
-            after = _plain(self._scores(config, done.weights))
-            comparison: Comparison = self._ask(self.replicas[0].compare.remote(config, ray.put(done.weights)))
-        return {"after": after, "singles": singles, "comparison": asdict(comparison)}
+        name, config = cohort.name, student.config
+        with working("students examined" if len(self.recipe.cohorts) == 1 else f"student '{name}' examined"):
+            after = self._findings(name, config, student.weights)
+            # One alone is its own average.
+            singles = {
+                answer.name: after if len(answers) == 1 else self._findings(name, config, answer.weights, answer=False)
+                for answer in answers
+            }
+            compared: Comparison = self._ask(
+                self.replicas[0].compare.remote(name, config, ray.put(dict(student.weights)))
+            )
+        return {
+            "after": _plain(after),
+            "texts": [asdict(text) for text in after.examined.texts],
+            "singles": {single: _plain(one)["scores"] for single, one in singles.items()},
+            "comparison": asdict(compared),
+        }
 
     def _finish(self, checkpoint: Checkpoint) -> Result:
-        model = build(checkpoint.config, checkpoint.weights, device=torch.device("cpu"), dtype=torch.float32)
-
-        def fill(to: Path) -> None:
-            with quiet_transformers():
-                model.save_pretrained(to)
-                (own_tokenizer(self.recipe.student, self.teacher.tokenizer) or self.teacher.tokenizer).save_pretrained(
-                    to
-                )
-
-        write_folder(self.results.path / "student", fill)
+        alone = len(self.recipe.cohorts) == 1
+        parameters, lines = {}, []
+        for cohort in self.recipe.cohorts:
+            name, student = cohort.name, checkpoint.students[cohort.name]
+            folder = self.results.path / ("student" if alone else f"students/{name}")
+            parameters[name] = self._save(cohort, student, folder)
+            texts = checkpoint.facts["students"][name].pop("texts")
+            lines += [json.dumps({"student": name, **text}) + "\n" for text in texts]
+        write_atomically(self.results.path / "held_out.jsonl", "".join(lines))
         checkpoint.facts["seconds"] += self._elapsed()
-        summary = summarise(checkpoint, self.teacher.parameters, model.num_parameters())
+        summary = summarise(checkpoint, self.teacher.parameters, parameters)
         write_page(self.results.path, summary, self.results.metrics(), self.recipe.dump())
         self.results.write_summary(summary)
         shutil.rmtree(self.state)
@@ -277,19 +334,55 @@ class _Run:
         console.print(f"results: {self.results.path}")
         return Result(self.results.path, summary)
 
+    def _save(self, cohort: Cohort, student: Snapshot, folder: Path) -> int:
+        """Write a student as a model that ``transformers`` loads; its parameters."""
+        model = build(student.config, student.weights, device=torch.device("cpu"), dtype=torch.float32)
+        tokenizer = own_tokenizer(cohort.student, self.teacher.tokenizer) or self.teacher.tokenizer
+
+        def fill(to: Path) -> None:
+            with quiet_transformers():
+                model.save_pretrained(to)
+                tokenizer.save_pretrained(to)
+
+        write_folder(folder, fill)
+        return model.num_parameters()
+
 
 def _place(placement: Placement, tier: str) -> dict[str, Any]:
     return {"num_cpus": placement.num_cpus, "num_gpus": placement.num_gpus, "resources": {tier: 1}}
 
 
-def _plain(scores: dict[str, Score]) -> dict[str, dict[str, float]]:
-    return {group: asdict(score) for group, score in scores.items()}
+def _plain(found: Findings) -> dict[str, Any]:
+    scores = {group: asdict(score) for group, score in found.examined.scores.items()}
+    return {"scores": scores, "rouge_l": found.rouge_l}
 
 
-def summarise(checkpoint: Checkpoint, teacher_parameters: int, student_parameters: int) -> dict[str, Any]:
-    """The headline numbers of a finished run, from its facts."""
+def summarise(checkpoint: Checkpoint, teacher_parameters: int, parameters: dict[str, int]) -> dict[str, Any]:
+    """The headline numbers of a finished run, from its facts.
+
+    Those of each cohort stand under ``students`` by name, those of the first one also at the top.
+    """
     facts = checkpoint.facts
-    teacher, before, after, wire = facts["teacher"], facts["before"], facts["after"], facts["wire"]
+    students = {
+        name: {**_headlines(found), "student_params": parameters[name]} for name, found in facts["students"].items()
+    }
+    wire = facts["wire"]
+    return {
+        **next(iter(students.values())),
+        "teacher_params": teacher_parameters,
+        # What grows with the text: ids up and signals down. Weights and the head cross once a round and once a run.
+        "wire_bytes_per_token": (wire.get("ids", 0) + wire.get("signals", 0)) / facts["tokens"],
+        "wire_bytes": wire,
+        "trained_tokens": facts["tokens"],
+        "rounds": checkpoint.rounds,
+        "seconds": facts["seconds"],
+        "students": students,
+    }
+
+
+def _headlines(found: dict[str, Any]) -> dict[str, Any]:
+    """Of one cohort."""
+    teacher, before, after = (found[when]["scores"] for when in ("teacher", "before", "after"))
     groups = {
         group: {
             "teacher_ppl": teacher[group]["perplexity"],
@@ -297,28 +390,26 @@ def summarise(checkpoint: Checkpoint, teacher_parameters: int, student_parameter
             "student_ppl_after": after[group]["perplexity"],
             "agreement_before": before[group]["agreement"],
             "agreement_after": after[group]["agreement"],
+            "kl_before": before[group]["kl"],
+            "kl_after": after[group]["kl"],
             "gap_closed": gap_closed(
                 before[group]["perplexity"], after[group]["perplexity"], teacher[group]["perplexity"]
             ),
             "tokens": after[group]["tokens"],
-            "single_ppl": {name: scores[group]["perplexity"] for name, scores in facts["singles"].items()},
+            "single_ppl": {name: scores[group]["perplexity"] for name, scores in found["singles"].items()},
         }
         for group in teacher
     }
-    comparison = facts["comparison"]
+    comparison = found["comparison"]
     return {
         **groups.pop(ALL),
-        "teacher_params": teacher_parameters,
-        "student_params": student_parameters,
-        "student_blocks": facts["blocks"],
+        "teacher_rouge_l": found["teacher"]["rouge_l"],
+        "rouge_l_before": found["before"]["rouge_l"],
+        "rouge_l_after": found["after"]["rouge_l"],
+        "student_blocks": found["blocks"],
+        "student_tokens": found["tokens"],
         "teacher_tok_s": comparison["teacher_tok_s"],
         "student_tok_s": comparison["student_tok_s"],
-        # What grows with the text: ids up and signals down. Weights and the head cross once a round and once a run.
-        "wire_bytes_per_token": (wire.get("ids", 0) + wire.get("signals", 0)) / facts["tokens"],
-        "wire_bytes": wire,
-        "trained_tokens": facts["tokens"],
-        "rounds": checkpoint.rounds,
-        "seconds": facts["seconds"],
         "groups": groups,
         "completions": [
             {"prompt": prompt, "teacher": teacher_text, "student": student_text}
