@@ -195,7 +195,7 @@ class Examiner:
         if self._words is None:
             return guesses
         mine, theirs = (one.cpu() for one in self._words.shared)
-        names = torch.full((self._pretrained.model.get_input_embeddings().weight.shape[0],), -1)
+        names = torch.full((self._pretrained.model.config.get_text_config().vocab_size,), -1)
         names[theirs] = mine
         return names[guesses]
 
