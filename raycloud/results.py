@@ -42,7 +42,10 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         fill(scratch)
+        # Whoever may read the folder may read it all; some libraries write files for their owner alone.
         scratch.chmod(0o755)
+        for path in scratch.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         # The old one stays whole until the new one is.
         aside = scratch.with_name(scratch.name + "-old")
         if target.exists():

@@ -77,6 +77,16 @@ def test_a_half_written_metrics_line_is_left_out(tmp_path: Path) -> None:
         assert len(results.metrics()) == 2
 
 
+def test_folders_are_readable_all_through(tmp_path: Path) -> None:
+    def fill(to: Path) -> None:
+        (to / "deep").mkdir(0o700)
+        (to / "deep" / "own").touch(0o600)
+
+    write_folder(tmp_path / "folder", fill)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"folder": 0o755, "deep": 0o755, "own": 0o644}
+
+
 def test_writes_are_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     write_folder(target, lambda to: (to / "a").write_text("old") and None)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from raycloud.benchmarks.measure import PAIRS, interleaved, median_ratio, show
+from raycloud.benchmarks.measure import PAIRS, SMOLLM2, interleaved, median_ratio, show
 from raycloud.data.sources import load_rows
 from raycloud.distill.alignment import Alignment, align, align_texts, leads
 from raycloud.distill.vocabulary import byte_lengths, token_bytes
@@ -28,7 +28,7 @@ from raycloud.errors import MissingExtra
 from raycloud.models.loading import load_tokenizer, resolve
 from raycloud.report.console import console, working
 
-BUILT_IN = ("SmolLM2/Gemma", "builtin:smollm2-135m-instruct", "builtin:gemma3-270m")
+BUILT_IN = ("SmolLM2/Gemma", SMOLLM2, "builtin:gemma3-270m")
 PUBLISHED = ("TinyLlama/Mistral", "tokenizers/tinyllama-1.1b-3T", "tokenizers/mistral-7b-v0.1")
 TEXTS = 2000
 WARPED = 16

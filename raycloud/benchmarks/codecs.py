@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raycloud.benchmarks.measure import show
+from raycloud.benchmarks.measure import SMOLLM2, show
 from raycloud.data.batches import IGNORE, Batch, in_length_order
 from raycloud.link.codecs.boundary import Boundary
 from raycloud.link.frames import HEADER_BYTES
@@ -26,7 +26,6 @@ from raycloud.report.console import bars, console, working
 from raycloud.split.calibration import TOKENS, calibrate
 from raycloud.split.passages import passages
 
-MODEL = "builtin:smollm2-135m-instruct"
 SOURCES = ("builtin:instruct", "builtin:reviews")
 PAIRS = ((1, 29), (2, 28), (4, 26), (6, 24), (8, 22), (10, 20), (5, 15), (15, 25))
 JUDGED = ("int8", "int4")
@@ -130,7 +129,7 @@ def total(scores: Sequence[Score]) -> Score:
 def run(
     as_json: bool,
     *,
-    model: str = MODEL,
+    model: str = SMOLLM2,
     pairs: Sequence[Pair] = PAIRS,
     train_tokens: int = TOKENS,
     test_tokens: int = TEST_TOKENS,

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 import ray
 from ray import serve
 
+from raycloud.benchmarks.measure import SMOLLM2
 from raycloud.edge.cloud import Cloud
 from raycloud.models.loading import load
 from raycloud.report.console import console, working
@@ -20,7 +21,6 @@ from raycloud.serving.split import SplitSettings, app
 from raycloud.split.calibration import Calibration, calibrate
 from raycloud.split.passages import passages
 
-SMOLLM2 = "builtin:smollm2-135m-instruct"
 _TEXT = 4096
 
 

@@ -15,6 +15,8 @@ from rich.table import Table
 
 from raycloud.report.console import console
 
+SMOLLM2 = "builtin:smollm2-135m-instruct"
+"""The model that most figures are of."""
 PAIRS = 7
 
 

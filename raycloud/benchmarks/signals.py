@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raycloud.benchmarks.measure import show
+from raycloud.benchmarks.measure import SMOLLM2, show
 from raycloud.data.batches import encode, in_length_order
 from raycloud.data.sources import load_rows
 from raycloud.distill.objective import StudentOutput, TeacherOutput, weighted_sum
@@ -28,7 +28,6 @@ from raycloud.models.surgery.extraction import extract
 from raycloud.models.surgery.importance import evenly_spaced
 from raycloud.report.console import bars, console
 
-MODEL = "builtin:smollm2-135m-instruct"
 SOURCE = "builtin:instruct"
 BLOCKS = 20
 TOKENS = 512
@@ -84,7 +83,7 @@ class Case:
             return None
         return frozen_head(self.teacher, recipe.codec).to(torch.device("cpu"), torch.float32)
 
-    def signals(self, recipe: SignalRecipe, temperature: float, name: str = MODEL) -> list[Signal]:
+    def signals(self, recipe: SignalRecipe, temperature: float, name: str = SMOLLM2) -> list[Signal]:
         """One for each batch; another name draws anew."""
         return [observe(self.teacher, name, batch, recipe, [temperature]) for batch in self.batches]
 
@@ -139,7 +138,7 @@ def judge(case: Case, recipe: SignalRecipe, temperature: float, exact: Tensor) -
     measured["grad_cosine"] = cosine(found, exact)
     if recipe.kind in ("hybrid", "sampled"):
         others = [
-            case.gradient(case.signals(recipe, temperature, f"{MODEL}, again {number}"), head, temperature)
+            case.gradient(case.signals(recipe, temperature, f"{SMOLLM2}, again {number}"), head, temperature)
             for number in range(1, REPEATS)
         ]
         return measured | repeated([found, *others], exact)
@@ -149,7 +148,7 @@ def judge(case: Case, recipe: SignalRecipe, temperature: float, exact: Tensor) -
     return measured
 
 
-def run(as_json: bool, *, model: str = MODEL, blocks: int = BLOCKS, tokens: int = TOKENS) -> dict[str, Any]:
+def run(as_json: bool, *, model: str = SMOLLM2, blocks: int = BLOCKS, tokens: int = TOKENS) -> dict[str, Any]:
     """Measure, print, and return the figures."""
     case = Case(model, blocks, tokens)
     measured: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in PAYLOADS}

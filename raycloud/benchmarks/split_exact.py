@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from raycloud.benchmarks.measure import show
+from raycloud.benchmarks.measure import SMOLLM2, show
 from raycloud.models.loading import load, quiet_transformers
 from raycloud.models.segments import Segment
 from raycloud.report.console import bars
@@ -23,7 +23,6 @@ from raycloud.split.middle import LocalMiddle, Middle, middle_state
 from raycloud.split.plan import PlanSet, SplitPlan
 
 Attention = Literal["eager", "sdpa"]
-SMOLLM2 = "builtin:smollm2-135m-instruct"
 TEXT, NEW, PROMPT = 48, 48, 24
 CHUNKS = (7, 1, 1, 16, 2, 1, 20)
 PAIRS, RANDOM_RUNS = 40, 10

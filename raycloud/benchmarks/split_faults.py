@@ -24,8 +24,8 @@ import ray
 import torch
 from ray import serve
 
-from raycloud.benchmarks.local_cloud import SMOLLM2, local_cloud
-from raycloud.benchmarks.measure import show
+from raycloud.benchmarks.local_cloud import local_cloud
+from raycloud.benchmarks.measure import SMOLLM2, show
 from raycloud.edge.cloud import Cloud, remote
 from raycloud.errors import LinkError, RaycloudError
 from raycloud.link.channel import Channel, LinkDown

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from raycloud.benchmarks.local_cloud import SMOLLM2, calibrated, local_cloud, scratch
-from raycloud.benchmarks.measure import PAIRS, interleaved, median_ratio, show
+from raycloud.benchmarks.local_cloud import calibrated, local_cloud, scratch
+from raycloud.benchmarks.measure import PAIRS, SMOLLM2, interleaved, median_ratio, show
 from raycloud.edge.cloud import remote
 from raycloud.models.loading import load
 from raycloud.report.console import working

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from raycloud.benchmarks.local_cloud import SMOLLM2, calibrated, scratch
-from raycloud.benchmarks.measure import show
+from raycloud.benchmarks.local_cloud import calibrated, scratch
+from raycloud.benchmarks.measure import SMOLLM2, show
 from raycloud.data.prompts import chat
 from raycloud.data.sources import load_rows
 from raycloud.link.channel import Channel, Loopback, Metered
@@ -119,10 +119,13 @@ def run(as_json: bool) -> dict[str, Any]:
             with working(f"a session with {codec}"):
                 made, trace = session(make, Metered(cloud.connect(), meter), prompt)
             frames = [unpack(message) for message in trace]
-            controls = {
-                "up": sum(HEADER_BYTES + len(f.payload) for f in frames if f.kind in (Kind.OPEN, Kind.CLOSE)),
-                "down": sum(HEADER_BYTES + len(f.payload) for f in frames if f.kind is Kind.OPEN_OK),
+            opened = {
+                frame.kind: HEADER_BYTES + len(frame.payload)
+                for frame in frames
+                if frame.kind in (Kind.OPEN, Kind.OPEN_OK)
             }
+            # CLOSE is a header alone, each way.
+            controls = {"up": opened[Kind.OPEN] + HEADER_BYTES, "down": opened[Kind.OPEN_OK] + HEADER_BYTES}
             wanted = formula(codecs, codec, len(prompt), NEW, controls)
             counted = {way: meter.payload[way] for way in ("up", "down")}
             sought = needles([*prompt, *made], tokenizer)

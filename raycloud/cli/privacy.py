@@ -16,6 +16,9 @@ def privacy(
     first: Annotated[int, typer.Option(help="The first block in the cloud.")],
     second: Annotated[int, typer.Option(help="The block after the cloud's last.")],
     codec: Annotated[str, typer.Option(help="What rows cross the wire as.")] = "float32",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Of 'raycloud split calibrate', for int8, int4 and low rank.")
+    ] = None,
     data: Annotated[str, typer.Option(help="Attackers learn from its train split; its test split is attacked.")] = (
         "builtin:instruct"
     ),
@@ -30,15 +33,21 @@ def privacy(
     from raycloud.models.loading import load
     from raycloud.report.console import console, working
     from raycloud.report.privacy import print_privacy, write_privacy
+    from raycloud.split.calibration import Calibration
+    from raycloud.split.terms import CODEC_NUMBERS, Codecs
 
-    if codec not in CODECS:
-        raise RecipeError(f"codec: no codec '{codec}'; allowed: {', '.join(CODECS)}")
+    if codec not in CODEC_NUMBERS:
+        raise RecipeError(f"codec: no codec '{codec}'; allowed: {', '.join(CODEC_NUMBERS)}")
+    if calibration is None and codec not in CODECS:
+        raise RecipeError(f"codec: '{codec}' needs --calibration, a file of 'raycloud split calibrate'")
     if out is not None and out.exists() and (out.is_file() or any(out.iterdir())):
         raise ResultError(f"out: '{out}' exists already; name a new folder")
     with working("model loaded"):
         pretrained = load(model, notify=console.print)
-    wire = CODECS[codec]
-    found = examine(pretrained, first, second, up=wire, down=wire, source=data, texts=texts, seed=seed, stage=working)
+    width = pretrained.model.config.get_text_config().hidden_size
+    codecs = Codecs(width, Calibration.load(calibration).check(width, {first, second}) if calibration else None)
+    up, down = (codecs.boundary(codec, cut) for cut in (first, second))
+    found = examine(pretrained, first, second, up=up, down=down, source=data, texts=texts, seed=seed, stage=working)
     asked = {"model": model, "codec": codec, "data": data, "texts": texts, "seed": seed}
     summary = {**asked, **found.summary()}
     print_privacy(summary)

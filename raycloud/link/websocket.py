@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ssl
+import threading
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
 
 from raycloud.errors import LinkError
 from raycloud.link.channel import LinkDown
@@ -45,6 +47,30 @@ def trusting(certificates: str | None) -> ssl.SSLContext:
         raise LinkError(f"no certificates can be read from '{certificates}': {error.strerror or error}") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     return context
+
+
+class _RequestFirst(ClientConnection):
+    """Reads nothing before it has sent its request.
+
+    A TLS 1.3 server sends session tickets at once. OpenSSL must not take them in one thread while another sends: the
+    request would be lost now and then, and the handshake wait for its answer until it gives up.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._sent = threading.Event()
+        super().__init__(*args, **options)
+
+    def recv_events(self) -> None:
+        self._sent.wait()
+        super().recv_events()
+
+    def send_data(self) -> None:
+        super().send_data()
+        self._sent.set()
+
+    def close_socket(self) -> None:
+        self._sent.set()
+        super().close_socket()
 
 
 class WebSocketChannel:
@@ -87,6 +113,7 @@ class WebSocketChannel:
                 open_timeout=timeout_s,
                 close_timeout=2,
                 proxy=None,
+                create_connection=_RequestFirst,
             )
         except InvalidStatus as error:
             status = error.response.status_code

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 # Refusals that a repetition or a replay mends; all others end the generation.
 _REPEAT, _LOST = ("gap",), ("unknown-session", "gone", "expired")
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 2.0
+_FIRST_WAIT_S, _LONGEST_WAIT_S, _FAREWELL_S = 0.05, 2.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,11 @@ class RemoteMiddle:
     def close(self) -> None:
         """End the session, so that the cloud need not wait for its lease."""
         if self._channel is not None:
-            with suppress(LinkError):
+            with suppress(LinkError, TimeoutError):
                 self._channel.send(Frame(Kind.CLOSE, self._session, self._epoch).pack())
+                # The cloud hangs up after its answer: an answer to a closed socket is an error in the proxy's log.
+                while self._begun:
+                    self._channel.receive(_FAREWELL_S)
             self._channel.close()
             self._channel = None
 

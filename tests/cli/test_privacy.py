@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from raycloud.cli.privacy import privacy
-from raycloud.errors import ModelError, RaycloudError, RecipeError, ResultError
+from raycloud.data.batches import Sample
+from raycloud.errors import LinkError, ModelError, RaycloudError, RecipeError, ResultError
+from raycloud.models.loading import load
+from raycloud.split.calibration import calibrate
 
 app = typer.Typer()
 app.command()(privacy)
@@ -43,11 +47,26 @@ def test_an_open_cut_gives_everything_away(tiny_llama: Path, tmp_path: Path, mon
         call(*words, "--out", str(out))
 
 
+def test_calibrated_codecs_take_their_file(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raycloud.evaluation.privacy.examination.PUBLIC_TEXTS", 24)
+    file, loaded = tmp_path / "calibration.safetensors", load(str(tiny_llama), device="cpu", dtype="float32")
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randint(3, 40_000, (8, 24), generator=generator).tolist()
+    calibrate(loaded.model, [Sample(tuple(text), 0) for text in texts], (0, 4)).save(file)
+    words = ["--model", str(tiny_llama), "--second", "4", "--texts", "2", "--codec", "int8", "--calibration", str(file)]
+    summary = json.loads(call(*words, "--first", "0", "--json").splitlines()[-1])
+    assert summary["codec"] == "int8"
+    assert summary["max_input"] == summary["max_output"] == 1.0
+    with pytest.raises(LinkError, match="cut 1 is not calibrated; this calibration has: 0, 4"):
+        call(*words, "--first", "1")
+
+
 @pytest.mark.parametrize(
     ("words", "kind", "message"),
     [
         (["--first", "3", "--second", "2"], ModelError, "0 <= first <= second <= 4, got first=3, second=2"),
         (["--first", "0", "--second", "4", "--codec", "int7"], RecipeError, "no codec 'int7'; allowed: float32,"),
+        (["--first", "0", "--second", "4", "--codec", "int8"], RecipeError, "'int8' needs --calibration, a file of"),
     ],
 )
 def test_mistakes_are_one_line(tiny_llama: Path, words: list[str], kind: type[Exception], message: str) -> None:

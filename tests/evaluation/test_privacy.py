@@ -15,7 +15,8 @@ from raycloud.evaluation.privacy.matching import Matching
 from raycloud.evaluation.privacy.metrics import recovery
 from raycloud.evaluation.privacy.victims import LONGEST, victims
 from raycloud.evaluation.privacy.vocabulary import EmbeddingMatch, Vocabulary
-from raycloud.link.codecs import CODECS, Codec
+from raycloud.link.codecs.boundary import Boundary, plain_boundary
+from raycloud.link.codecs.quantised import Int8
 from raycloud.models.generation import greedy
 from raycloud.models.loading import load_tokenizer, resolve
 from raycloud.models.segments import Segment
@@ -23,11 +24,11 @@ from tests.models.families import FAMILIES, tiny
 
 DECODERS = [name for name in FAMILIES if name != "bert"]
 SOME = ["llama", "gemma3", "gpt2", "opt-projected"]
-WORDS = 97
+WORDS, WIDTH = 97, 32
 
 
-def cut_of(family: str, first: int, second: int, codec: Codec | None = None) -> CutModel:
-    return CutModel(tiny(family, dtype=torch.float32), first, second, codec, codec)
+def cut_of(family: str, first: int, second: int, code: Boundary | None = None) -> CutModel:
+    return CutModel(tiny(family, dtype=torch.float32), first, second, code, code)
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -82,6 +83,18 @@ def test_an_ended_answer_sends_nothing_more() -> None:
     assert len(ended.up) == len(ended.down) == len(ended.ids)
 
 
+def test_first_positions_cross_apart_wherever_a_text_stands_in_its_batch() -> None:
+    """As on a real link: each text counts its own positions, behind padding and from a cache on."""
+    code = Boundary(Int8(WIDTH, WIDTH), WIDTH, first=7)
+    clear, coded = cut_of("llama", 2, 4), cut_of("llama", 2, 4, code)
+    for trace in sessions(coded):
+        rows = clear.send(trace.ids[None])[0]
+        alone = code.decode(code.encode(rows, 0), 0, len(rows))
+        assert torch.allclose(trace.up[:7], alone[:7], rtol=2**-6, atol=1e-4)
+        assert torch.allclose(trace.up, alone, atol=0.05)
+        assert not torch.allclose(trace.up[7:], rows[7:], rtol=2**-9, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", DECODERS)
 def test_embeddings_are_read_off_completely(family: str) -> None:
     cut = cut_of(family, 0, 6)
@@ -106,8 +119,9 @@ def test_matching_recovers_every_token_at_any_depth(family: str, first: int) -> 
         assert hits(attack.guess(trace.up), trace.ids) == 1.0
 
 
-def test_a_lossy_wire_does_not_stop_matching() -> None:
-    cut = cut_of("llama", 4, 6, CODECS["bfloat16"])
+@pytest.mark.parametrize("code", [plain_boundary("bfloat16", WIDTH), Boundary(Int8(WIDTH, WIDTH), WIDTH, first=2)])
+def test_a_lossy_wire_does_not_stop_matching(code: Boundary) -> None:
+    cut = cut_of("llama", 4, 6, code)
     attack = matching(cut)
     for trace in short_sessions(cut):
         assert hits(attack.guess(trace.up), trace.ids) == 1.0

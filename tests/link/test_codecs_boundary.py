@@ -45,6 +45,14 @@ def test_pieces_of_a_text_are_coded_as_the_whole() -> None:
         assert torch.equal(torch.cat(pieces), whole)
 
 
+def test_rows_of_many_texts_arrive_as_each_text_would_alone() -> None:
+    texts = torch.randn(3, 5, WIDTH)
+    starts = (0, 2, 4)
+    positions = torch.tensor([[start + at for at in range(5)] for start in starts])
+    alone = [CODE.decode(CODE.encode(rows, pos), pos, 5) for rows, pos in zip(texts, starts, strict=True)]
+    assert torch.equal(CODE.arrived(texts.flatten(0, 1), positions.flatten()), torch.cat(alone))
+
+
 @pytest.mark.parametrize("holder", [bytes, bytearray, lambda raw: memoryview(bytes(raw))])
 def test_whatever_holds_bytes_is_decoded(holder: type) -> None:
     rows = torch.randn(5, WIDTH)

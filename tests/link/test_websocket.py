@@ -6,6 +6,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -261,6 +262,17 @@ def test_a_trusted_certificate_is_accepted(secure: str, certificate: Path) -> No
         channel.send(b"secret")
         assert channel.receive(20) == b"secret"
         channel.close()
+
+
+def test_session_tickets_do_not_disturb_the_handshake(secure: str, certificate: Path) -> None:
+    """They come while the request is sent; read in another thread meanwhile, one connection in thirty never opened."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(150):
+            WebSocketChannel(f"{secure}/v1/split", certificates=str(certificate), timeout_s=20).close()
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_an_unknown_certificate_is_refused_in_one_line(secure: str) -> None:

@@ -1,4 +1,4 @@
-"""Tiny models gain nothing from a second thread, and wait for it on a busy machine."""
+"""Tiny models on one thread, edges that do not wait long, and a cloud for the tests of a file."""
 
 from __future__ import annotations
 
@@ -7,10 +7,25 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.split.wiring import Cloud, cloud
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from a second thread, and wait for it on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raycloud.split.remote._FIRST_WAIT_S", 0.005)
+    monkeypatch.setattr("raycloud.split.remote._FAREWELL_S", 0.1)
+
+
+@pytest.fixture(scope="module")
+def there() -> Iterator[Cloud]:
+    with cloud() as made:
+        yield made

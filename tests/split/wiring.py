@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from raycloud.link.channel import Channel, Connection, LinkDown, Loopback
+from raycloud.link.frames import Frame, Kind, Refusal
 from raycloud.models.segments import Segment
 from raycloud.split.cloud.engine import Engine
 from raycloud.split.cloud.host import Host
@@ -24,6 +26,17 @@ from raycloud.split.terms import Codecs
 from tests.models.families import tiny
 
 WIDTH, BLOCKS = 32, 6
+
+PLANS = [
+    PlanSet((2,), (4,)),
+    PlanSet((0,), (6,)),
+    PlanSet((1,), (6,)),
+    PlanSet((0,), (3,)),
+    PlanSet((0, 1, 3), (2, 4, 6)),
+]
+FIXED, DRAWN = PLANS[0], PLANS[-1]
+NEW = 12
+PROMPT = torch.randint(3, 97, (33,), generator=torch.Generator().manual_seed(3)).tolist()
 
 Connect = Callable[[str], Channel]
 
@@ -105,6 +118,23 @@ def cloud(family: str = "llama", codecs: Codecs | None = None, **limits: Any) ->
     finally:
         loopback.close()
         engine.close()
+
+
+def name(plans: PlanSet) -> str:
+    return f"{plans.firsts}-{plans.seconds}".replace(" ", "")
+
+
+@cache
+def stock(family: str = "llama", length: int = 33, new: int = NEW) -> list[int]:
+    """What the unsplit model says."""
+    model = tiny(family, dtype=torch.float32, seed=4)
+    ids = torch.tensor([PROMPT[:length]])
+    made = model.generate(ids, do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0)
+    return made[0, length:].tolist()
+
+
+def refusal(code: str, seq: int = 0) -> Frame:
+    return Frame(Kind.ERROR, seq=seq, payload=Refusal(code=code, message=f"because of {code}").pack())
 
 
 class Script:

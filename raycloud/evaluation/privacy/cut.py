@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,20 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from raycloud.errors import ModelError
-from raycloud.link.codecs import Codec
+from raycloud.link.codecs.boundary import Boundary
 from raycloud.models.anatomy import anatomy_of, blocks_of
 from raycloud.models.cache import KVCache
 from raycloud.models.segments import Segment
-
-Wire = Callable[[Tensor], Tensor]
-"""Rows (n, d) as they were sent -> the float32 rows (n, d) that arrive."""
-
-
-def wire_of(codec: Codec | None) -> Wire:
-    """What a codec leaves of rows; without one they arrive as they are."""
-    if codec is None:
-        return lambda rows: rows.float()
-    return lambda rows: codec.decode(codec.encode(rows)).to(rows.device)
 
 
 @dataclass(frozen=True)
@@ -36,14 +26,14 @@ class Seen:
 
 
 class CutModel:
-    """The three parts of a decoder cut at ``first`` and ``second``, with a codec for each way between them.
+    """The three parts of a decoder cut at ``first`` and ``second``, with the code of each way between them.
 
     Raises:
         ModelError: the cut does not fit the model, or the model is no decoder.
     """
 
     def __init__(
-        self, model: PreTrainedModel, first: int, second: int, up: Codec | None = None, down: Codec | None = None
+        self, model: PreTrainedModel, first: int, second: int, up: Boundary | None = None, down: Boundary | None = None
     ) -> None:
         count = len(blocks_of(model))
         if not 0 <= first <= second <= count:
@@ -55,22 +45,29 @@ class CutModel:
         self.last = Segment(model, second, embed=False)
         self.words: int = model.config.get_text_config().vocab_size
         self.device = model.device
-        self._up, self._down, self._dtype = wire_of(up), wire_of(down), model.dtype
+        self._up, self._down, self._dtype = up, down, model.dtype
 
     def run(self, ids: Tensor, valid: Tensor | None = None, caches: Sequence[KVCache] | None = None) -> Seen:
         """All three parts on token ids (B, T); ``caches`` are one for each part."""
         edge, cloud, last = caches or (None, None, None)
         up = self.send(ids, valid, edge)
-        down = _cross(self._down, self.cloud.rows(up.to(self._dtype), valid=valid, cache=cloud))
+        down = _crossed(self._down, self.cloud, up.to(self._dtype), valid, cloud)
         return Seen(up, down, self.last.rows(down.to(self._dtype), valid=valid, cache=last))
 
     def send(self, ids: Tensor, valid: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """The rows (B, T, d) that reach the cloud for token ids (B, T)."""
-        return _cross(self._up, self.edge.rows(ids, valid=valid, cache=cache))
+        return _crossed(self._up, self.edge, ids, valid, cache)
 
 
-def _cross(wire: Wire, rows: Tensor) -> Tensor:
-    return wire(rows.reshape(-1, rows.shape[-1])).view(rows.shape)
+def _crossed(code: Boundary | None, part: Segment, x: Tensor, valid: Tensor | None, cache: KVCache | None) -> Tensor:
+    """What arrives of the rows (B, T, d) that leave a part, as float32; without a code they arrive as they are."""
+    store = KVCache() if cache is None else cache
+    past = store.length
+    rows = part.rows(x, valid=valid, cache=store)
+    if code is None:
+        return rows.float()
+    arrived = code.arrived(rows.flatten(0, 1), store.positions(past, store.length).flatten())
+    return arrived.to(rows.device).view(rows.shape)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from raycloud.evaluation.privacy.matching import Matching
 from raycloud.evaluation.privacy.metrics import Decode, Recovery, recovery
 from raycloud.evaluation.privacy.victims import Victim, format_of, victims
 from raycloud.evaluation.privacy.vocabulary import EmbeddingMatch, Vocabulary
-from raycloud.link.codecs import Codec
+from raycloud.link.codecs.boundary import Boundary
 from raycloud.models.loading import Pretrained
 
 PUBLIC_TEXTS = 192
@@ -110,8 +110,8 @@ def examine(
     first: int,
     second: int,
     *,
-    up: Codec | None = None,
-    down: Codec | None = None,
+    up: Boundary | None = None,
+    down: Boundary | None = None,
     source: str = "builtin:instruct",
     texts: int = 24,
     seed: int = 0,

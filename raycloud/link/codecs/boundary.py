@@ -84,6 +84,13 @@ class Boundary:
         rest = coded[apart:].view(rows - first, self.codec.bytes_per_row(self.width))
         return torch.cat([decoded, self.codec.decode(rest)])
 
+    def arrived(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """What the other side decodes of rows (n, width) at ``positions`` (n,) of any texts, as float32 on the CPU."""
+        rows, early = rows.detach().to("cpu", torch.float32), positions.cpu() < self.first
+        decoded = self.codec.decode(self.codec.encode(rows))
+        decoded[early] = _FIRST.decode(_FIRST.encode(rows[early]))
+        return decoded
+
 
 def plain_boundary(codec: str, width: int) -> Boundary:
     """The code of any cut of any model, without calibration.
