@@ -117,28 +117,24 @@ def test_students_of_several_kinds_learn_from_one_teacher(
     # The others' company changes nothing.
     for name, tensor in weights(finished).items():
         assert torch.equal(tensor, load_file(folder / "store" / "model.safetensors")[name])
-    assert "student 'watch'" in (tmp_path / "run" / "report.html").read_text()
+    assert "student &#x27;watch&#x27;" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_kept_signals_serve_all_epochs_and_runs(finished: Path, tiny_llama: Path, tmp_path: Path) -> None:
-    def kept(output: str, **changes: Any) -> DistillRecipe:
-        return small(tiny_llama, tmp_path / output, teacher={"signals": str(tmp_path / "signals")}, **changes)
+    def kept(output: str, teacher: Path = tiny_llama, **changes: Any) -> DistillRecipe:
+        where = {"model": str(teacher), "signals": str(tmp_path / "signals")}
+        return small(tiny_llama, tmp_path / output, teacher=where, data={"limit": 64}, **changes)
 
-    summary = run(kept("run", data={"limit": 64})).summary
+    summary = run(kept("run")).summary
     assert summary["wire_bytes"]["signals"] == summary["trained_tokens"] * 16 * 2
     parts = {part: part.stat().st_mtime_ns for part in (tmp_path / "signals").glob("*.safetensors")}
-    run(kept("again", data={"limit": 64}, objective={"kd": {"name": "reverse_kl", "temperature": 2.0}}))
+    run(kept("again", objective={"kd": {"name": "reverse_kl", "temperature": 2.0}}))
     assert parts == {part: part.stat().st_mtime_ns for part in (tmp_path / "signals").glob("*.safetensors")}
     with_less = run(small(tiny_llama, tmp_path / "asked", data={"limit": 64})).summary
     assert with_less["student_ppl_after"] == pytest.approx(summary["student_ppl_after"], rel=1e-3)
     with pytest.raises(DataError, match="stale: teacher is"):
-        run(
-            kept(
-                "other",
-                data={"limit": 64},
-                teacher={"model": str(scrambled(tiny_llama, tmp_path)), "signals": str(tmp_path / "signals")},
-            )
-        )
+        run(kept("other", teacher=scrambled(tiny_llama, tmp_path)))
 
 
 def scrambled(model: Path, folder: Path) -> Path:
@@ -226,6 +222,7 @@ def test_the_bytes_are_those_of_the_payloads(finished: Path) -> None:
     assert summary["wire_bytes_per_token"] == (wire["ids"] + wire["signals"]) / tokens
 
 
+@pytest.mark.slow
 def test_a_run_can_be_repeated_bit_for_bit(finished: Path, tiny_llama: Path, tmp_path: Path) -> None:
     run(small(tiny_llama, tmp_path / "again"))
     for name, tensor in weights(finished).items():
@@ -261,7 +258,7 @@ def interrupting(
     monkeypatch.setattr(job, "run_round", disturbed)
 
 
-@pytest.mark.parametrize("how", ["sigkill", "ray.kill"])
+@pytest.mark.parametrize("how", ["sigkill", pytest.param("ray.kill", marks=pytest.mark.slow)])
 def test_a_killed_student_is_left_out_and_takes_part_again(
     how: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +279,7 @@ def test_a_killed_student_is_left_out_and_takes_part_again(
     assert missed == [(1, "store", "died")]
 
 
+@pytest.mark.slow
 def test_a_late_student_is_left_out_stops_and_takes_part_again(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +318,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(
         assert torch.equal(tensor, weights(tmp_path / "run")[name])
 
 
+@pytest.mark.slow
 def test_several_replicas_answer_and_a_killed_one_comes_back(
     finished: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
