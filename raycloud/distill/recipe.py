@@ -146,8 +146,8 @@ class DistillRecipe(Recipe):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         kd, kind = self.objective.kd, self.signal.kind
-        if self.objective.kd_weight and kind not in kd.kinds:
-            allowed = ", ".join(kd.kinds)
+        if self.objective.kd_weight and kind not in kd.signals:
+            allowed = ", ".join(kd.signals)
             raise ValueError(
                 f"signal.kind '{kind}' does not tell enough for objective.kd '{kd.name}'; allowed: {allowed}"
             )
