@@ -15,6 +15,7 @@ from raycloud.distill.objective import Compat, Ids, Objective, Sizes, StudentOut
 from raycloud.distill.objectives.dskd import Projectors, student_space, teacher_space
 from raycloud.distill.objectives.plain import AnyDivergence
 from raycloud.distill.ragged import mask_of, padded
+from raycloud.distill.transport import at_least_float32
 
 _APART = 1e-3
 """The share that tokens without a common byte count as having."""
@@ -50,7 +51,7 @@ def attention(
         key_mask: (B, M), False for padding.
         bias: (B, N, M), added to the scores.
     """
-    scores = (query @ key.transpose(1, 2)).float() / key.shape[-1] ** 0.5
+    scores = at_least_float32(query @ key.transpose(1, 2)) / key.shape[-1] ** 0.5
     if bias is not None:
         scores = scores + bias
     blocked = torch.finfo(scores.dtype).min

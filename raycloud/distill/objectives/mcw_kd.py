@@ -26,6 +26,7 @@ from raycloud.distill.objectives.dskd_cma import DSKDCMA, CrossProjectors, byte_
 from raycloud.distill.ragged import mask_of, padded
 from raycloud.distill.transport import (
     Potential,
+    at_least_float32,
     relative_epsilon,
     semi_dual,
     sinkhorn,
@@ -70,7 +71,7 @@ class Costs(nn.Module):
 
         A text's loss so does not depend on its company.
         """
-        found = torch.stack([cost.float() for cost in costs])
+        found = torch.stack([at_least_float32(cost) for cost in costs])
         weights = self.weights
         if self.relative:
             found = found / self.scale.clone()[:, None, None, None]
@@ -243,7 +244,7 @@ class MCWKD(DSKDCMA):
             mass: of the teacher's tokens (B, M); uniform where not given.
         """
         (g, p, rows), (h, q, columns) = teacher, student
-        mu = uniform_marginal(rows) if mass is None else mass
+        mu = uniform_marginal(rows, at_least_float32(h).dtype) if mass is None else mass
         predicted = [rank_distance(p, q), rank_kl(p, q)]
         if self.importance == "salience":
             predicted.append(salience_cost(g, h, extras.salience))
@@ -267,7 +268,7 @@ class MCWKD(DSKDCMA):
         columns: Tensor,
         mu: Tensor,
     ) -> Tensor:
-        nu, count = uniform_marginal(columns), columns.sum(dim=1)
+        nu, count = uniform_marginal(columns, mu.dtype), columns.sum(dim=1)
         scaled, weights = how.weighed(costs, mu, nu)
         cost = (weights[:, None, None, None] * scaled).sum(dim=0)
         if self.compat == "published":
