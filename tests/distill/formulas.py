@@ -1,4 +1,4 @@
-"""Every objective as its formula, in float64, text by text and token by token: (case, objective, extras) to the loss."""
+"""Every objective as its formula, in float64, text by text, from a case, the objective and its extras to the loss."""
 
 from __future__ import annotations
 
@@ -150,9 +150,7 @@ def byte_costs(case: Case, ours: slice, theirs: slice) -> Tensor:
     """One minus intersection over union of the bytes, (M, N)."""
     assert case.teacher.spans is not None
     mine, its = (side[at].tolist() for side, at in zip(case.teacher.spans, (ours, theirs), strict=True))
-    share = [
-        [max(0, min(x[1], y[1]) - max(x[0], y[0])) / (max(x[1], y[1]) - min(x[0], y[0])) for y in mine] for x in its
-    ]
+    share = [[max(0, min(b, d) - max(a, c)) / (max(b, d) - min(a, c)) for c, d in mine] for a, b in its]
     return 1 - torch.tensor(share, dtype=torch.float64)
 
 

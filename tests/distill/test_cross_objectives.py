@@ -107,10 +107,8 @@ def test_uld_takes_what_a_small_signal_tells(kind: str) -> None:
 
 
 def ids(*lengths: int) -> Ids:
-    n = sum(lengths)
-    return Ids(
-        torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long), torch.tensor([0, *lengths]).cumsum(0)
-    )
+    words = torch.zeros(sum(lengths), dtype=torch.long)
+    return Ids(words, words, torch.tensor([0, *lengths]).cumsum(0))
 
 
 def test_the_teachers_token_at_the_same_place_is_of_the_same_text() -> None:
@@ -124,14 +122,16 @@ def test_the_published_uld_stands_beside_one_that_goes_by_bytes() -> None:
     both = weighted_sum([(1.0, ULD()), (2.0, ULD(compat="published"))], case.student, case.teacher).sum
     apart = [case.loss(one, None).sum for one in (ULD(), ULD(compat="published"))]
     assert float(both.detach()) == pytest.approx(float((apart[0] + 2 * apart[1]).detach()), rel=1e-9)
-    assert float(apart[0].detach()) != pytest.approx(float(apart[1].detach()), rel=1e-2)
+    assert float(apart[0].detach()) != pytest.approx(float(apart[1].detach()), rel=1e-3)
 
 
 @pytest.mark.parametrize("option", ["compat=published", "k=null"])
 def test_a_recipe_whose_uld_needs_all_words_refuses_the_largest(option: str) -> None:
     name, value = option.split("=")
     objective = {"kd": {"name": "uld", name: None if value == "null" else value}}
-    with pytest.raises(ValueError, match="'topk' does not tell enough for objective.kd 'uld'; allowed: hidden, logits"):
+    with pytest.raises(
+        ValueError, match=r"'topk' does not tell enough for objective\.kd 'uld'; allowed: hidden, logits"
+    ):
         DistillRecipe.model_validate({"objective": objective, "signal": {"kind": "topk"}})
 
 

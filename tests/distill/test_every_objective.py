@@ -194,7 +194,7 @@ def _narrow(
 
 @every
 def test_half_precision_is_near(row: Row, same: bool) -> None:
-    """Logits have 8 bits: within 2 % of the same numbers in float32, and gradients of rows within 10 % or what the row says."""
+    """Logits have 8 bits: within 2 % of the same numbers in float32, and gradients of rows within what the row says."""
     case, objective, both = Case(same=same), row.make(), []
     for dtype in (torch.float32, torch.bfloat16):
         student, teacher, extras = _narrow(case, objective, dtype)
