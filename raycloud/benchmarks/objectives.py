@@ -21,7 +21,7 @@ from raycloud.benchmarks.measure import PAIRS, in_subprocess, interleaved, media
 from raycloud.data.batches import IGNORE
 from raycloud.distill.multi_level import multi_level, sequence_ranking
 from raycloud.distill.objective import Ids, Objective, Sizes, StudentOutput, TeacherOutput, weighted_sum
-from raycloud.distill.objectives import DIVERGENCES
+from raycloud.distill.objectives import DIVERGENCES, CrossEntropy
 from raycloud.distill.objectives.dskd import DSKD, FittedProjectors, Projectors
 from raycloud.distill.objectives.dskd_cma import DSKDCMA, CrossProjectors, unit
 from raycloud.distill.objectives.mcw_kd import MCWKD, Extras
@@ -42,6 +42,7 @@ Found = list[Tensor]
 """The loss and its gradients."""
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    "cross_entropy": CrossEntropy,
     **{name: partial(made, temperature=_TAU) for name, made in DIVERGENCES.items()},
     "uld": lambda: ULD(k=None),
     "uld top-128": lambda: ULD(k=128),
@@ -74,7 +75,7 @@ class Case:
 
     def __init__(self, name: str) -> None:
         self.objective = OBJECTIVES[name]()
-        self.plain = name in DIVERGENCES
+        self.plain = name == "cross_entropy" or name in DIVERGENCES
         words = STUDENT_WORDS if self.plain else TEACHER_WORDS
         made = torch.Generator().manual_seed(0)
 
@@ -130,7 +131,9 @@ class Case:
     def dense(self) -> Found:
         """As it is usually written."""
         one = self.objective
-        if isinstance(one, DSKD):
+        if isinstance(one, CrossEntropy):
+            loss = nn.functional.cross_entropy(self._z.flatten(0, 1), self.y.flatten(), reduction="sum")
+        elif isinstance(one, DSKD):
             loss = self._dual(one.version)
         elif isinstance(one, MCWKD):
             loss = self._cross() + self._transports(one)

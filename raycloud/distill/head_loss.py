@@ -37,6 +37,10 @@ class Lane:
             return cls(rows, head.weight.detach(), None if head.bias is None else head.bias.detach(), softcap)
         return cls(rows, head.weight, head.bias, softcap)
 
+    def logits(self) -> Tensor:
+        """All of them at once (n, V), in float32 or better: for small inputs, and what cannot be had by chunks."""
+        return widened(nn.functional.linear(self.rows, self.weight, self.bias), self.softcap)
+
 
 class _HeadLoss(torch.autograd.Function):
     """Computes the gradient in the forward pass: three matrix products where recomputing would take four."""
@@ -102,10 +106,7 @@ def _chunk(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The sums of the terms, and the gradients of their weighted sum in the heads' outputs (None for those without)."""
     with torch.enable_grad():
-        logits = [
-            capped(one if one.dtype == torch.float64 else one.float(), cap)
-            for one, cap in zip(raw, softcaps, strict=True)
-        ]
+        logits = [widened(one, cap) for one, cap in zip(raw, softcaps, strict=True)]
         terms = loss(*logits, at)
         del logits
         total = (terms * term_weights.to(terms.dtype)).sum()
@@ -116,8 +117,9 @@ def _chunk(
         return terms.detach(), [next(found) if one.requires_grad else None for one in raw]
 
 
-def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """``softcap · tanh(logits / softcap)``, or the logits where there is no cap."""
+def widened(raw: Tensor, softcap: float | None) -> Tensor:
+    """A head's output in float32 or better, as ``softcap · tanh(raw / softcap)`` where there is a cap."""
+    logits = raw if raw.dtype == torch.float64 else raw.float()
     return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raycloud.distill.head_loss import Lane, capped
+from raycloud.distill.head_loss import Lane, widened
 
 
 class _HeadTop(torch.autograd.Function):
@@ -66,8 +66,18 @@ class _HeadTop(torch.autograd.Function):
 
 
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    raw = nn.functional.linear(rows, weight, bias)
-    return capped(raw if raw.dtype == torch.float64 else raw.float(), softcap)
+    return widened(nn.functional.linear(rows, weight, bias), softcap)
+
+
+@torch.no_grad()
+def head_log_p(lane: Lane, words: Tensor, *, chunk: int = 64) -> Tensor:
+    """The log-probability (n,) of one word (n,) of each token, without a gradient."""
+    parts = zip(lane.rows.split(chunk), words.split(chunk), strict=True)
+    found = [
+        -nn.functional.cross_entropy(_logits(rows, lane.weight, lane.bias, lane.softcap), which, reduction="none")
+        for rows, which in parts
+    ]
+    return torch.cat(found)
 
 
 def head_top(lane: Lane, k: int, temperature: float = 1.0, *, chunk: int = 64) -> tuple[Tensor, Tensor]:

@@ -206,7 +206,9 @@ def _ranked_over_batch(logits: Tensor, mask: Tensor, length: int, keep: int, ans
     """(B, length, keep): probabilities with the response in front, the batch's heaviest words first."""
     logits = at_least_float32(logits)
     temperature = 1.0 if answers_only else 2.0
-    p = (logits / (logits.std(dim=-1, keepdim=True) + 1e-4) / temperature).softmax(dim=-1)
+    # The clamp takes no part but in the gradient, where all logits are the same.
+    deviation = logits.var(dim=-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()
+    p = (logits / (deviation + 1e-4) / temperature).softmax(dim=-1)
     if answers_only:
         p = p.masked_fill(~mask[..., None], 0.0)
     start = mask.int().argmax(dim=1, keepdim=True)

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from raycloud.data.batches import IGNORE, Batch
 from raycloud.distill.head_loss import Lane, head_loss
+from raycloud.distill.ragged import text_of
 from raycloud.distill.signals import FrozenHead, Signal, SignalKind, Targets
 from raycloud.models.segments import Segment
 from raycloud.recipe import Recipe
 from raycloud.training.loop import Loss
+
+Compat = Literal["ours", "published"]
+"""Whether an objective is as we think it should be, or as the published program has it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,16 @@ class Ids:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def texts(self) -> Tensor:
+        """Which text each of them is of (n,)."""
+        return text_of(self.offsets)
+
+    @property
+    def places(self) -> Tensor:
+        """How many of them stand before each in its text (n,)."""
+        return torch.arange(len(self), device=self.offsets.device) - self.offsets[self.texts]
 
 
 @dataclass(frozen=True)
@@ -160,11 +174,28 @@ def both_ids(student: StudentOutput, teacher: TeacherOutput) -> tuple[Ids, Ids]:
     return student.ids, teacher.ids
 
 
-class TeacherAt:
-    """The teacher at the tokens at hand; nothing is decoded that nobody asks for, and nothing twice."""
+def same_place(ours: Ids, theirs: Ids) -> Tensor:
+    """For every token of the student the teacher's at the same place in its text (n,), -1 past the end.
 
-    def __init__(self, teacher: TeacherOutput | None, which: slice | Tensor) -> None:
+    Published programs compare so; the two seldom stand for the same bytes.
+    """
+    text, place = ours.texts, ours.places
+    return torch.where(place < theirs.offsets.diff()[text], theirs.offsets[text] + place, -1)
+
+
+class TeacherAt:
+    """The teacher at the tokens at hand; nothing is decoded that nobody asks for, and nothing twice.
+
+    Args:
+        teacher: what it says of the whole batch.
+        which: of its tokens.
+        found: see :attr:`found`.
+    """
+
+    def __init__(self, teacher: TeacherOutput | None, which: slice | Tensor, found: Tensor | None = None) -> None:
         self._teacher, self._which = teacher, which
+        self.found = found
+        """Which of the student's tokens at hand have one of the teacher's (f,); None for all."""
         self._targets: dict[float, Targets] = {}
         self._logits: Tensor | None = None
 
@@ -221,6 +252,11 @@ class Objective(Recipe):
     kinds: ClassVar[tuple[SignalKind, ...]] = ("hidden",)
     """Signals that tell enough for it."""
 
+    @property
+    def signals(self) -> tuple[SignalKind, ...]:
+        """Those of its :attr:`kinds` that do so with the options it has."""
+        return self.kinds
+
     def extras(self, sizes: Sizes) -> nn.Module | None:
         """What is trained beside the student and saved with it, such as projectors; None if there is nothing."""
         return None
@@ -243,6 +279,11 @@ class TokenObjective(Objective):
     def needs_partner(self) -> bool:
         """Whether tokens without one of the teacher's are left out."""
         return True
+
+    @property
+    def by_place(self) -> bool:
+        """Whether the teacher's tokens are those at the same place, and not those of the same bytes."""
+        return False
 
 
 def weighted_sum(
@@ -292,23 +333,27 @@ def _token_pass(
     chunk: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     partner = None if teacher is None else teacher.partner
+    partners = {False: partner}
+    if teacher is not None and partner is not None and any(one.by_place for _, one in objectives):
+        partners[True] = same_place(*both_ids(student, teacher))
 
-    def terms(logits: Tensor, at: slice) -> Tensor:
-        labels = student.labels[at]
+    def view(partner: Tensor | None, at: slice) -> TeacherAt:
         if partner is None:
-            said = TeacherAt(teacher, at)
-            return torch.stack([one.per_token(logits, labels, said).sum() for _, one in objectives])
+            return TeacherAt(teacher, at)
         mine = partner[at]
         found = (mine >= 0).nonzero()[:, 0]
-        said = TeacherAt(teacher, mine[found])
-        return torch.stack(
-            [
-                one.per_token(logits[found], labels[found], said).sum()
-                if one.needs_partner
-                else one.per_token(logits, labels, said).sum()
-                for _, one in objectives
-            ]
-        )
+        return TeacherAt(teacher, mine[found], found)
+
+    def terms(logits: Tensor, at: slice) -> Tensor:
+        views = {by_place: view(one, at) for by_place, one in partners.items()}
+
+        def value(one: TokenObjective) -> Tensor:
+            said = views[one.by_place and partner is not None]
+            if said.found is None or not one.needs_partner:
+                return one.per_token(logits, student.labels[at], said).sum()
+            return one.per_token(logits[said.found], student.labels[at][said.found], said).sum()
+
+        return torch.stack([value(one) for _, one in objectives])
 
     weights = torch.tensor([weight for weight, _ in objectives], dtype=torch.float64, device=student.rows.device)
     total, sums = head_loss([student.lane()], terms, weights, chunk=chunk)

@@ -207,8 +207,8 @@ class DistillRecipe(Recipe):
         kind = self.signal.kind
         for cohort in self.cohorts:
             kd = cohort.objective.kd
-            if cohort.objective.kd_weight and kind not in kd.kinds:
-                allowed = ", ".join(kd.kinds)
+            if cohort.objective.kd_weight and kind not in kd.signals:
+                allowed = ", ".join(kd.signals)
                 raise ValueError(
                     f"signal.kind '{kind}' does not tell enough for objective.kd '{kd.name}'; allowed: {allowed}"
                 )

@@ -12,39 +12,21 @@ from torch import Tensor, nn
 from raycloud.distill.divergence import Divergence
 from raycloud.distill.objective import Objective, StudentOutput, TeacherOutput, weighted_sum
 from raycloud.distill.objectives import DIVERGENCES, CrossEntropy
+from raycloud.distill.objectives.adaptive_kl import head_mask
 from raycloud.distill.signals import Signal
 from raycloud.link.codecs import CODECS
+from tests.distill.formulas import adaptive, kl, mixture
 
 V, D, N = 61, 24, 37
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    return (p * (p / q).log()).sum(-1)
-
-
-def _adaptive(p: Tensor, q: Tensor) -> Tensor:
-    values = []
-    for pi, qi in zip(p, q, strict=True):
-        order = pi.argsort(descending=True)
-        head, mass = [], 0.0
-        for index in order.tolist():
-            head.append(index)
-            mass += float(pi[index])
-            if mass >= 0.5:
-                break
-        gap = (pi - qi).abs().detach()
-        share = gap[head].sum() / gap.sum()
-        values.append(share * _kl(pi, qi) + (1 - share) * _kl(qi, pi))
-    return torch.stack(values)
-
-
 FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "forward_kl": _kl,
-    "reverse_kl": lambda p, q: _kl(q, p),
-    "js_divergence": lambda p, q: 0.5 * _kl(p, (p + q) / 2) + 0.5 * _kl(q, (p + q) / 2),
-    "skewed_forward_kl": lambda p, q: _kl(p, 0.1 * p + 0.9 * q),
-    "skewed_reverse_kl": lambda p, q: _kl(q, 0.9 * p + 0.1 * q),
-    "adaptive_kl": _adaptive,
+    "forward_kl": kl,
+    "reverse_kl": lambda p, q: kl(q, p),
+    "js_divergence": lambda p, q: mixture(p, q, 0.5),
+    "skewed_forward_kl": lambda p, q: kl(p, 0.1 * p + 0.9 * q),
+    "skewed_reverse_kl": lambda p, q: kl(q, 0.9 * p + 0.1 * q),
+    "adaptive_kl": adaptive,
 }
 BOUNDS = {"js_divergence": math.log(2), "skewed_forward_kl": -math.log(0.1), "skewed_reverse_kl": -math.log(0.1)}
 
@@ -165,3 +147,11 @@ def test_a_signal_for_other_tokens_is_refused() -> None:
         weighted_sum(objectives, student(), said(teacher_logits(36)))
     with pytest.raises(ValueError, match="needs a teacher's signal"):
         weighted_sum(objectives, student())
+
+
+def test_the_published_tail_of_adaptive_kl_is_what_our_head_leaves() -> None:
+    """Its tail is the longest run of unlikely words with a mass of at most alpha."""
+    p = teacher_logits(9).softmax(-1)
+    ordered = p.sort(descending=False)
+    tail = torch.zeros_like(p, dtype=torch.bool).scatter(-1, ordered.indices, ordered.values.cumsum(-1) <= 0.3)
+    assert torch.equal(head_mask(p, 0.7), ~tail)

@@ -19,7 +19,10 @@ _LIKELY = 256
 
 @torch.no_grad()
 def head_mask(p: Tensor, mass: float) -> Tensor:
-    """The smallest set of most likely entries of each row (c, S) that holds at least ``mass``, as booleans."""
+    """The smallest set of most likely entries of each row (c, S) that holds at least ``mass``, as booleans.
+
+    Entries just as likely as the last of them belong to it, so that it does not depend on their order.
+    """
     top = p.topk(min(_LIKELY, p.shape[-1]), dim=-1).values
     threshold = _threshold(top, mass)
     short = top.sum(dim=-1) < mass
@@ -54,7 +57,8 @@ class AdaptiveKL(Divergence):
 
     name: Literal["adaptive_kl"] = "adaptive_kl"
     head_mass: float = Field(0.5, gt=0, lt=1)
-    """Probability mass of the teacher's head, μ in the paper."""
+    """Probability mass of the teacher's head, μ in the paper. The published program's ``adaptive_kl_alpha`` is the mass
+    of the tail, which is the rest."""
 
     def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """D (c,); see :func:`adaptive_kl`."""

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from raycloud.distill.objective import TeacherAt, TokenObjective, Vocabularies
+from raycloud.distill.objective import Compat, TeacherAt, TokenObjective, Vocabularies
 from raycloud.distill.signals import SignalKind
 
 
@@ -32,8 +32,23 @@ def covered_kl(p: Tensor, logits: Tensor, covered: Tensor) -> Tensor:
     return (torch.xlogy(p, p) - p * log_q).sum(dim=-1)
 
 
+def first_named(logits: Tensor, words: Vocabularies, size: int) -> Tensor:
+    """A teacher's logits (c, W) as logits of the student's ``size`` words (c, V), as published.
+
+    Of the teacher's words that mean one of the student's the first speaks for all, and a word that none means has −∞.
+    """
+    mine, theirs, _ = words.edges
+    none = logits.shape[-1]
+    first = torch.full((size,), none, device=logits.device).scatter_reduce(0, mine, theirs, "amin")
+    return nn.functional.pad(logits, (0, 1), value=-torch.inf)[:, first]
+
+
 class MinED(TokenObjective):
-    """Forward KL at tokens that both tokenizers have, with the teacher's words replaced by the student's nearest."""
+    """Forward KL at tokens that both tokenizers have, with the teacher's words replaced by the student's nearest.
+
+    Not reproduced of the published program: tokens paired by warping edit distances, and a map from every word to its
+    nearest, however far. Both options take partners and words from the bytes.
+    """
 
     name: Literal["mined"] = "mined"
     kinds: ClassVar[tuple[SignalKind, ...]] = ("hidden", "logits")
@@ -41,6 +56,15 @@ class MinED(TokenObjective):
     """Divides both models' logits."""
     k: int | None = Field(None, gt=0)
     """Words of the teacher that are carried over, the most likely ones; None for all."""
+    compat: Compat = "ours"
+    """``published`` has one of the teacher's words speak for each of the student's (see :func:`first_named`), pushes
+    down the words that none speaks for, and at tokens without a partner teaches the data's own next token; ``k`` is not
+    used."""
+
+    @property
+    def needs_partner(self) -> bool:
+        """The published loss has a term where there is none."""
+        return self.compat == "ours"
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher: TeacherAt) -> Tensor:
         """The divergence of each token (c,).
@@ -53,6 +77,8 @@ class MinED(TokenObjective):
             raise ValueError(
                 "objective 'mined' needs a map between the vocabularies; with one tokenizer use forward_kl"
             )
+        if self.compat == "published":
+            return self._published(logits, labels, teacher, words)
         with torch.no_grad():
             p = (teacher.logits() / self.temperature).softmax(dim=-1)
             if self.k is not None and self.k < p.shape[-1]:
@@ -62,3 +88,13 @@ class MinED(TokenObjective):
             covered = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
             covered[words.edges[0]] = True
         return covered_kl(target, logits / self.temperature, covered)
+
+    def _published(self, logits: Tensor, labels: Tensor, teacher: TeacherAt, words: Vocabularies) -> Tensor:
+        log_q = (logits / self.temperature).log_softmax(dim=-1)
+        values = -log_q.gather(-1, labels[:, None])[:, 0]
+        with torch.no_grad():
+            p = (first_named(teacher.logits(), words, logits.shape[-1]) / self.temperature).softmax(dim=-1)
+            p = p.to(logits.dtype)
+        paired = slice(None) if teacher.found is None else teacher.found
+        divergence = (torch.xlogy(p, p) - p * log_q[paired]).sum(dim=-1)
+        return values.index_put((torch.arange(len(values), device=values.device)[paired],), divergence)

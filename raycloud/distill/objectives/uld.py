@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raycloud.distill.objective import TeacherAt, TokenObjective
+from raycloud.distill.objective import Compat, TeacherAt, TokenObjective
 from raycloud.distill.signals import SignalKind
 
 
@@ -37,7 +37,11 @@ def ranked_distance(p: Tensor, q: Tensor) -> Tensor:
 
 
 class ULD(TokenObjective):
-    """Sorted probabilities compared, where both tokenizers stand at the same place in the text."""
+    """Sorted probabilities compared, at tokens that both tokenizers have.
+
+    Not reproduced of the published programs: they rotate responses to the front in place, which also moves the labels
+    of whoever looks at them next.
+    """
 
     name: Literal["uld"] = "uld"
     kinds: ClassVar[tuple[SignalKind, ...]] = ("hidden", "logits", "topk", "sorted")
@@ -45,7 +49,24 @@ class ULD(TokenObjective):
     """Divides both models' logits."""
     k: int | None = Field(128, gt=0)
     """Largest probabilities compared one by one, all others as one sum: it errs by at most both sums. None sorts the
-    whole vocabularies, as published."""
+    whole vocabularies."""
+    compat: Compat = "ours"
+    """``published`` sorts the whole vocabularies whatever ``k`` says, and compares a text's i-th token with the
+    teacher's i-th, up to the end of the shorter."""
+
+    @property
+    def signals(self) -> tuple[SignalKind, ...]:
+        """The k largest do not tell all."""
+        return ("hidden", "logits") if self._ranks is None else self.kinds
+
+    @property
+    def by_place(self) -> bool:
+        """As published, or not."""
+        return self.compat == "published"
+
+    @property
+    def _ranks(self) -> int | None:
+        return None if self.compat == "published" else self.k
 
     def _sent(self, p: Tensor) -> Tensor:
         """What to compare with of probabilities that came as the largest and a rest, (c, j + 1) to (c, k + 1).
@@ -53,15 +74,17 @@ class ULD(TokenObjective):
         Raises:
             ValueError: fewer were sent than are compared.
         """
-        if self.k is None or self.k > p.shape[-1] - 1:
-            raise ValueError(f"objective 'uld' with k={self.k} needs as many from the signal, got {p.shape[-1] - 1}")
-        return with_rest(p[:, : self.k])
+        if self._ranks is None or self._ranks > p.shape[-1] - 1:
+            raise ValueError(
+                f"objective 'uld' with k={self._ranks} needs as many from the signal, got {p.shape[-1] - 1}"
+            )
+        return with_rest(p[:, : self._ranks])
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher: TeacherAt) -> Tensor:
         """The distance of each token (c,)."""
         with torch.no_grad():
             if teacher.teacher.signal.kind in ("hidden", "logits"):
-                p = ranked(teacher.logits() / self.temperature, self.k)
+                p = ranked(teacher.logits() / self.temperature, self._ranks)
             else:
                 p = self._sent(teacher(self.temperature).log_p.exp())
-        return ranked_distance(p, ranked(logits / self.temperature, self.k))
+        return ranked_distance(p, ranked(logits / self.temperature, self._ranks))
