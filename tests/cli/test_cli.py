@@ -23,13 +23,24 @@ def raycloud(*words: str) -> subprocess.CompletedProcess[str]:
 def test_the_surface_is_frozen() -> None:
     """A new verb is a decision, not an accident."""
     verbs = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
-    assert verbs == {"distill", "evaluate", "split", "edge", "privacy", "validate", "schema", "fetch", "bench"}
+    assert verbs == {
+        "distill",
+        "evaluate",
+        "split",
+        "edge",
+        "privacy",
+        "search",
+        "validate",
+        "schema",
+        "fetch",
+        "bench",
+    }
 
 
 def test_help_is_enough_to_start() -> None:
     done = raycloud("--help")
     assert done.returncode == 0
-    for verb in ("distill", "evaluate", "split", "edge", "privacy", "validate", "schema", "fetch", "bench"):
+    for verb in ("distill", "evaluate", "split", "edge", "privacy", "search", "validate", "schema", "fetch", "bench"):
         assert verb in done.stdout
 
 
