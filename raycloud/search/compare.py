@@ -106,7 +106,8 @@ def compare(space: Space, rows: Sequence[Row]) -> dict[str, Any]:
         {
             "name": name,
             "reference": True,
-            "metrics": {metric: _plain(spread(_values(good, numbers.get(metric)))) for metric in names},
+            # Every run says the same again.
+            "metrics": {metric: _plain(spread(sorted(set(_values(good, numbers.get(metric)))))) for metric in names},
         }
         for name, numbers in space.references.items()
     ]

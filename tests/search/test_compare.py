@@ -69,7 +69,11 @@ def test_a_whole_comparison() -> None:
     found = compare(space, rows)
     assert found["best"] == "good"
     none, plain, good, broken = found["variants"]
-    assert none["metrics"]["ppl"]["mean"] == 50.0 and none["metrics"]["agreement"] is None and none["reference"]
+    assert (
+        none["metrics"]["ppl"] == {"mean": 50.0, "deviation": None, "count": 1}
+        and none["metrics"]["agreement"] is None
+        and none["reference"]
+    )
     assert plain["paired"] == {} and plain["seeds"] == [1]
     assert good["metrics"]["ppl"] == {"mean": 7.0, "deviation": pytest.approx(2**0.5), "count": 2}
     assert good["paired"].keys() == {"nll"}

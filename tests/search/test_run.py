@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ from raycloud.search.jobs import JOBS
 from raycloud.search.space import Metric, Space, Variant, trials
 from tests.cluster.recipes import small
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+ROOT = Path(__file__).parents[2]
 
 
 def space(teacher: Path, **changes: Any) -> Space:
@@ -34,6 +38,7 @@ def space(teacher: Path, **changes: Any) -> Space:
     return Space(**{**values, **changes})
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_a_failed_trial_is_a_row_and_a_finished_one_is_not_run_again(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,6 +68,7 @@ def test_a_failed_trial_is_a_row_and_a_finished_one_is_not_run_again(
     assert not list((tmp_path / "elsewhere").glob("trials/*"))
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_a_search_that_does_not_fit_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     five = space(tiny_llama, seeds=[1, 2, 3], concurrent=6)
     with pytest.raises(ClusterError, match="has 4 of the resource 'cloud', this job needs 6"):
@@ -87,3 +93,37 @@ def test_a_trial_begun_before_goes_on(tiny_llama: Path, tmp_path: Path, monkeypa
     assert modes == ["new", "resume"]
     assert first.error == "OSError: is full" and second.error is None
     assert (second.metrics["student_ppl_after"], second.seconds) == (2.0, 5.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ctrl_c_ends_a_search_and_starting_it_again_goes_on(tiny_llama: Path, tmp_path: Path) -> None:
+    """The command in a process of its own, with a Ray of its own."""
+    base = small(tiny_llama, Path("unused"), rounds={"count": 1, "steps": 2}).dump()
+    (tmp_path / "base.yaml").write_text(base)
+    (tmp_path / "space.py").write_text(
+        "from raycloud.search.space import Metric, Space\n"
+        "METRICS = [Metric(name='student_ppl_after', direction='min')]\n"
+        "SPACE = Space(base='base.yaml', grid={'student.blocks': [2, 3]}, metrics=METRICS)\n"
+    )
+    command = [sys.executable, "-m", "raycloud", "search", "--space", "space.py", "--output", "out", "--json"]
+    paths = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    options: dict[str, Any] = {"cwd": tmp_path, "env": {**os.environ, **paths}, "text": True}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **options, **pipes) as process:
+        assert process.stdout is not None
+        said = ""
+        while "done: " not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        # The second trial is about to run.
+        process.send_signal(signal.SIGINT)
+        _, complaint = process.communicate(timeout=200)
+    assert process.returncode == 130
+    assert complaint == "error: stopped; the same search again goes on from here\n"
+    assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == 1
+    done = subprocess.run(command, capture_output=True, timeout=600, **options)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert (summary["trials"], summary["ran"], summary["failed"]) == (2, 1, 0)
