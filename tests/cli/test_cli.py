@@ -69,6 +69,7 @@ def test_fetch_lists_what_there_is() -> None:
         (["validate", DEMO, "training.lrr=1"], "unknown key 'training.lrr' (allowed: lr,"),
         (["validate", DEMO, "job=tune"], "job: input should be 'distill', got 'tune'"),
         (["schema", "tune"], "no job 'tune'; allowed: distill, evaluate"),
+        (["search", "--space", "none.py"], "cannot read space 'none.py': No such file or directory"),
         (["fetch", "gpt5"], "no built-in named 'gpt5'; there are: builtin:smollm2-135m-instruct"),
         (["distill", "--recipe", DEMO, "training.lr=0"], "training.lr: input should be greater than 0, got 0"),
         (["distill", "--recipe", DEMO, "--resume", "--overwrite"], "exclude each other"),

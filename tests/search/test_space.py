@@ -82,6 +82,7 @@ def test_recipes_that_make_no_sense_are_refused(changes: dict[str, Any], message
 
 
 HEAD = "from raycloud.search.space import Metric, Space, Variant\n"
+LOST = "SPACE = Space(base='no.yaml', grid={'a': [1]}, metrics=[Metric(name='x', direction='min')])"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ HEAD = "from raycloud.search.space import Metric, Space, Variant\n"
         (HEAD + "SPACE = Space(bases='x')", "space 'PATH', Space: missing key 'base'"),
         (HEAD + "M = Metric(name='x', direction='up')", "Metric: direction: input should be 'min' or 'max', got 'up'"),
         (HEAD + "V = Variant(override={})", "Variant: unknown key 'override' (allowed: overrides, seeds)"),
-        (HEAD + "M = Metric(name='x', direction='min')\nSPACE = Space(base='no.yaml', grid={'a': [1]}, metrics=[M])", "no.yaml"),
+        (HEAD + LOST, "no.yaml"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_space_is_one_line(text: str | None, message: str, tmp_path: Path) -> None:
