@@ -34,7 +34,7 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise RecipeError(f"{source}: " + "; ".join(_lines(cls, error))) from None
+            raise RecipeError(f"{source}: " + "; ".join(problems(cls, error))) from None
 
     def dump(self) -> str:
         """The recipe as YAML with every default written out."""
@@ -98,7 +98,8 @@ def _child(at: Any, key: str, override: str) -> Any:
     return child
 
 
-def _lines(cls: type[BaseModel], error: ValidationError) -> list[str]:
+def problems(cls: type[BaseModel], error: ValidationError) -> list[str]:
+    """What is wrong with values that should have become a ``cls``, a line each."""
     lines = []
     for problem in error.errors(include_url=False):
         where = ".".join(str(part) for part in problem["loc"])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from raycloud import __version__
-from raycloud.cli import bench, distill, edge, evaluate, fetch, privacy, schema, split, validate
+from raycloud.cli import bench, distill, edge, evaluate, fetch, privacy, schema, search, split, validate
 from raycloud.errors import RaycloudError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command("distill")(distill.distill)
+app.command("search")(search.search)
 app.command("validate")(validate.validate)
 app.command("schema")(schema.schema)
 app.command("fetch")(fetch.fetch)

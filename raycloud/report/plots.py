@@ -49,3 +49,19 @@ def grouped_bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], y
     axes.set(ylabel=y)  # type: ignore[attr-defined]
     axes.legend(frameon=False, ncols=len(series), loc="upper center", bbox_to_anchor=(0.5, 1.15))  # type: ignore[attr-defined]
     return _png(figure)
+
+
+def points(names: Sequence[str], panels: Mapping[str, Sequence[tuple[float, float] | None]]) -> bytes:
+    """Panels beside each other, each with a point and its deviation to either side for every name, from top down."""
+    figure = Figure(figsize=(1.6 + 3.0 * len(panels), 1.0 + 0.28 * len(names)), dpi=110, layout="constrained")
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (label, values), colour in zip(row, panels.items(), _COLOURS * len(panels), strict=False):
+        for place, value in enumerate(values):
+            if value is not None:
+                axes.errorbar(value[0], place, xerr=value[1] or None, fmt="o", color=colour, capsize=3, markersize=5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="both", alpha=0.3)
+        axes.set(xlabel=label)
+    row[0].set_yticks(range(len(names)), names)
+    row[0].set_ylim(len(names) - 0.5, -0.5)
+    return _png(figure)

@@ -23,13 +23,24 @@ def raycloud(*words: str) -> subprocess.CompletedProcess[str]:
 def test_the_surface_is_frozen() -> None:
     """A new verb is a decision, not an accident."""
     verbs = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
-    assert verbs == {"distill", "evaluate", "split", "edge", "privacy", "validate", "schema", "fetch", "bench"}
+    assert verbs == {
+        "distill",
+        "evaluate",
+        "split",
+        "edge",
+        "privacy",
+        "search",
+        "validate",
+        "schema",
+        "fetch",
+        "bench",
+    }
 
 
 def test_help_is_enough_to_start() -> None:
     done = raycloud("--help")
     assert done.returncode == 0
-    for verb in ("distill", "evaluate", "split", "edge", "privacy", "validate", "schema", "fetch", "bench"):
+    for verb in ("distill", "evaluate", "split", "edge", "privacy", "search", "validate", "schema", "fetch", "bench"):
         assert verb in done.stdout
 
 
@@ -58,6 +69,7 @@ def test_fetch_lists_what_there_is() -> None:
         (["validate", DEMO, "training.lrr=1"], "unknown key 'training.lrr' (allowed: lr,"),
         (["validate", DEMO, "job=tune"], "job: input should be 'distill', got 'tune'"),
         (["schema", "tune"], "no job 'tune'; allowed: distill, evaluate"),
+        (["search", "--space", "none.py"], "cannot read space 'none.py': No such file or directory"),
         (["fetch", "gpt5"], "no built-in named 'gpt5'; there are: builtin:smollm2-135m-instruct"),
         (["distill", "--recipe", DEMO, "training.lr=0"], "training.lr: input should be greater than 0, got 0"),
         (["distill", "--recipe", DEMO, "--resume", "--overwrite"], "exclude each other"),

@@ -1,0 +1,87 @@
+"""The rows file: appended whole, mended after a crash, held by one search."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raycloud.errors import ResultError
+from raycloud.search.rows import Row, RowFile, latest, numbers_of, texts_of
+
+
+def row(number: int, error: str | None = None) -> Row:
+    return Row(variant="a", seed=number, fingerprint=f"f{number}", metrics={"ppl": 1.5}, seconds=2.0, error=error)
+
+
+def write(path: Path, *rows: Row) -> None:
+    with RowFile.open(path) as file:
+        for one in rows:
+            file.append(one)
+
+
+def test_rows_are_appended_and_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.jsonl"
+    write(path, row(1))
+    write(path, row(2))
+    with RowFile.open(path) as file:
+        assert file.rows == [row(1), row(2)]
+    assert [json.loads(line)["seed"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_every_torn_last_line_is_mended(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write(path, row(1), row(2))
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for size in range(first + 1, len(whole), 7):
+        path.write_bytes(whole[:size])
+        write(path, row(3))
+        with RowFile.open(path) as file:
+            assert file.rows == [row(1), row(3)]
+    path.write_bytes(whole[:-1])  # the line is there, only its end is not
+    write(path, row(3))
+    with RowFile.open(path) as file:
+        assert file.rows == [row(1), row(2), row(3)]
+
+
+def test_other_lines_that_are_no_rows_are_refused_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write(path, row(1))
+    content = path.read_text() + '{"variant": "a"}\n'
+    path.write_text(content)
+    with pytest.raises(ResultError, match=r"line 2: "), RowFile.open(path):
+        pass
+    assert path.read_text() == content
+
+
+def test_one_search_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with RowFile.open(path), pytest.raises(ResultError, match="in use by another search"), RowFile.open(path):
+        pass
+
+
+def test_the_latest_row_of_a_recipe_counts() -> None:
+    rows = [row(1, "broke"), row(2), row(1), row(3)]
+    assert latest(rows, ["f1", "f2"]) == {"f1": row(1), "f2": row(2)}
+
+
+def test_numbers_are_those_at_the_top_of_a_summary() -> None:
+    summary = {"ppl": 3, "kl": float("inf"), "note": "x", "groups": {"a": 1}, "fine": True, "gap": None}
+    assert numbers_of(summary) == {"ppl": 3.0, "kl": None}
+
+
+def test_texts_are_scores_per_token(tmp_path: Path) -> None:
+    assert texts_of(tmp_path) == {}
+    lines = [
+        {"group": "news", "text": 0, "tokens": 4, "nll": 8.0, "kl": None, "agree": 1},
+        {"group": "news", "text": 1, "tokens": 2, "nll": 3.0, "kl": 1.0, "agree": 2},
+        {"group": "news", "text": 2, "tokens": 0, "nll": 0.0, "kl": None, "agree": 0},
+    ]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert texts_of(tmp_path) == {
+        "nll": {"news/0": 2.0, "news/1": 1.5},
+        "kl": {"news/1": 0.5},
+        "agreement": {"news/0": 0.25, "news/1": 1.0},
+    }

@@ -1,0 +1,1 @@
+"""Search spaces for ``raycloud search --space …``."""

@@ -1,0 +1,47 @@
+"""The objectives beside each other with one tokenizer: a student of some of SmolLM2's blocks learns from SmolLM2."""
+
+from raycloud.search.space import Metric, Space, Variant
+
+SEEDS = [10, 20, 30]
+
+
+def objective(seeds: list[int] | None = None, **kd: object) -> Variant:
+    """Half cross-entropy, half an objective."""
+    return Variant(overrides={"objective.kd": kd}, seeds=seeds)
+
+
+SPACE = Space(
+    base="objectives.yaml",
+    variants={
+        "supervised": Variant(overrides={"objective.ce_weight": 1.0, "objective.kd_weight": 0.0}, seeds=SEEDS),
+        "forward_kl": objective(SEEDS, name="forward_kl"),
+        "skewed_reverse_kl": objective(SEEDS, name="skewed_reverse_kl"),
+        "dskd v2": objective(SEEDS, name="dskd", version=2),
+        "adaptive_kl": objective(SEEDS, name="adaptive_kl"),
+        "reverse_kl": objective(name="reverse_kl"),
+        "js_divergence": objective(name="js_divergence"),
+        "skewed_forward_kl": objective(name="skewed_forward_kl"),
+        "dskd v1": objective(name="dskd", version=1),
+        "dskd_cma": objective(name="dskd_cma"),
+        "uld": objective(name="uld"),
+        "multi_level_ot": objective(name="multi_level_ot"),
+        "mcw_kd": objective(name="mcw_kd"),
+    },
+    seeds=SEEDS[:1],
+    metrics=[
+        Metric(name="student_ppl_after", direction="min"),
+        Metric(name="student_kl_after", direction="min"),
+        Metric(name="agreement_after", direction="max"),
+        Metric(name="rouge_l", direction="max"),
+    ],
+    baseline="supervised",
+    references={
+        "none": {
+            "student_ppl_after": "student_ppl_before",
+            "student_kl_after": "student_kl_before",
+            "agreement_after": "agreement_before",
+        },
+        "teacher": {"student_ppl_after": "teacher_ppl"},
+    },
+    output="results/objectives",
+)
