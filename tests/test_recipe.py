@@ -9,6 +9,7 @@ import yaml
 
 from raycloud.distill.recipe import DistillRecipe
 from raycloud.errors import RecipeError
+from raycloud.recipe import read_yaml
 
 DEMO = Path(__file__).parents[1] / "jobs" / "recipes" / "demo.yaml"
 
@@ -84,6 +85,40 @@ def test_files_that_are_no_recipe(content: str | None, message: str, tmp_path: P
         path.write_text(content)
     with pytest.raises(RecipeError, match=message) as raised:
         DistillRecipe.load(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_recipe_extends_another_mapping_by_mapping(tmp_path: Path) -> None:
+    (tmp_path / "pair").mkdir()
+    (tmp_path / "all.yaml").write_text("seed: 3\ntraining: {lr: 1.0e-3, batch_size: 4, betas: [0.5, 0.6]}\n")
+    (tmp_path / "pair" / "base.yaml").write_text("extends: ../all.yaml\ntraining: {batch_size: 8}\n")
+    child = tmp_path / "pair" / "child.yaml"
+    child.write_text("extends: base.yaml\ntraining: {betas: [0.7, 0.8]}\nevaluation: {by: null}\n")
+    assert read_yaml(child) == {
+        "seed": 3,
+        "training": {"lr": 1e-3, "batch_size": 8, "betas": [0.7, 0.8]},
+        "evaluation": {"by": None},
+    }
+    recipe = DistillRecipe.load(child, ["training.lr=2e-3"])
+    assert (recipe.seed, recipe.training.lr, recipe.training.batch_size) == (3, 2e-3, 8)
+    assert "extends" not in recipe.dump()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("extends: nowhere.yaml", "extends names no file: '.*nowhere.yaml'"),
+        ("extends: recipe.yaml", "extends leads in a circle, back to 'recipe.yaml'"),
+        ("extends: other.yaml", "other.yaml': extends leads in a circle, back to './recipe.yaml'"),
+        ("extends: [a]", "extends must name a file, it is a list"),
+        ("extends:", "extends must name a file, it is empty"),
+    ],
+)
+def test_recipes_that_extend_nothing_sensible(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("extends: ./recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(RecipeError, match=message) as raised:
+        DistillRecipe.load(tmp_path / "recipe.yaml")
     assert "\n" not in str(raised.value)
 
 
