@@ -19,7 +19,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a file as :func:`read_yaml` does, and apply overrides such as ``training.lr=1e-4`` or ``edges.0.name=x``.
+        """Read a file as :func:`read_yaml` does; apply overrides such as ``training.lr=1e-4`` or ``edges.0.part=1``.
 
         Raises:
             RecipeError: the file cannot be read, or a value is not allowed; the message names field and value.

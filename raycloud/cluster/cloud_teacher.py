@@ -20,11 +20,12 @@ from raycloud.data.splits import Row, spread
 from raycloud.distill.examination import Comparison, Examiner, Score
 from raycloud.distill.recipe import DistillRecipe
 from raycloud.distill.signals import FrozenHead, Signal, frozen_head, observe, signal_key
-from raycloud.distill.student import initial_student, own_tokenizer
+from raycloud.distill.student import initial_student, own_tokenizer, student_from
 from raycloud.errors import ClusterError
 from raycloud.models.loading import Pretrained, load, pick_device
 from raycloud.models.segments import Segment
 from raycloud.models.weights import Weights, build, fingerprint, weights_of
+from raycloud.training.lora import attach, learnt_weights, merge
 from raycloud.training.precision import compute_type, computing_in
 
 
@@ -118,7 +119,24 @@ class CloudTeacher:
             self._shared_bytes -= size
 
     def start(self) -> Start:
-        """The model that students start from."""
+        """The model that students start from; where they train adapters, fresh ones are all its weights."""
+        recipe = self._recipe
+        if recipe.student.lora is None:
+            return self._whole_student()
+        config, frozen, blocks = self._origin.config, self._origin.weights, self._origin.blocks
+        bare = build(config, frozen, device=torch.device("cpu"), dtype=torch.float32)
+        return Start(config, learnt_weights(attach(bare, recipe.student.lora, recipe.seed)), blocks)
+
+    def frozen(self) -> Weights:
+        """The weights that students put adapters on; none where they train everything."""
+        return {} if self._recipe.student.lora is None else self._origin.weights
+
+    @cached_property
+    def _origin(self) -> Start:
+        """Kept for students that come back, and for examinations."""
+        return self._whole_student()
+
+    def _whole_student(self) -> Start:
         recipe = self._recipe
         with computing_with(os.cpu_count() or 1):
             rows = load_rows(recipe.data.source, "train")
@@ -165,4 +183,7 @@ class CloudTeacher:
             return self._examination.compare(self._built(config, weights), recipe.prompts, recipe.new_tokens)
 
     def _built(self, config: PretrainedConfig, weights: Weights) -> PreTrainedModel:
-        return build(config, weights, device=pick_device(self._recipe.device), dtype=self._teacher.model.dtype)
+        recipe, device = self._recipe, pick_device(self._recipe.device)
+        if recipe.student.lora is not None:
+            weights = weights_of(merge(student_from(config, weights, self.frozen(), recipe.student, device)))
+        return build(config, weights, device=device, dtype=self._teacher.model.dtype)

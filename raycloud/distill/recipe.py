@@ -13,6 +13,7 @@ from raycloud.distill.signals import SignalRecipe
 from raycloud.models.loading import Device
 from raycloud.recipe import Recipe
 from raycloud.training.loop import TrainingRecipe
+from raycloud.training.lora import LoraRecipe
 
 
 class Placement(Recipe):
@@ -46,6 +47,8 @@ class StudentRecipe(Recipe):
     """``importance`` keeps the blocks that turn their rows most on calibration text, ``spacing`` every n-th one."""
     calibration: int = Field(64, gt=0)
     """Training samples that importance is measured on."""
+    lora: LoraRecipe | None = None
+    """Train adapters only, which then are all that crosses in rounds; None trains everything."""
     placement: Placement = Placement()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +23,9 @@ from raycloud.models.loading import Device, Pretrained, load, load_tokenizer, re
 from raycloud.models.segments import Segment
 from raycloud.models.surgery.extraction import extract
 from raycloud.models.surgery.importance import angular_distances, evenly_spaced, largest
+from raycloud.models.weights import Weights, build
 from raycloud.training.loop import Loss
+from raycloud.training.lora import attach, load_learnt
 
 _CALIBRATION_BATCH = 16
 
@@ -88,6 +91,25 @@ def initial_student(
     check_blocks(recipe, total)
     blocks = _choose(teacher, recipe, calibration, total)
     return extract(teacher.model, blocks).float(), blocks
+
+
+def student_from(
+    config: PretrainedConfig, weights: Weights, frozen: Weights, recipe: StudentRecipe, device: torch.device
+) -> PreTrainedModel:
+    """A student in float32, with its adapters where it has them.
+
+    Args:
+        config: the model's.
+        weights: what is trained.
+        frozen: where only adapters are, the weights beneath them; unused otherwise.
+        recipe: says which.
+        device: where to put it.
+    """
+    if recipe.lora is None:
+        return build(config, weights, device=device, dtype=torch.float32)
+    model = attach(build(config, frozen, device=device, dtype=torch.float32), recipe.lora, seed=0)
+    load_learnt(model, weights)
+    return model.eval()
 
 
 def check_vocabulary(student: PretrainedConfig, teacher: PretrainedConfig) -> None:

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from raycloud.errors import ModelError
@@ -53,19 +53,32 @@ def linear_maps(model: PreTrainedModel) -> dict[str, type[nn.Module]]:
     }
 
 
+def check_targets(config: PretrainedConfig, recipe: LoraRecipe) -> None:
+    """Whether a causal LM has the maps that a recipe names.
+
+    Raises:
+        ModelError: it has not.
+    """
+    if recipe.targets is None:
+        return
+    with torch.device("meta"):
+        maps = linear_maps(AutoModelForCausalLM.from_config(config))
+    for name in recipe.targets:
+        if name not in maps:
+            raise ModelError(f"lora.targets: no linear map '{name}' in the blocks; allowed: {', '.join(maps)}")
+
+
 def lora_config(model: PreTrainedModel, recipe: LoraRecipe) -> LoraConfig:
     """The recipe as PEFT has it, for this model.
 
     Raises:
-        ModelError: the blocks have no linear map of a name in ``targets``.
+        ModelError: see :func:`check_targets`.
     """
     from peft import LoraConfig
 
+    check_targets(model.config, recipe)
     maps = linear_maps(model)
     targets = recipe.targets or list(maps)
-    for name in targets:
-        if name not in maps:
-            raise ModelError(f"lora.targets: no linear map '{name}' in the blocks; allowed: {', '.join(maps)}")
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.r,
@@ -82,7 +95,7 @@ def attach(model: PreTrainedModel, recipe: LoraRecipe, seed: int) -> PreTrainedM
     Their random halves are a function of the seed and of the model's shapes.
 
     Raises:
-        ModelError: see :func:`lora_config`.
+        ModelError: see :func:`check_targets`.
     """
     from peft import get_peft_model
 
@@ -149,12 +162,13 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
 
 
 def merge(model: PreTrainedModel) -> PreTrainedModel:
-    """Add the adapters to the weights that they belong to; the model is a plain one again. In place."""
+    """Add the adapters to the weights that they belong to, in place; the model is a plain one again, or still is."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
             module.merge()
             model.set_submodule(name, module.get_base_layer())
-    del model.peft_config
+    if hasattr(model, "peft_config"):
+        del model.peft_config
     return model.requires_grad_(True)

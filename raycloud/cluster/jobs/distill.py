@@ -26,14 +26,15 @@ from raycloud.data.sources import load_rows
 from raycloud.data.splits import select, shard
 from raycloud.distill.examination import ALL, Comparison, Score, gap_closed
 from raycloud.distill.recipe import DistillRecipe, Placement
-from raycloud.distill.student import check_blocks, check_objective, check_vocabulary, own_tokenizer
+from raycloud.distill.student import check_blocks, check_objective, check_vocabulary, own_tokenizer, student_from
 from raycloud.errors import ClusterError, DataError, Interrupted, ModelError, RaycloudError
 from raycloud.models.anatomy import anatomy_of
 from raycloud.models.loading import load_config, load_tokenizer, quiet_transformers, resolve
-from raycloud.models.weights import Weights, build
+from raycloud.models.weights import Weights
 from raycloud.report.console import Bars, bars, console, working
 from raycloud.report.distillation import print_summary, write_page
 from raycloud.results import RECIPE, Mode, ResultDir, write_folder
+from raycloud.training.lora import check_targets, merge, save_adapter
 
 _ANSWER_S = 3600.0
 """The longest one answer of the teacher may take: loading it, cutting a student, an examination."""
@@ -84,6 +85,7 @@ def _preflight(recipe: DistillRecipe) -> None:
         raise ModelError(f"teacher.model '{recipe.teacher.model}' is an encoder; allowed: causal language models")
     tokenizer = load_tokenizer(where)
     own = own_tokenizer(recipe.student, tokenizer)
+    student = config
     if recipe.student.model is None:
         check_blocks(recipe.student, config.num_hidden_layers)
     else:
@@ -92,6 +94,8 @@ def _preflight(recipe: DistillRecipe) -> None:
             raise ModelError(f"student.model '{recipe.student.model}' is an encoder; allowed: causal language models")
         if own is None:
             check_vocabulary(student, config)
+    if recipe.student.lora is not None:
+        check_targets(student, recipe.student.lora)
     check_objective(recipe.objective, own is not None)
     rows = load_rows(recipe.data.source, "train", console.print)
     for one in (tokenizer, own or tokenizer):
@@ -258,11 +262,15 @@ class _Run:
         return {"after": after, "singles": singles, "comparison": asdict(comparison)}
 
     def _finish(self, checkpoint: Checkpoint) -> Result:
-        model = build(checkpoint.config, checkpoint.weights, device=torch.device("cpu"), dtype=torch.float32)
+        student = self.recipe.student
+        frozen: Weights = self._ask(self.replicas[0].frozen.remote())
+        model = student_from(checkpoint.config, checkpoint.weights, frozen, student, torch.device("cpu"))
+        if student.lora is not None:  # before they are merged
+            write_folder(self.results.path / "adapter", lambda to: save_adapter(model, to, student.model))
 
         def fill(to: Path) -> None:
             with quiet_transformers():
-                model.save_pretrained(to)
+                merge(model).save_pretrained(to)
                 (own_tokenizer(self.recipe.student, self.teacher.tokenizer) or self.teacher.tokenizer).save_pretrained(
                     to
                 )
