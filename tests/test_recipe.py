@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from raycloud.cli.recipes import recipe_class
 from raycloud.distill.recipe import DistillRecipe
 from raycloud.errors import RecipeError
 from raycloud.recipe import read_yaml
@@ -14,11 +15,31 @@ from raycloud.recipe import read_yaml
 DEMO = Path(__file__).parents[1] / "jobs" / "recipes" / "demo.yaml"
 
 
-def test_every_shipped_recipe_is_valid_and_survives_its_own_dump(tmp_path: Path) -> None:
-    for path in DEMO.parent.glob("*.yaml"):
-        recipe = DistillRecipe.load(path)
+def test_every_shipped_recipe_is_valid_survives_its_own_dump_and_has_its_own_output(tmp_path: Path) -> None:
+    paths = sorted(DEMO.parent.rglob("*.yaml"))
+    outputs = set()
+    for path in paths:
+        recipe = recipe_class(read_yaml(path).get("job")).load(path)
         (tmp_path / "again.yaml").write_text(recipe.dump())
-        assert DistillRecipe.load(tmp_path / "again.yaml") == recipe
+        assert type(recipe).load(tmp_path / "again.yaml") == recipe
+        outputs.add(recipe.model_dump()["output"])
+    assert len(outputs) == len(paths) > 40
+
+
+def test_published_recipes_hold_the_published_settings() -> None:
+    recipes = {
+        f"{path.parent.name}/{path.stem}": DistillRecipe.load(path) for path in DEMO.parent.glob("*-from-*/*.yaml")
+    }
+    for name, recipe in recipes.items():
+        training, rounds = recipe.training, recipe.rounds
+        assert rounds.steps == 11_435 // (training.batch_size * training.accumulate), name
+        assert training.lr * training.lr_floor == pytest.approx(1e-7), name
+        if name.startswith(("tinyllama", "gpt2-xl")):
+            assert recipe.student.lora is not None and (recipe.student.lora.r, recipe.student.lora.alpha) == (256, 8)
+    gpt2 = recipes["gpt2-from-qwen1.5-1.8b/dskd_cma"]
+    assert gpt2.rounds.steps * gpt2.rounds.count == 7_140
+    objective = recipes["gpt2-from-qwen1.5-1.8b/mcw_kd"].objective
+    assert (objective.ce_weight, objective.kd_weight, objective.kd.temperature) == (1.0, 5.0, 3.0)
 
 
 def test_overrides_reach_any_depth() -> None:
