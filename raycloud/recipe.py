@@ -19,7 +19,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a YAML file and apply overrides such as ``training.lr=1e-4`` or ``students.0.name=store``.
+        """Read a file as :func:`read_yaml` does; apply overrides such as ``training.lr=1e-4`` or ``edges.0.part=1``.
 
         Raises:
             RecipeError: the file cannot be read, or a value is not allowed; the message names field and value.
@@ -42,13 +42,43 @@ class Recipe(BaseModel):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """The mapping in a YAML file, on top of the one in the file that its key ``extends`` names, if it has one.
+
+    That file is looked for beside it. Mappings are joined key by key; any other value replaces the one below.
 
     Raises:
-        RecipeError: it cannot be read or holds something else.
+        RecipeError: a file cannot be read or holds something else, or files extend one another in a circle.
     """
+    return _extended(Path(path), ())
+
+
+def _extended(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The mapping of a file that those in ``above`` extend."""
+    values = _one_file(path)
+    if "extends" not in values:
+        return values
+    base = values.pop("extends")
+    if not isinstance(base, str):
+        raise RecipeError(f"recipe '{path}': extends must name a file, it is {_kind(base)}")
+    below, chain = path.parent / Path(base).expanduser(), (*above, path.resolve())
+    if below.resolve() in chain:
+        raise RecipeError(f"recipe '{path}': extends leads in a circle, back to '{base}'")
+    if not below.is_file():
+        raise RecipeError(f"recipe '{path}': extends names no file: '{below}'")
+    return _joined(_extended(below, chain), values)
+
+
+def _joined(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    joined = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            joined[key] = _joined(below[key], above[key])
+    return joined
+
+
+def _one_file(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"cannot read recipe '{path}': {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -7,17 +7,39 @@ from pathlib import Path
 import pytest
 import yaml
 
+from raycloud.cli.recipes import recipe_class
 from raycloud.distill.recipe import DistillRecipe
 from raycloud.errors import RecipeError
+from raycloud.recipe import read_yaml
 
 DEMO = Path(__file__).parents[1] / "jobs" / "recipes" / "demo.yaml"
 
 
-def test_every_shipped_recipe_is_valid_and_survives_its_own_dump(tmp_path: Path) -> None:
-    for path in DEMO.parent.glob("*.yaml"):
-        recipe = DistillRecipe.load(path)
+def test_every_shipped_recipe_is_valid_survives_its_own_dump_and_has_its_own_output(tmp_path: Path) -> None:
+    paths = sorted(DEMO.parent.rglob("*.yaml"))
+    outputs = set()
+    for path in paths:
+        recipe = recipe_class(read_yaml(path).get("job")).load(path)
         (tmp_path / "again.yaml").write_text(recipe.dump())
-        assert DistillRecipe.load(tmp_path / "again.yaml") == recipe
+        assert type(recipe).load(tmp_path / "again.yaml") == recipe
+        outputs.add(recipe.model_dump()["output"])
+    assert len(outputs) == len(paths) > 40
+
+
+def test_published_recipes_hold_the_published_settings() -> None:
+    recipes = {
+        f"{path.parent.name}/{path.stem}": DistillRecipe.load(path) for path in DEMO.parent.glob("*-from-*/*.yaml")
+    }
+    for name, recipe in recipes.items():
+        training, rounds = recipe.training, recipe.rounds
+        assert rounds.steps == 11_435 // (training.batch_size * training.accumulate), name
+        assert training.lr * training.lr_floor == pytest.approx(1e-7), name
+        if name.startswith(("tinyllama", "gpt2-xl")):
+            assert recipe.student.lora is not None and (recipe.student.lora.r, recipe.student.lora.alpha) == (256, 8)
+    gpt2 = recipes["gpt2-from-qwen1.5-1.8b/dskd_cma"]
+    assert gpt2.rounds.steps * gpt2.rounds.count == 7_140
+    objective = recipes["gpt2-from-qwen1.5-1.8b/mcw_kd"].objective
+    assert (objective.ce_weight, objective.kd_weight, objective.kd.temperature) == (1.0, 5.0, 3.0)
 
 
 def test_overrides_reach_any_depth() -> None:
@@ -60,7 +82,7 @@ def test_overrides_reach_any_depth() -> None:
         ("objective={kd_weight: 0}", "ce_weight and kd_weight must not both be 0"),
         ("edges.0.name=newsroom", "the name 'newsroom' is given twice"),
         ("edges.0.part=2", "has part 2 of 1; allowed: 0 to 0"),
-        ("edges.0.colour=red", r"unknown key 'edges.0.colour' \(allowed: name, where, part, of\)"),
+        ("edges.0.colour=red", r"unknown key 'edges.0.colour' \(allowed: name, where, part, of, student, objective\)"),
         ("edges.7.name=x", "'7' must be an index from 0 to 1"),
         ("seed", "must look like key.sub=value"),
         ("seed.sub=1", "'seed' is a value, it has no keys"),
@@ -84,6 +106,40 @@ def test_files_that_are_no_recipe(content: str | None, message: str, tmp_path: P
         path.write_text(content)
     with pytest.raises(RecipeError, match=message) as raised:
         DistillRecipe.load(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_recipe_extends_another_mapping_by_mapping(tmp_path: Path) -> None:
+    (tmp_path / "pair").mkdir()
+    (tmp_path / "all.yaml").write_text("seed: 3\ntraining: {lr: 1.0e-3, batch_size: 4, betas: [0.5, 0.6]}\n")
+    (tmp_path / "pair" / "base.yaml").write_text("extends: ../all.yaml\ntraining: {batch_size: 8}\n")
+    child = tmp_path / "pair" / "child.yaml"
+    child.write_text("extends: base.yaml\ntraining: {betas: [0.7, 0.8]}\nevaluation: {by: null}\n")
+    assert read_yaml(child) == {
+        "seed": 3,
+        "training": {"lr": 1e-3, "batch_size": 8, "betas": [0.7, 0.8]},
+        "evaluation": {"by": None},
+    }
+    recipe = DistillRecipe.load(child, ["training.lr=2e-3"])
+    assert (recipe.seed, recipe.training.lr, recipe.training.batch_size) == (3, 2e-3, 8)
+    assert "extends" not in recipe.dump()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("extends: nowhere.yaml", "extends names no file: '.*nowhere.yaml'"),
+        ("extends: recipe.yaml", "extends leads in a circle, back to 'recipe.yaml'"),
+        ("extends: other.yaml", "other.yaml': extends leads in a circle, back to './recipe.yaml'"),
+        ("extends: [a]", "extends must name a file, it is a list"),
+        ("extends:", "extends must name a file, it is empty"),
+    ],
+)
+def test_recipes_that_extend_nothing_sensible(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("extends: ./recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(RecipeError, match=message) as raised:
+        DistillRecipe.load(tmp_path / "recipe.yaml")
     assert "\n" not in str(raised.value)
 
 

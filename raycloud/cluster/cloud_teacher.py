@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,11 +22,12 @@ from raycloud.distill.recipe import Cohort, DistillRecipe
 from raycloud.distill.shard import Shard, origin_of, training_rows
 from raycloud.distill.signal_file import building, tokenizer_fingerprint
 from raycloud.distill.signals import FrozenHead, Signal, frozen_head, observe, signal_key
-from raycloud.distill.student import initial_student, own_tokenizer
+from raycloud.distill.student import initial_student, own_tokenizer, student_from
 from raycloud.errors import ClusterError
 from raycloud.models.loading import Pretrained, load, pick_device
 from raycloud.models.segments import Segment
 from raycloud.models.weights import Weights, build, fingerprint, weights_of
+from raycloud.training.lora import attach, learnt_weights, merge
 from raycloud.training.precision import compute_type, computing_in
 
 
@@ -70,6 +71,7 @@ class CloudTeacher:
         self._shared: OrderedDict[str, tuple[ray.ObjectRef, int]] = OrderedDict()
         self._shared_bytes = 0
         self._examiners: dict[str | None, Examiner] = {}
+        self._origins: dict[str, Start] = {}
 
     def prepare(self) -> TeacherFacts:
         """Load the model."""
@@ -145,22 +147,39 @@ class CloudTeacher:
             yield from building(str(recipe.teacher.signals), origin, self._segment, list(samples))
 
     def start(self, cohort: str) -> Start:
-        """The model that a cohort starts from."""
+        """The model that a cohort starts from; where it trains adapters, fresh ones are all its weights."""
+        lora = self._cohort(cohort).student.lora
+        if lora is None:
+            return self._whole_student(cohort)
+        origin = self._origin(cohort)
+        bare = build(origin.config, origin.weights, device=torch.device("cpu"), dtype=torch.float32)
+        return Start(origin.config, learnt_weights(attach(bare, lora, self._recipe.seed)), origin.blocks)
+
+    def frozen(self, cohort: str) -> Weights:
+        """The weights that a cohort puts adapters on; none where it trains everything."""
+        return {} if self._cohort(cohort).student.lora is None else self._origin(cohort).weights
+
+    def _origin(self, cohort: str) -> Start:
+        """Kept for students that come back, and for examinations."""
+        if cohort not in self._origins:
+            self._origins[cohort] = self._whole_student(cohort)
+        return self._origins[cohort]
+
+    def _whole_student(self, cohort: str) -> Start:
         recipe, student = self._recipe, self._cohort(cohort).student
-        with computing_with(os.cpu_count() or 1):
+
+        def calibration(tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
             rows = training_rows(recipe.data)
-            calibration = self._encode([rows[place] for place in spread(len(rows), student.calibration)])
+            chosen = [rows[place] for place in spread(len(rows), student.calibration)]
+            limits = {"max_length": recipe.data.max_length, "max_prompt": recipe.data.max_prompt}
+            return encode(chosen, tokenizer, recipe.data.format, **limits)
+
+        with computing_with(os.cpu_count() or 1):
             model, blocks = initial_student(self._teacher, student, calibration, recipe.device)
         return Start(model.config, {name: tensor.cpu() for name, tensor in weights_of(model).items()}, blocks)
 
     def _cohort(self, name: str) -> Cohort:
         return next(cohort for cohort in self._recipe.cohorts if cohort.name == name)
-
-    def _encode(self, rows: Sequence[Row]) -> list[Sample]:
-        data = self._recipe.data
-        return encode(
-            rows, self._teacher.tokenizer, data.format, max_length=data.max_length, max_prompt=data.max_prompt
-        )
 
     @cached_property
     def _held_out(self) -> list[Row]:
@@ -193,7 +212,7 @@ class CloudTeacher:
     def scores(self, cohort: str, config: PretrainedConfig, weights: Weights, *, answer: bool = True) -> Findings:
         """A student on held-out text; without ``answer`` no questions are asked."""
         with computing_with(os.cpu_count() or 1):
-            examiner, model = self._examiner(cohort), self._built(config, weights)
+            examiner, model = self._examiner(cohort), self._built(cohort, config, weights)
             return Findings(examiner.student(model), self._rouge_l(examiner, model) if answer else None)
 
     def _rouge_l(self, examiner: Examiner, model: PreTrainedModel | None) -> float | None:
@@ -206,8 +225,11 @@ class CloudTeacher:
         """Prompts completed by both, and both speeds."""
         recipe = self._recipe.evaluation
         with computing_with(os.cpu_count() or 1):
-            student = self._built(config, weights)
+            student = self._built(cohort, config, weights)
             return self._examiner(cohort).compare(student, recipe.prompts, recipe.new_tokens)
 
-    def _built(self, config: PretrainedConfig, weights: Weights) -> PreTrainedModel:
-        return build(config, weights, device=pick_device(self._recipe.device), dtype=self._teacher.model.dtype)
+    def _built(self, cohort: str, config: PretrainedConfig, weights: Weights) -> PreTrainedModel:
+        student, device = self._cohort(cohort).student, pick_device(self._recipe.device)
+        if student.lora is not None:
+            weights = weights_of(merge(student_from(config, weights, self.frozen(cohort), student, device)))
+        return build(config, weights, device=device, dtype=self._teacher.model.dtype)

@@ -26,13 +26,14 @@ from raycloud.distill.recipe import DistillRecipe
 from raycloud.distill.shard import Shard, origin_of
 from raycloud.distill.signal_file import FileSignals, MeteredSignals
 from raycloud.distill.signals import FrozenHead, SignalStore
-from raycloud.distill.student import Lesson, loss_from_signals
+from raycloud.distill.student import Lesson, loss_from_signals, student_from
 from raycloud.link.meter import Meter
 from raycloud.models.loading import pick_device
 from raycloud.models.segments import Segment
-from raycloud.models.weights import Weights, build, load_weights, nbytes, weights_of
+from raycloud.models.weights import Weights, nbytes
 from raycloud.results import write_folder
 from raycloud.training.loop import Step, Trainer
+from raycloud.training.lora import learnt_weights, load_learnt
 from raycloud.training.precision import compute_type
 
 _EXTRAS = "extras/"
@@ -83,7 +84,8 @@ class EdgeStudent:
         state: Path,
     ) -> None:
         self._edge, self._recipe, self._config, self._names = recipe.edges[index], recipe, config, replicas
-        self._objective = recipe.cohort_of(self._edge).objective
+        self._cohort = recipe.cohort_of(self._edge)
+        self._objective = self._cohort.objective
         self._folder = state / self._edge.name
         self._latest = 0
         self._beat: Beat | None = None
@@ -162,13 +164,13 @@ class EdgeStudent:
                 self._beat = Beat(current, len(steps), steps[-1].loss, tokens / seconds, os.getpid())
         self._save(current, trainer)
         self._through = current
-        learnt = {name: tensor.cpu() for name, tensor in weights_of(self._model).items()}
+        learnt = {name: tensor.cpu() for name, tensor in learnt_weights(self._model).items()}
         meter.add("weights_up", nbytes(learnt))
         tokens = sum(step.tokens for step in steps)
         return Answer(self._edge.name, current, learnt, tokens, steps, time.perf_counter() - start, meter)
 
-    def _ask(self, method: str) -> Any:
-        return ray.get(getattr(self._replicas[0], method).remote(), timeout=self._recipe.teacher.timeout_s)
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        return ray.get(getattr(self._replicas[0], method).remote(*arguments), timeout=self._recipe.teacher.timeout_s)
 
     def _signals(self, meter: Meter) -> SignalStore:
         recipe = self._recipe
@@ -195,7 +197,12 @@ class EdgeStudent:
         """The trainer as it stood at the end of the round before, with this round's weights."""
         recipe = self._recipe
         if self._trainer is None:
-            self._model = build(self._config, weights, device=self._device, dtype=torch.float32).train()
+            frozen: Weights = {}
+            student = self._cohort.student
+            if student.lora is not None:
+                frozen = self._ask("frozen", self._cohort.name)
+                meter.add("frozen", nbytes(frozen))
+            self._model = student_from(self._config, weights, frozen, student, self._device).train()
             if recipe.training.gradient_checkpointing:
                 self._model.gradient_checkpointing_enable()
             self._segment = Segment(self._model)
@@ -222,7 +229,7 @@ class EdgeStudent:
                 begun = {name.removeprefix(_EXTRAS): one for name, one in saved.items() if name.startswith(_EXTRAS)}
                 self._extras.load_state_dict(begun or fresh.state_dict())
         self._through = None
-        load_weights(self._model, weights)
+        load_learnt(self._model, weights)
         # A student that missed a round is where the others are in the schedule.
         self._trainer.step_index = current * recipe.rounds.steps
         return self._trainer

@@ -19,18 +19,21 @@ from raycloud.fetch import PREFIX
 
 _TABLES: dict[str, Callable[[Callable[[str], None]], pa.Table]] = {"reviews": reviews, "instruct": instruct}
 _HUB_SPLITS = {"train": "train", "valid": "validation", "test": "test", "all": "all"}
+_OUR_NAMES = {"context": "input", "response": "output"}
+"""Of columns that instruction sets such as databricks-dolly-15k name otherwise."""
 
 Part = Split | Literal["all"]
 """One split, or every row."""
 
 
 def load_rows(source: str, split: Part, notify: Callable[[str], None] = lambda line: None) -> list[Row]:
-    """The rows of one split, or all of them.
+    """The rows of one split, or all of them; an instruction's columns are ``instruction``, ``input`` and ``output``.
 
     Args:
         source: ``builtin:reviews``, ``builtin:instruct``, a ``.jsonl`` or ``.parquet`` file (also relative to
             ``RAYCLOUD_DATA``), or a hub id (with the extra ``hub``).
-        split: hub sets bring their own splits; everything else is split by :func:`split_of`.
+        split: hub sets bring their own splits; everything else, and those with nothing but a train split, is split by
+            :func:`split_of`.
         notify: told one line before each download.
 
     Raises:
@@ -42,10 +45,19 @@ def load_rows(source: str, split: Part, notify: Callable[[str], None] = lambda l
             raise DataError(f"no built-in data set '{source}'; there are: {', '.join(PREFIX + k for k in _TABLES)}")
         rows = _TABLES[name](notify).to_pylist()
     elif Path(source).suffix in (".jsonl", ".json", ".parquet"):
-        rows = _read_file(source).to_pylist()
+        rows = _renamed(_read_file(source).to_pylist())
     else:
-        return _nonempty(_read_hub(source, split), source, split)
+        rows, whole = _read_hub(source, split)
+        rows = _renamed(rows)
+        if not whole:
+            return _nonempty(rows, source, split)
     return _nonempty([row for row in rows if split in ("all", split_of(row))], source, split)
+
+
+def _renamed(rows: list[Row]) -> list[Row]:
+    if not rows or not {"instruction", "response"} <= rows[0].keys() or "output" in rows[0]:
+        return rows
+    return [{_OUR_NAMES.get(name, name): value for name, value in row.items()} for row in rows]
 
 
 def _nonempty(rows: list[Row], source: str, split: str) -> list[Row]:
@@ -70,7 +82,8 @@ def _read_file(source: str) -> pa.Table:
         raise DataError(f"cannot read '{path}': {str(error).splitlines()[0]}") from error
 
 
-def _read_hub(source: str, split: Part) -> list[Row]:
+def _read_hub(source: str, split: Part) -> tuple[list[Row], bool]:
+    """Rows of a hub set, and whether they are all of one that is not split yet."""
     if source.startswith((".", "/", "~")):
         raise DataError(f"no data set at '{source}'; allowed: a .jsonl or .parquet file, a hub id, or a builtin: name")
     try:
@@ -78,7 +91,8 @@ def _read_hub(source: str, split: Part) -> list[Row]:
     except ImportError as error:
         raise MissingExtra(f"data set '{source}' from the hub", "hub") from error
     try:
-        return list(datasets.load_dataset(source, split=_HUB_SPLITS[split]))
+        whole = datasets.get_dataset_split_names(source) == ["train"]
+        return list(datasets.load_dataset(source, split="all" if whole else _HUB_SPLITS[split])), whole
     except Exception as error:  # the hub and its formats raise many kinds
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"cannot load data set '{source}': {first}") from error

@@ -15,6 +15,7 @@ from raycloud.evaluation.recipe import GenerationRecipe
 from raycloud.models.loading import Device
 from raycloud.recipe import Recipe
 from raycloud.training.loop import TrainingRecipe
+from raycloud.training.lora import LoraRecipe
 
 
 class Placement(Recipe):
@@ -40,16 +41,18 @@ class TeacherRecipe(Recipe):
 
 
 class StudentRecipe(Recipe):
-    """What the students start from: chosen blocks of the teacher, or a model of its own, tokenizer included."""
+    """What the students start from: the teacher, or a model of their own with its tokenizer, or some blocks of it."""
 
     model: str | None = None
-    """A hub id, a directory or a built-in name; None cuts the student from the teacher."""
-    blocks: int | list[Annotated[int, Field(ge=0)]] = 20
-    """How many of the teacher's blocks to keep, or which."""
+    """A hub id, a directory or a built-in name; None for the teacher."""
+    blocks: int | list[Annotated[int, Field(ge=0)]] | None = None
+    """How many of its blocks to keep, or which; None for all."""
     choose: Literal["importance", "spacing"] = "importance"
     """``importance`` keeps the blocks that turn their rows most on calibration text, ``spacing`` every n-th one."""
     calibration: int = Field(64, gt=0)
     """Training samples that importance is measured on."""
+    lora: LoraRecipe | None = None
+    """Train adapters only, which then are all that crosses in rounds; None trains everything."""
     placement: Placement = Placement()
 
 

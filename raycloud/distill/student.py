@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +23,9 @@ from raycloud.models.loading import Device, Pretrained, load, load_tokenizer, re
 from raycloud.models.segments import Segment
 from raycloud.models.surgery.extraction import extract
 from raycloud.models.surgery.importance import angular_distances, evenly_spaced, largest
+from raycloud.models.weights import Weights, build
 from raycloud.training.loop import Loss
+from raycloud.training.lora import attach, load_learnt
 
 _CALIBRATION_BATCH = 16
 
@@ -73,21 +76,49 @@ def check_objective(objective: ObjectiveRecipe, crossing: bool) -> None:
 
 
 def initial_student(
-    teacher: Pretrained, recipe: StudentRecipe, calibration: Sequence[Sample], device: Device
+    teacher: Pretrained,
+    recipe: StudentRecipe,
+    calibration: Callable[[PreTrainedTokenizerBase], Sequence[Sample]],
+    device: Device,
 ) -> tuple[PreTrainedModel, list[int] | None]:
-    """The model that students start from, in float32, and which of the teacher's blocks it has (None if its own).
+    """The model that students start from, in float32, and which blocks it has of that it is cut from; None if whole.
+
+    Args:
+        teacher: what it is cut from, unless the recipe names another model.
+        recipe: says how.
+        calibration: text to judge blocks by, in the tokens of a tokenizer.
+        device: where another model is loaded.
 
     Raises:
-        ModelError: the recipe asks for blocks the teacher has not.
+        ModelError: the recipe asks for blocks the model has not.
     """
-    if recipe.model is not None:
-        student = load(recipe.model, device=device, dtype="float32").model
-        student.config.architectures = [type(student).__name__]
-        return student, None
-    total = len(blocks_of(teacher.model))
+    source = teacher if recipe.model is None else load(recipe.model, device=device, dtype="float32")
+    source.model.config.architectures = [type(source.model).__name__]
+    total = len(blocks_of(source.model))
     check_blocks(recipe, total)
-    blocks = _choose(teacher, recipe, calibration, total)
-    return extract(teacher.model, blocks).float(), blocks
+    if recipe.blocks is None and source is not teacher:
+        return source.model, None
+    blocks = _choose(source, recipe, calibration, total)
+    return extract(source.model, blocks).float(), blocks
+
+
+def student_from(
+    config: PretrainedConfig, weights: Weights, frozen: Weights, recipe: StudentRecipe, device: torch.device
+) -> PreTrainedModel:
+    """A student in float32, with its adapters where it has them.
+
+    Args:
+        config: the model's.
+        weights: what is trained.
+        frozen: where only adapters are, the weights beneath them; unused otherwise.
+        recipe: says which.
+        device: where to put it.
+    """
+    if recipe.lora is None:
+        return build(config, weights, device=device, dtype=torch.float32)
+    model = attach(build(config, frozen, device=device, dtype=torch.float32), recipe.lora, seed=0)
+    load_learnt(model, weights)
+    return model.eval()
 
 
 def check_vocabulary(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
@@ -102,25 +133,31 @@ def check_vocabulary(student: PretrainedConfig, teacher: PretrainedConfig) -> No
 
 
 def check_blocks(recipe: StudentRecipe, total: int) -> None:
-    """Whether a teacher with ``total`` blocks has those a recipe asks for.
+    """Whether a model with ``total`` blocks has those a recipe asks for.
 
     Raises:
         ModelError: it has not.
     """
     if isinstance(recipe.blocks, int):
         if not 1 <= recipe.blocks <= total:
-            raise ModelError(f"student.blocks is {recipe.blocks}; allowed: 1 to {total}, the teacher's blocks")
-    elif not recipe.blocks or max(recipe.blocks) >= total:
+            raise ModelError(f"student.blocks is {recipe.blocks}; allowed: 1 to {total}, the model's blocks")
+    elif recipe.blocks is not None and (not recipe.blocks or max(recipe.blocks) >= total):
         raise ModelError(f"student.blocks is {recipe.blocks}; allowed: a list of blocks from 0 to {total - 1}")
 
 
-def _choose(teacher: Pretrained, recipe: StudentRecipe, calibration: Sequence[Sample], total: int) -> list[int]:
-    if isinstance(recipe.blocks, list):
-        return recipe.blocks
+def _choose(
+    source: Pretrained,
+    recipe: StudentRecipe,
+    calibration: Callable[[PreTrainedTokenizerBase], Sequence[Sample]],
+    total: int,
+) -> list[int]:
+    if not isinstance(recipe.blocks, int):
+        return list(range(total)) if recipe.blocks is None else recipe.blocks
     if recipe.choose == "spacing":
         return evenly_spaced(total, recipe.blocks)
-    model = teacher.model
-    batches = in_length_order(calibration, _CALIBRATION_BATCH, teacher.tokenizer.pad_token_id)
+    model = source.model
+    samples = calibration(source.tokenizer)
+    batches = in_length_order(samples, _CALIBRATION_BATCH, source.tokenizer.pad_token_id)
     places = (batch.to(model.device) for batch in batches)
     return largest(angular_distances(model, ((batch.ids, batch.valid) for batch in places)), recipe.blocks)
 

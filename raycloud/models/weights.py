@@ -28,7 +28,15 @@ def load_weights(model: PreTrainedModel, weights: Weights) -> None:
     Raises:
         ModelError: they are not exactly this model's.
     """
-    wanted = weights_of(model)
+    fill(weights_of(model), weights)
+
+
+def fill(wanted: Weights, weights: Weights) -> None:
+    """Copy weights into tensors of the same names.
+
+    Raises:
+        ModelError: names or shapes differ.
+    """
     odd = sorted(set(wanted) ^ set(weights)) or [name for name in wanted if wanted[name].shape != weights[name].shape]
     if odd:
         raise ModelError(f"weights do not fit the model: {len(odd)} tensors differ, the first is '{odd[0]}'")

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from raycloud.errors import ResultError
 from raycloud.recipe import Recipe
+from raycloud.search.space import Trial, fingerprint
 
 HELD_OUT = "held_out.jsonl"
 _DIGITS = 6
@@ -28,12 +29,13 @@ class Row(Recipe):
 
     variant: str
     seed: int
-    fingerprint: str
-    """Of the recipe: a trial that succeeded once is known by it wherever the row is found."""
+    recipe: dict[str, Any]
+    """What was run: a trial that succeeded once is known by it wherever the row is found."""
     metrics: dict[str, float | None] = {}
     """The numbers of the run's summary; None for one that is not finite."""
     texts: dict[str, Scores] = {}
-    """Scores per token of each held-out text: ``nll``, ``kl``, ``agreement``, as far as the run left them."""
+    """Means over the tokens of each held-out text: ``nll``, and ``kl`` and ``agreement`` with the teacher over those
+    that can be compared."""
     seconds: float = 0.0
     error: str | None = None
     """Why it failed."""
@@ -57,10 +59,13 @@ def texts_of(directory: Path) -> dict[str, Scores]:
     scores: dict[str, Scores] = {"nll": {}, "kl": {}, "agreement": {}}
     for line in path.read_text(encoding="utf-8").splitlines():
         one = json.loads(line)
-        for name, key in (("nll", "nll"), ("kl", "kl"), ("agreement", "agree")):
-            total = one.get(key)
-            if one["tokens"] and total is not None and math.isfinite(total):
-                scores[name][f"{one['group']}/{one['text']}"] = round(total / one["tokens"], _DIGITS)
+        for name, key, count in (
+            ("nll", "nll", "tokens"),
+            ("kl", "kl", "compared"),
+            ("agreement", "agree", "compared"),
+        ):
+            if one[count] and math.isfinite(one[key]):
+                scores[name][f"{one['group']}/{one['text']}"] = round(one[key] / one[count], _DIGITS)
     return {name: some for name, some in scores.items() if some}
 
 
@@ -110,7 +115,19 @@ def _row(line: bytes, where: str) -> Row:
         raise ResultError(f"{where}: {error.errors(include_url=False)[0]['msg']}") from None
 
 
-def latest(rows: Iterable[Row], fingerprints: Iterable[str]) -> dict[str, Row]:
-    """The last row of each of these recipes, by fingerprint."""
-    wanted = set(fingerprints)
-    return {row.fingerprint: row for row in rows if row.fingerprint in wanted}
+def latest(rows: Iterable[Row], trials: Iterable[Trial]) -> dict[str, Row]:
+    """The last row of each of these trials, by the trial's fingerprint.
+
+    A row's recipe is read as one of today, so that fields that came since have their defaults.
+    """
+    wanted = {trial.fingerprint: trial.job.recipe for trial in trials}
+    found: dict[str, Row] = {}
+    for row in rows:
+        for kind in set(wanted.values()):
+            try:
+                known = fingerprint(kind.model_validate(row.recipe))
+            except ValidationError:
+                continue
+            if known in wanted:
+                found[known] = row
+    return found

@@ -69,14 +69,14 @@ def run(
     wanted = trials(space, overrides)
     table = Path(rows).expanduser().absolute() if rows else path / "rows.jsonl"
     with RowFile.open(table) as file:
-        there = latest(file.rows, (trial.fingerprint for trial in wanted))
+        there = latest(file.rows, wanted)
         todo = [
             trial for trial in wanted if trial.fingerprint not in there or there[trial.fingerprint].error is not None
         ]
         console.print(f"{len(wanted)} trials, {len(wanted) - len(todo)} of them done before")
         if todo:
             _run(todo, path / "trials", file, concurrent or space.concurrent, space.metrics[0], list(there.values()))
-        ended = latest(file.rows, (trial.fingerprint for trial in wanted))
+        ended = latest(file.rows, wanted)
     # In the space's order, whatever the order they ended in.
     found = [ended[trial.fingerprint] for trial in wanted if trial.fingerprint in ended]
     failed = sum(row.error is not None for row in found)
@@ -134,7 +134,7 @@ def _run(todo: list[Trial], folder: Path, file: RowFile, concurrent: int, metric
 def run_trial(trial: Trial, folder: Path) -> Row:
     """One run of the job in a directory of its own under ``folder``; one begun before goes on. A failure is a row."""
     path = folder / trial.folder
-    known = {"variant": trial.variant, "seed": trial.seed, "fingerprint": trial.fingerprint}
+    known = {"variant": trial.variant, "seed": trial.seed, "recipe": trial.recipe.model_dump(mode="json")}
     recipe = trial.recipe.model_copy(update={"output": str(path)})
     begun = time.monotonic()
     try:
@@ -192,7 +192,9 @@ class _Rows(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         mine = self._of(trial)
         error = _line(trial.get_error() or RuntimeError("its process died"))
-        self._end(mine, Row(variant=mine.variant, seed=mine.seed, fingerprint=mine.fingerprint, error=error))
+        self._end(
+            mine, Row(variant=mine.variant, seed=mine.seed, recipe=mine.recipe.model_dump(mode="json"), error=error)
+        )
 
     def _of(self, trial: Any) -> Trial:
         return self._todo[trial.config["trial"]]

@@ -103,6 +103,12 @@ class Space(Recipe):
         return found
 
 
+def fingerprint(recipe: Recipe) -> str:
+    """Of a job's recipe, wherever its results go."""
+    values = json.dumps(recipe.model_dump(mode="json", exclude={"output"}), sort_keys=True)
+    return hashlib.sha256(values.encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Trial:
     """One run of the job: a variant with a seed."""
@@ -114,9 +120,8 @@ class Trial:
 
     @property
     def fingerprint(self) -> str:
-        """Of the recipe, wherever its results go."""
-        values = json.dumps(self.recipe.model_dump(mode="json", exclude={"output"}), sort_keys=True)
-        return hashlib.sha256(values.encode()).hexdigest()[:16]
+        """See :func:`fingerprint`."""
+        return fingerprint(self.recipe)
 
     @property
     def name(self) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,8 +51,12 @@ def records(path: Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
+def weights_in(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "model.safetensors")
+
+
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(path / "student" / "model.safetensors")
+    return weights_in(path / "student")
 
 
 def test_a_run_leaves_recipe_metrics_summary_report_and_a_model(finished: Path, tiny_llama: Path) -> None:
@@ -208,8 +213,39 @@ def test_a_student_with_its_own_tokenizer_learns_and_keeps_it(
     assert all(record["terms"]["uld"] > 0 for record in records(tmp_path / "run", "step"))
     kept = AutoTokenizer.from_pretrained(tmp_path / "run" / "student")
     assert kept.get_vocab() == AutoTokenizer.from_pretrained(foreigner).get_vocab()
+    assert summary["student_blocks"] == [0, 1] and (tmp_path / "run" / "student" / "config.json").is_file()
     with pytest.raises(ModelError, match="'forward_kl' needs one tokenizer"):
         run(small(tiny_llama, tmp_path / "other", student={"model": str(foreigner)}))
+
+
+def test_students_with_adapters_exchange_only_those(tiny_llama: Path, tmp_path: Path) -> None:
+    """As supervised fine-tuning, which asks the teacher for nothing."""
+    recipe = small(
+        tiny_llama,
+        tmp_path / "run",
+        student={"model": str(tiny_llama), "blocks": None, "lora": {"r": 2, "alpha": 8}},
+        objective={"ce_weight": 1.0, "kd_weight": 0.0},
+        rounds={"count": 2, "steps": 6},
+    )
+    run(recipe)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["student_ppl_after"] < summary["student_ppl_before"]
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    size = sum(tensor.nbytes for tensor in adapter.values())
+    whole = sum(tensor.nbytes for tensor in weights_in(tiny_llama).values())
+    assert summary["wire_bytes"] == {"weights_down": 4 * size, "weights_up": 4 * size, "frozen": 2 * whole}
+    assert summary["wire_bytes_per_token"] == 0
+    base, merged = weights_in(tiny_llama), weights(tmp_path / "run")
+    assert {name for name in base if not torch.equal(base[name], merged[name])} == {
+        name.removeprefix("base_model.model.").replace("lora_A.", "") for name in adapter if "lora_A" in name
+    }
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "run" / "adapter"
+        )
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+        assert torch.allclose(theirs(ids).logits, ours(ids).logits, atol=1e-5)
 
 
 def test_the_bytes_are_those_of_the_payloads(finished: Path) -> None:
@@ -357,6 +393,7 @@ def test_students_with_one_shard_share_the_teachers_forward_passes(tiny_llama: P
     [
         ({"teacher": {"model": "./nowhere"}}, ModelError, "no model at './nowhere'"),
         ({"student": {"blocks": 5}}, ModelError, "student.blocks is 5; allowed: 1 to 4"),
+        ({"student": {"lora": {"targets": ["c_fc"]}}}, ModelError, "lora.targets: no linear map 'c_fc' in the blocks"),
         ({"data": {"source": "missing.jsonl"}}, DataError, "no data file at 'missing.jsonl'"),
         ({"edges": [{"name": "a", "where": {"domain": ["sport"]}}]}, DataError, "there are: movie, news"),
         ({"data": {"format": "alpaca"}}, DataError, "needs the text column 'instruction'"),

@@ -146,11 +146,22 @@ def test_hub_sets_come_with_their_own_splits(monkeypatch: pytest.MonkeyPatch) ->
             raise FileNotFoundError("no such set\nand more")
         return [{"text": split}]
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    hub = SimpleNamespace(load_dataset=load_dataset, get_dataset_split_names=lambda _: ["train", "validation"])
+    monkeypatch.setitem(sys.modules, "datasets", hub)
     assert load_rows("org/set", "valid") == [{"text": "validation"}]
     assert asked == [("org/set", "validation")]
     with pytest.raises(DataError, match=r"cannot load data set 'org/gone': no such set$"):
         load_rows("org/gone", "train")
+
+
+def test_a_hub_set_of_one_split_and_other_names_is_split_by_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"instruction": f"Say {n}.", "context": "", "response": str(n), "category": "qa"} for n in range(200)]
+    hub = SimpleNamespace(load_dataset=lambda _, split: rows, get_dataset_split_names=lambda _: ["train"])
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    parts = [load_rows("org/dolly", split) for split in ("train", "valid", "test")]
+    assert sorted(int(row["output"]) for part in parts for row in part) == list(range(200))
+    assert parts[2][0].keys() == {"instruction", "input", "output", "category"}
+    assert load_rows("org/dolly", "all")[7] == {"instruction": "Say 7.", "input": "", "output": "7", "category": "qa"}
 
 
 def test_hub_sets_need_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:

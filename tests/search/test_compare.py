@@ -58,13 +58,13 @@ def test_a_whole_comparison() -> None:
 
     def row(variant: str, seed: int, ppl: float, texts: dict[str, dict[str, float]]) -> Row:
         metrics = {"ppl": ppl, "before": 50.0}
-        return Row(variant=variant, seed=seed, fingerprint="x", metrics=metrics, texts=texts, seconds=4.0)
+        return Row(variant=variant, seed=seed, recipe={}, metrics=metrics, texts=texts, seconds=4.0)
 
     rows = [
         row("plain", 1, 10.0, {"nll": {"a": 2.0, "b": 3.0}}),
         row("good", 1, 8.0, {"nll": {"a": 1.0, "b": 1.0}}),
         row("good", 2, 6.0, {"nll": {"a": 2.0, "b": 2.0}, "kl": {"a": 1.0}}),
-        Row(variant="broken", seed=1, fingerprint="y", error="a wall"),
+        Row(variant="broken", seed=1, recipe={}, error="a wall"),
     ]
     found = compare(space, rows)
     assert found["best"] == "good"

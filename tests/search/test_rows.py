@@ -9,10 +9,11 @@ import pytest
 
 from raycloud.errors import ResultError
 from raycloud.search.rows import Row, RowFile, latest, numbers_of, texts_of
+from raycloud.search.space import Metric, Space, Variant, trials
 
 
 def row(number: int, error: str | None = None) -> Row:
-    return Row(variant="a", seed=number, fingerprint=f"f{number}", metrics={"ppl": 1.5}, seconds=2.0, error=error)
+    return Row(variant="a", seed=number, recipe={"seed": number}, metrics={"ppl": 1.5}, seconds=2.0, error=error)
 
 
 def write(path: Path, *rows: Row) -> None:
@@ -63,8 +64,11 @@ def test_one_search_at_a_time(tmp_path: Path) -> None:
 
 
 def test_the_latest_row_of_a_recipe_counts() -> None:
-    rows = [row(1, "broke"), row(2), row(1), row(3)]
-    assert latest(rows, ["f1", "f2"]) == {"f1": row(1), "f2": row(2)}
+    metric = Metric(name="ppl", direction="min")
+    one, two = trials(Space(base={"job": "distill"}, variants={"a": Variant(seeds=[1, 2])}, metrics=[metric]))
+    strange = row(1).model_copy(update={"recipe": {"seed": 1, "colour": "red"}})
+    rows = [row(1, "broke"), row(2), row(1), row(3), strange]
+    assert latest(rows, [one, two]) == {one.fingerprint: row(1), two.fingerprint: row(2)}
 
 
 def test_numbers_are_those_at_the_top_of_a_summary() -> None:
@@ -75,13 +79,13 @@ def test_numbers_are_those_at_the_top_of_a_summary() -> None:
 def test_texts_are_scores_per_token(tmp_path: Path) -> None:
     assert texts_of(tmp_path) == {}
     lines = [
-        {"group": "news", "text": 0, "tokens": 4, "nll": 8.0, "kl": None, "agree": 1},
-        {"group": "news", "text": 1, "tokens": 2, "nll": 3.0, "kl": 1.0, "agree": 2},
-        {"group": "news", "text": 2, "tokens": 0, "nll": 0.0, "kl": None, "agree": 0},
+        {"group": "news", "text": 0, "tokens": 4, "nll": 8.0, "compared": 0, "kl": 0.0, "agree": 0},
+        {"group": "news", "text": 1, "tokens": 2, "nll": 3.0, "compared": 1, "kl": 0.5, "agree": 1},
+        {"group": "news", "text": 2, "tokens": 0, "nll": 0.0, "compared": 0, "kl": 0.0, "agree": 0},
     ]
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert texts_of(tmp_path) == {
         "nll": {"news/0": 2.0, "news/1": 1.5},
         "kl": {"news/1": 0.5},
-        "agreement": {"news/0": 0.25, "news/1": 1.0},
+        "agreement": {"news/1": 1.0},
     }

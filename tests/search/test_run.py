@@ -51,7 +51,7 @@ def test_a_failed_trial_is_a_row_and_a_finished_one_is_not_run_again(
     none, good, bad = summary["variants"]
     assert none["metrics"]["student_ppl_after"]["mean"] > good["metrics"]["student_ppl_after"]["mean"]
     (failed,) = bad["failed"]
-    assert failed["error"] == "student.blocks is 5; allowed: 1 to 4, the teacher's blocks"
+    assert failed["error"] == "student.blocks is 5; allowed: 1 to 4, the model's blocks"
     (left,) = (output / "trials").iterdir()  # the other one failed before there was anything to keep
     assert {"recipe.yaml", "summary.json", "student"} <= {path.name for path in left.iterdir()}
     assert {path.name for path in output.iterdir()} == {"trials", "comparison.png", "comparison.html", "summary.json"}

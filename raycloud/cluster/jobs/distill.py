@@ -27,15 +27,16 @@ from raycloud.data.splits import select, shard
 from raycloud.distill.examination import ALL, Comparison, gap_closed
 from raycloud.distill.recipe import Cohort, DistillRecipe, Placement, StudentRecipe
 from raycloud.distill.shard import training_rows
-from raycloud.distill.student import check_blocks, check_objective, check_vocabulary, own_tokenizer
+from raycloud.distill.student import check_blocks, check_objective, check_vocabulary, own_tokenizer, student_from
 from raycloud.errors import ClusterError, DataError, Interrupted, ModelError, RaycloudError
 from raycloud.evaluation.questions import ask
 from raycloud.models.anatomy import anatomy_of
 from raycloud.models.loading import load_config, load_tokenizer, quiet_transformers, resolve
-from raycloud.models.weights import Weights, build
+from raycloud.models.weights import Weights
 from raycloud.report.console import Bars, bars, console, working
 from raycloud.report.distillation import print_summary, write_page
 from raycloud.results import RECIPE, Mode, ResultDir, write_atomically, write_folder
+from raycloud.training.lora import check_targets, merge, save_adapter
 
 _ANSWER_S = 3600.0
 """The longest one answer of the teacher may take: loading it, cutting a student, an examination."""
@@ -106,14 +107,16 @@ def _check_student(
     """Whether a cohort can learn from the teacher as it means to; its own tokenizer, if it has one."""
     student = cohort.student
     own = own_tokenizer(student, tokenizer)
-    if student.model is None:
-        check_blocks(student, teacher.num_hidden_layers)
-    else:
+    config = teacher
+    if student.model is not None:
         config = load_config(resolve(student.model, console.print))
         if not anatomy_of(config).causal:
             raise ModelError(f"student.model '{student.model}' is an encoder; allowed: causal language models")
         if own is None:
             check_vocabulary(config, teacher)
+    check_blocks(student, config.get_text_config().num_hidden_layers)
+    if student.lora is not None:
+        check_targets(config, student.lora)
     check_objective(cohort.objective, own is not None)
     return own
 
@@ -320,8 +323,7 @@ class _Run:
         parameters, lines = {}, []
         for cohort in self.recipe.cohorts:
             name, student = cohort.name, checkpoint.students[cohort.name]
-            folder = self.results.path / ("student" if alone else f"students/{name}")
-            parameters[name] = self._save(cohort, student, folder)
+            parameters[name] = self._save(cohort, student, "" if alone else name)
             texts = checkpoint.facts["students"][name].pop("texts")
             lines += [json.dumps({"student": name, **text}) + "\n" for text in texts]
         write_atomically(self.results.path / "held_out.jsonl", "".join(lines))
@@ -334,17 +336,21 @@ class _Run:
         console.print(f"results: {self.results.path}")
         return Result(self.results.path, summary)
 
-    def _save(self, cohort: Cohort, student: Snapshot, folder: Path) -> int:
-        """Write a student as a model that ``transformers`` loads; its parameters."""
-        model = build(student.config, student.weights, device=torch.device("cpu"), dtype=torch.float32)
+    def _save(self, cohort: Cohort, student: Snapshot, name: str) -> int:
+        """Write a student as a model that ``transformers`` loads, and its adapters by themselves; its parameters."""
+        frozen: Weights = self._ask(self.replicas[0].frozen.remote(cohort.name))
+        model = student_from(student.config, student.weights, frozen, cohort.student, torch.device("cpu"))
         tokenizer = own_tokenizer(cohort.student, self.teacher.tokenizer) or self.teacher.tokenizer
+        if cohort.student.lora is not None:  # before they are merged
+            folder = self.results.path / (f"adapters/{name}" if name else "adapter")
+            write_folder(folder, lambda to: save_adapter(model, to, cohort.student.model))
 
         def fill(to: Path) -> None:
             with quiet_transformers():
-                model.save_pretrained(to)
+                merge(model).save_pretrained(to)
                 tokenizer.save_pretrained(to)
 
-        write_folder(folder, fill)
+        write_folder(self.results.path / (f"students/{name}" if name else "student"), fill)
         return model.num_parameters()
 
 
