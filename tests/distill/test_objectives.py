@@ -165,3 +165,10 @@ def test_a_signal_for_other_tokens_is_refused() -> None:
         weighted_sum(objectives, student(), said(teacher_logits(36)))
     with pytest.raises(ValueError, match="needs a teacher's signal"):
         weighted_sum(objectives, student())
+
+
+def test_the_sum_is_that_of_the_terms_with_their_weights() -> None:
+    loss = weighted_sum([(0.7, DIVERGENCES["forward_kl"]()), (0.3, CrossEntropy())], student(), said(teacher_logits()))
+    assert loss.weights == {"forward_kl": 0.7, "cross_entropy": 0.3}
+    total = sum(weight * float(loss.terms[name]) for name, weight in loss.weights.items())
+    assert total == pytest.approx(float(loss.sum))
