@@ -18,9 +18,10 @@ from transformers import PretrainedConfig
 
 from raycloud.cluster.object_store_signals import ObjectStoreSignals
 from raycloud.cluster.runtime import computing_with, share_of_cores
-from raycloud.data.batches import SampleOrder, collate, encode
+from raycloud.data.batches import SampleOrder, collate, encode_tallied
 from raycloud.data.sources import load_rows
 from raycloud.data.splits import select, shard
+from raycloud.distill.health import DataHealth, Health, Monitor
 from raycloud.distill.objective import Sizes
 from raycloud.distill.objectives.dskd_cma import DSKDCMA
 from raycloud.distill.pairs import Pairs, Words
@@ -61,6 +62,7 @@ class Answer:
     steps: list[Step]
     seconds: float
     meter: Meter
+    health: Health
 
 
 class EdgeStudent:
@@ -112,9 +114,10 @@ class EdgeStudent:
             own = own_tokenizer(self._recipe.student, self._tokenizer)
             self._pairs = None if own is None else Pairs(rows, own, self._tokenizer, data.format, **lengths_of)
             if self._pairs is None:
-                self._samples = encode(rows, self._tokenizer, data.format, **lengths_of)
+                self._samples, tally = encode_tallied(rows, self._tokenizer, data.format, **lengths_of)
             else:
-                self._samples = self._pairs.student
+                self._samples, tally = self._pairs.student, self._pairs.tally
+            self._data_health = DataHealth.of(tally, self._tokenizer, own, self._pairs)
             lengths = [len(sample.ids) for sample in self._samples]
             self._order = SampleOrder(lengths, training.batch_size, self._recipe.seed)
             self._device = pick_device(self._recipe.device)
@@ -150,8 +153,9 @@ class EdgeStudent:
         signals = self._signals(meter)
         meter.add("weights_down", nbytes(weights))
         trainer = self._resumed(current, weights, meter)
+        monitor = Monitor(self._recipe.objective, len(self._tokenizer))
         loss = loss_from_signals(
-            self._segment, self._recipe.objective, signals, self._head, self._words, self._extras, self._pairs
+            self._segment, self._recipe.objective, signals, self._head, self._words, self._extras, self._pairs, monitor
         )
         steps: list[Step] = []
         with computing_with(share_of_cores(self._recipe.threads, "edge", len(self._recipe.edges))):
@@ -162,6 +166,7 @@ class EdgeStudent:
                 lessons = self._lessons(trainer.step_index)
                 if len(steps) + 1 < self._recipe.rounds.steps:
                     self._prefetch(signals, trainer.step_index + 1)
+                monitor.begin(trainer.step_index)
                 steps.append(trainer.step(lessons, loss))
                 tokens = sum(step.tokens for step in steps)
                 seconds = time.perf_counter() - start
@@ -171,7 +176,8 @@ class EdgeStudent:
         learnt = {name: tensor.cpu() for name, tensor in weights_of(self._model).items()}
         meter.add("weights_up", nbytes(learnt))
         tokens = sum(step.tokens for step in steps)
-        return Answer(self._edge.name, current, learnt, tokens, steps, time.perf_counter() - start, meter)
+        health = monitor.report(self._data_health)
+        return Answer(self._edge.name, current, learnt, tokens, steps, time.perf_counter() - start, meter, health)
 
     def _ask(self, method: str) -> Any:
         return ray.get(getattr(self._replicas[0], method).remote(), timeout=self._recipe.teacher.timeout_s)
