@@ -168,7 +168,7 @@ class _Run:
             teacher = self._ask(self.replicas[0].teacher_scores.remote())
             before = self._scores(start.config, start.weights)
         facts: dict[str, Any] = {"blocks": start.blocks, "teacher": _plain(teacher), "before": _plain(before)}
-        facts |= {"wire": {}, "tokens": 0, "seconds": self._elapsed()}
+        facts |= {"wire": {}, "tokens": 0, "health": {}, "seconds": self._elapsed()}
         checkpoint = Checkpoint(0, start.config, start.weights, facts)
         checkpoint.save(self.state)
         return checkpoint
@@ -224,6 +224,7 @@ class _Run:
             facts["tokens"] += answer.tokens
             for kind, size in answer.meter.payload.items():
                 facts["wire"][kind] = facts["wire"].get(kind, 0) + size
+        self._log_health(done, facts["health"])
         if index + 1 == recipe.count:
             facts |= self._examine_last(checkpoint.config, done)
         facts["seconds"] += self._elapsed()
@@ -248,6 +249,20 @@ class _Run:
                 f"round {done.index + 1}/{self.recipe.rounds.count}: loss {loss:.3f}, {tokens} tokens "
                 f"in {done.seconds:.0f} s, averaged {' and '.join(students)}"
             )
+
+    def _log_health(self, done: Round, known: dict[str, Any]) -> None:
+        """Log what the students measured, and say what is wrong when it is first seen."""
+        for answer in done.answers:
+            before = known.get(answer.name, {})
+            whose = {"kind": "health", "round": done.index, "student": answer.name}
+            if not before:
+                self.results.log({**whose, "data": asdict(answer.health.data)})
+            for step in answer.health.steps:
+                self.results.log({**whose, **asdict(step)})
+            known[answer.name] = answer.health.after(before)
+            for about, sentence in answer.health.warnings.items():
+                if about not in before.get("warnings", {}):
+                    console.print(f"warning: {answer.name}: {sentence}", style="yellow")
 
     def _examine_last(self, config: PretrainedConfig, done: Round) -> dict[str, Any]:
         """The averaged student, and beside it every student as it was before the last average."""
@@ -319,6 +334,9 @@ def summarise(checkpoint: Checkpoint, teacher_parameters: int, student_parameter
         "trained_tokens": facts["tokens"],
         "rounds": checkpoint.rounds,
         "seconds": facts["seconds"],
+        "health": {
+            name: {**known, "warnings": list(known["warnings"].values())} for name, known in facts["health"].items()
+        },
         "groups": groups,
         "completions": [
             {"prompt": prompt, "teacher": teacher_text, "student": student_text}
