@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from raycloud.cluster.object_store_signals import ObjectStoreSignals
 from raycloud.cluster.runtime import computing_with, share_of_cores
 from raycloud.data.batches import SampleOrder
+from raycloud.distill.health import DataHealth, Health, Monitor
 from raycloud.distill.objective import Sizes
 from raycloud.distill.objectives.dskd_cma import DSKDCMA
 from raycloud.distill.pairs import Words
@@ -62,6 +63,7 @@ class Answer:
     steps: list[Step]
     seconds: float
     meter: Meter
+    health: Health
 
 
 class EdgeStudent:
@@ -112,6 +114,8 @@ class EdgeStudent:
             self._shard = Shard.of(self._recipe, self._edge, self._tokenizer)
             lengths = [len(sample.ids) for sample in self._shard.samples]
             self._order = SampleOrder(lengths, self._recipe.training.batch_size, self._recipe.seed)
+            tally, own = self._shard.tally, self._shard.own
+            self._data_health = DataHealth.of(tally, self._tokenizer, own, self._shard.pairs)
             self._device = pick_device(self._recipe.device)
             self._kept: FileSignals | None = None
             self._trainer: Trainer | None = None
@@ -146,8 +150,9 @@ class EdgeStudent:
         signals = self._signals(meter)
         meter.add("weights_down", nbytes(weights))
         trainer = self._resumed(current, weights, meter)
+        monitor = Monitor(self._objective, len(self._tokenizer))
         loss = loss_from_signals(
-            self._segment, self._objective, signals, self._head, self._words, self._extras, self._shard.pairs
+            self._segment, self._objective, signals, self._head, self._words, self._extras, self._shard.pairs, monitor
         )
         steps: list[Step] = []
         with computing_with(share_of_cores(self._recipe.threads, "edge", len(self._recipe.edges))):
@@ -158,6 +163,7 @@ class EdgeStudent:
                 lessons = self._lessons(trainer.step_index)
                 if len(steps) + 1 < self._recipe.rounds.steps:
                     self._prefetch(signals, trainer.step_index + 1)
+                monitor.begin(trainer.step_index)
                 steps.append(trainer.step(lessons, loss))
                 tokens = sum(step.tokens for step in steps)
                 seconds = time.perf_counter() - start
@@ -167,7 +173,8 @@ class EdgeStudent:
         learnt = {name: tensor.cpu() for name, tensor in learnt_weights(self._model).items()}
         meter.add("weights_up", nbytes(learnt))
         tokens = sum(step.tokens for step in steps)
-        return Answer(self._edge.name, current, learnt, tokens, steps, time.perf_counter() - start, meter)
+        health = monitor.report(self._data_health)
+        return Answer(self._edge.name, current, learnt, tokens, steps, time.perf_counter() - start, meter, health)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         return ray.get(getattr(self._replicas[0], method).remote(*arguments), timeout=self._recipe.teacher.timeout_s)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,8 +22,6 @@ IGNORE = -100
 _GROUP = 16
 """Batches that are sorted by length together."""
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -37,6 +34,36 @@ class Sample:
     def targets(self) -> int:
         """Tokens to be predicted: the response, but for a first token that nothing precedes."""
         return len(self.ids) - max(self.prompt, 1)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What became of the rows of a data set on their way to samples; with two tokenizers, for either of them."""
+
+    rows: int
+    empty: int
+    """Dropped: the response leaves no token to predict."""
+    crowded: int
+    """Dropped: the prompt takes all of ``max_length``."""
+    shortened: int
+    """Had a prompt over ``max_prompt`` tokens."""
+    unlike: int = 0
+    """Have a prompt that two tokenizers' templates write differently."""
+
+    @property
+    def kept(self) -> int:
+        """Samples."""
+        return self.rows - self.empty - self.crowded
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A row as one tokenizer has it, and the texts it was made of."""
+
+    sample: Sample
+    prompt: str
+    response: str
+    shortened: bool
 
 
 @dataclass(frozen=True)
@@ -73,8 +100,15 @@ def encode(
     Raises:
         DataError: no row is left, or a row lacks a column of the format.
     """
-    samples, _ = _encoded(rows, tokenizer, form, max_length, max_prompt)
-    return _kept([sample for sample in samples if sample.targets > 0], rows, max_length)
+    return encode_tallied(rows, tokenizer, form, max_length=max_length, max_prompt=max_prompt)[0]
+
+
+def encode_tallied(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, form: Format, *, max_length: int, max_prompt: int
+) -> tuple[list[Sample], Tally]:
+    """As :func:`encode`, and what became of the rows."""
+    (kept,), tally = _kept([_encoded(rows, tokenizer, form, max_length, max_prompt)], max_length)
+    return [one.sample for one in kept], tally
 
 
 def encode_both(
@@ -84,40 +118,51 @@ def encode_both(
     *,
     max_length: int,
     max_prompt: int,
-) -> tuple[list[Sample], list[Sample], list[str]]:
+) -> tuple[list[Sample], list[Sample], list[str], Tally]:
     """Samples of the same rows for two tokenizers, of the rows that leave both something to predict.
 
     Returns:
-        Both sides' samples, and the responses' texts.
+        Both sides' samples, the responses' texts, and what became of the rows.
     """
-    (first, texts), (second, _) = (_encoded(rows, one, form, max_length, max_prompt) for one in tokenizers)
-    kept = [both for both in zip(first, second, texts, strict=True) if both[0].targets > 0 and both[1].targets > 0]
-    ours, theirs, said = zip(*_kept(kept, rows, max_length), strict=True)
-    return list(ours), list(theirs), list(said)
+    sides = [_encoded(rows, one, form, max_length, max_prompt) for one in tokenizers]
+    (ours, theirs), tally = _kept(sides, max_length)
+    return [one.sample for one in ours], [one.sample for one in theirs], [one.response for one in ours], tally
 
 
 def _encoded(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, form: Format, max_length: int, max_prompt: int
-) -> tuple[list[Sample], list[str]]:
-    """A sample for every row, and the text of its response."""
+) -> list[_Encoded]:
     pairs = [example(row, form, tokenizer) for row in rows]
     prompts = _tokens(tokenizer, [prompt.text for prompt, _ in pairs])
     responses = _tokens(tokenizer, [response for _, response in pairs])
     ending = [] if form == "plain" else [tokenizer.eos_token_id]
-    samples = []
-    for (prompt, _), asked, answer in zip(pairs, prompts, responses, strict=True):
-        if len(asked) > max_prompt:
+    encoded = []
+    for (prompt, response), asked, answer in zip(pairs, prompts, responses, strict=True):
+        shortened = len(asked) > max_prompt
+        if shortened:
             before, body, after = _tokens(tokenizer, [prompt.before, prompt.body, prompt.after])
             room = max(0, max_prompt - len(before) - len(after))
             asked = [*before, *body[:room], *after]
-        samples.append(Sample(tuple([*asked, *answer, *ending][:max_length]), len(asked)))
-    return samples, [response for _, response in pairs]
+        sample = Sample(tuple([*asked, *answer, *ending][:max_length]), len(asked))
+        encoded.append(_Encoded(sample, prompt.text, response, shortened))
+    return encoded
 
 
-def _kept(samples: list[T], rows: Sequence[Row], max_length: int) -> list[T]:
-    if not samples:
-        raise DataError(f"no row of {len(rows)} leaves a token to predict within max_length={max_length}")
-    return samples
+def _kept(sides: Sequence[Sequence[_Encoded]], max_length: int) -> tuple[list[list[_Encoded]], Tally]:
+    """Of every side the rows that leave all sides something to predict."""
+    whole = list(zip(*sides, strict=True))
+    kept = [row for row in whole if all(one.sample.targets > 0 for one in row)]
+    if not kept:
+        raise DataError(f"no row of {len(whole)} leaves a token to predict within max_length={max_length}")
+    crowded = sum(any(one.sample.prompt >= max_length for one in row) for row in whole)
+    tally = Tally(
+        len(whole),
+        empty=len(whole) - len(kept) - crowded,
+        crowded=crowded,
+        shortened=sum(any(one.shortened for one in row) for row in whole),
+        unlike=sum(len({one.prompt for one in row}) > 1 for row in whole),
+    )
+    return [list(side) for side in zip(*kept, strict=True)], tally
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -323,7 +323,7 @@ def weighted_sum(
         total = total + weight * found.sum
         parts[one.name] = found.sum.detach()
         parts |= {f"{one.name}/{name}": value for name, value in found.parts.items()}
-    return Loss(total, count, parts)
+    return Loss(total, count, parts, {one.name: weight for weight, one in objectives})
 
 
 def _token_pass(

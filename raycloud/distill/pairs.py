@@ -67,7 +67,7 @@ class Pairs:
         max_prompt: int,
     ) -> None:
         self._pads = (int(student.pad_token_id), int(teacher.pad_token_id))
-        self.student, self.teacher, texts = encode_both(
+        self.student, self.teacher, texts, self.tally = encode_both(
             rows, (student, teacher), form, max_length=max_length, max_prompt=max_prompt
         )
         ours, theirs = ([sample.ids[sample.prompt :] for sample in side] for side in (self.student, self.teacher))

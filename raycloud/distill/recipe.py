@@ -77,6 +77,9 @@ class ObjectiveRecipe(Recipe):
     kd: AnyObjective = Field(default={"name": "forward_kl"}, validate_default=True)
     extras_lr: float = Field(1e-3, gt=0)
     """Peak learning rate of what an objective trains beside the student, such as projectors."""
+    health_every: int = Field(10, ge=0)
+    """Optimiser steps between two measurements of each term's share of the gradient and of the teacher's entropy;
+    0 for none."""
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from raycloud.data.batches import Sample, collate, encode
+from raycloud.data.batches import Sample, Tally, collate, encode_tallied
 from raycloud.data.sources import load_rows
 from raycloud.data.splits import Row, select, shard, spread
 from raycloud.distill.pairs import Pairs
@@ -47,8 +47,12 @@ class Shard:
     """The teacher's; the same ones where both have one tokenizer."""
     pairs: Pairs | None
     """How they belong together, where both have tokenizers of their own."""
+    own: PreTrainedTokenizerBase | None
+    """The student's tokenizer, where it is another than the teacher's."""
     pad: int
     """The student's padding where ``pairs`` does not know it."""
+    tally: Tally
+    """What became of the rows."""
 
     @classmethod
     def of(cls, recipe: DistillRecipe, edge: EdgeRecipe, teacher: PreTrainedTokenizerBase) -> Shard:
@@ -63,10 +67,10 @@ class Shard:
         lengths = {"max_length": data.max_length, "max_prompt": data.max_prompt}
         own = own_tokenizer(recipe.cohort_of(edge).student, teacher)
         if own is None:
-            samples = encode(rows, teacher, data.format, **lengths)
-            return cls(samples, samples, None, teacher.pad_token_id)
+            samples, tally = encode_tallied(rows, teacher, data.format, **lengths)
+            return cls(samples, samples, None, None, teacher.pad_token_id, tally)
         pairs = Pairs(rows, own, teacher, data.format, **lengths)
-        return cls(pairs.student, pairs.teacher, pairs, own.pad_token_id)
+        return cls(pairs.student, pairs.teacher, pairs, own, own.pad_token_id, pairs.tally)
 
     def lesson(self, which: list[int]) -> Lesson:
         """A micro-batch of some samples."""

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from raycloud.data.batches import Batch, Sample, in_length_order
 from raycloud.distill.divergence import Divergence
+from raycloud.distill.health import Monitor
 from raycloud.distill.objective import StudentOutput, TeacherOutput, weighted_sum
 from raycloud.distill.objectives import DIVERGENCES, OBJECTIVES
 from raycloud.distill.objectives.mined import MinED
@@ -170,6 +171,7 @@ def loss_from_signals(
     teacher_words: Tensor | None = None,
     extras: nn.Module | None = None,
     pairs: Pairs | None = None,
+    monitor: Monitor | None = None,
 ) -> Callable[[Lesson], Loss]:
     """The loss of a micro-batch: the student's rows against what the teacher says about the same texts.
 
@@ -181,20 +183,25 @@ def loss_from_signals(
         teacher_words: the teacher's input embedding (W, D), for objectives that look at the tokens themselves.
         extras: what the objective trains beside the student.
         pairs: the data set in both models' tokens; None where they have one tokenizer.
+        monitor: looks on.
     """
     device = next(student.parameters()).device
     weighted = objective.weighted()
     words = None if pairs is None else Words(pairs.map, device)
+    modules: dict[str, nn.Module] = {} if extras is None else {objective.kd.name: extras}
+
+    def taught(lesson: Lesson, output: StudentOutput) -> TeacherOutput:
+        signal = signals.signal(lesson.asked).to(device)
+        if pairs is None or words is None:
+            return TeacherOutput(signal, teacher_head, ids=output.ids, embedding=teacher_words)
+        return pairs.output(lesson.which, signal, teacher_head, words, teacher_words)
 
     def loss(lesson: Lesson) -> Loss:
         output = StudentOutput.of(student, lesson.batch.to(device))
-        if not objective.kd_weight:
-            return weighted_sum(weighted, output)
-        signal = signals.signal(lesson.asked).to(device)
-        if pairs is None or words is None:
-            teacher = TeacherOutput(signal, teacher_head, ids=output.ids, embedding=teacher_words)
-        else:
-            teacher = pairs.output(lesson.which, signal, teacher_head, words, teacher_words)
-        return weighted_sum(weighted, output, teacher, {} if extras is None else {objective.kd.name: extras})
+        teacher = taught(lesson, output) if objective.kd_weight else None
+        found = weighted_sum(weighted, output, teacher, modules)
+        if monitor is not None:
+            monitor.look(output, teacher, modules)
+        return found
 
     return loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,42 @@ def _link(summary: Summary) -> tuple[list[str], list[list[str]]]:
     ]
 
 
+_DATA: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "samples": ("samples", str),
+    "dropped_empty": ("rows dropped, no token to learn", str),
+    "dropped_long": ("rows dropped, prompt too long", str),
+    "shortened_prompts": ("prompts shortened", _share),
+    "unlike_prompts": ("prompts that the templates write differently", _share),
+    "exact_partners": ("tokens with an exact partner", _share),
+    "shared_boundaries": ("token boundaries shared", _share),
+    "student_words": ("student's words that the teacher's stand for", _share),
+    "teacher_words": ("teacher's words that stand for the student's", _share),
+    "shared_words": ("words shared exactly", str),
+    "eos_mapped": ("end of text mapped", lambda mapped: "yes" if mapped else "no"),
+    "student_specials": ("special tokens of the student only", " ".join),
+    "teacher_specials": ("special tokens of the teacher only", " ".join),
+}
+"""What is said of an edge's data, and how it is written."""
+
+
+def _health(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    edges = summary["health"].values()
+    terms = dict.fromkeys(term for edge in edges for term in edge["shares"])
+
+    def told(value: float | None, written: Callable[[float], str]) -> str:
+        return "" if value is None else written(value)
+
+    return ["", *summary["health"]], [
+        *([title, *(write(edge["data"][key]) for edge in edges)] for key, (title, write) in _DATA.items()),
+        ["teacher's entropy", *(told(edge["entropy"], "{:.2f} nats".format) for edge in edges)],
+        *([f"gradient from {term}", *(told(edge["shares"].get(term), _share) for edge in edges)] for term in terms),
+    ]
+
+
+def _warnings(summary: Summary) -> list[list[str]]:
+    return [[name, sentence] for name, edge in summary["health"].items() for sentence in edge["warnings"]]
+
+
 def print_summary(summary: Summary) -> None:
     """The tables of a finished run, and the prompts as both models complete them."""
     students = _students(summary)
@@ -110,6 +146,8 @@ def print_summary(summary: Summary) -> None:
             console.print(f"  teacher: {_plain(one['teacher'])}")
             console.print(f"  student: {_plain(one['student'])}")
     _print(*_link(summary))
+    for name, sentence in _warnings(summary):
+        console.print(f"warning: {name}: {sentence}", style="yellow")
     console.print(f"\n{summary['rounds']} rounds, {summary['trained_tokens']} tokens, {summary['seconds']:.0f} s")
 
 
@@ -158,6 +196,18 @@ def write_page(folder: Path, summary: Summary, metrics: Sequence[dict[str, Any]]
         )
         completions = [list(one.values()) for one in student["completions"]]
         page.table(["prompt", "teacher", "student"], completions, prose=True)
+    page.heading("Health")
+    page.table(*_health(summary))
+    measured = [record for record in metrics if record["kind"] == "health" and record.get("shares")]
+    shares = {
+        f"{student}: {term}": [(r["step"], r["shares"][term]) for r in measured if r["student"] == student]
+        for student, term in dict.fromkeys((r["student"], term) for r in measured for term in r["shares"])
+    }
+    if shares:
+        page.picture(curves(shares, "step", "share of the gradient"), "gradient shares")
+        page.text("The norm of each term's gradient in the student's final rows, over the sum of these norms.")
+    if warnings := _warnings(summary):
+        page.table(["student", "warning"], warnings, prose=True)
     page.heading("Link")
     page.table(*_link(summary))
     page.text("Ids and signals grow with the text; weights cross once a round, the head once a run, to every edge.")

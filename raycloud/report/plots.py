@@ -31,7 +31,8 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, 
     for at in marks:
         axes.axvline(at, color="#777777", linewidth=1.2, linestyle=":")  # type: ignore[attr-defined]
     for (name, points), colour in zip(series.items(), _COLOURS * len(series), strict=False):
-        axes.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=1.6)  # type: ignore[attr-defined]
+        marker = "o" if len(points) == 1 else ""  # a line through one point cannot be seen
+        axes.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=1.6, marker=marker)  # type: ignore[attr-defined]
     axes.set(xlabel=x, ylabel=y)  # type: ignore[attr-defined]
     axes.legend(frameon=False)  # type: ignore[attr-defined]
     return _png(figure)

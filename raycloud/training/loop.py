@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Protocol, TypeVar
 
 import torch
@@ -54,6 +54,8 @@ class Loss:
     sum: Tensor
     count: int
     terms: Mapping[str, Tensor]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Of the terms that ``sum`` is the weighted sum of; others only tell what those are made of."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ class Step:
     step: int
     loss: float
     terms: dict[str, float]
+    """As they are."""
+    weighted: dict[str, float]
+    """Those that the loss is the sum of, with their weights."""
     grad_norm: float
     lr: float
     tokens: int
@@ -137,7 +142,7 @@ class Trainer:
         if tokens == 0:
             raise TrainingError(f"step {self.step_index}: no labelled token in its {len(batches)} micro-batches")
         self.optimizer.zero_grad(set_to_none=True)  # of a step that was broken off
-        total, terms = 0.0, dict[str, float]()
+        total, terms, weights = 0.0, dict[str, float](), dict[str, float]()
         for micro, batch in enumerate(batches):
             with self._seeded(micro), computing_in(self.autocast, self.device):
                 loss = loss_of(batch)
@@ -145,6 +150,7 @@ class Trainer:
             total += float(loss.sum.detach())
             for name, value in loss.terms.items():
                 terms[name] = terms.get(name, 0.0) + float(value.detach())
+            weights |= loss.weights
         norm = float(nn.utils.clip_grad_norm_(list(self._named.values()), self.recipe.clip))
         lr = self._set_lr()
         skipped = not torch.isfinite(torch.tensor(norm))
@@ -161,7 +167,8 @@ class Trainer:
         done = self.step_index
         self.step_index += 1
         means = {name: value / tokens for name, value in terms.items()}
-        return Step(done, total / tokens, means, norm, lr, tokens, skipped)
+        weighted = {name: weight * means[name] for name, weight in weights.items()}
+        return Step(done, total / tokens, means, weighted, norm, lr, tokens, skipped)
 
     def _set_lr(self) -> float:
         recipe = self.recipe

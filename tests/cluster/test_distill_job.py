@@ -69,6 +69,15 @@ def test_a_run_leaves_recipe_metrics_summary_report_and_a_model(finished: Path, 
     assert [(r["round"], r["students"].sort()) for r in records(finished, "round")] == [(n, None) for n in range(3)]
     assert len(records(finished, "step")) == 3 * 3 * 2
     assert "newsroom" in (finished / "report.html").read_text()
+    measured = records(finished, "health")
+    assert sorted((r["student"], r["round"], "data" in r) for r in measured) == [
+        (name, 0, whole) for name in ("newsroom", "store") for whole in (False, True)
+    ]
+    assert {name: edge["shares"] for name, edge in summary["health"].items()} == {
+        name: {"forward_kl": 1.0} for name in ("newsroom", "store")
+    }
+    (flat,) = summary["health"]["store"]["warnings"]  # the teacher is random
+    assert "says next to nothing" in flat
     assert {path.name for path in finished.iterdir()} == {
         ".lock", "recipe.yaml", "metrics.jsonl", "summary.json", "held_out.jsonl", "report.html", "student"
     }  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raycloud.data.batches import IGNORE, Sample, SampleOrder, collate, encode
+from raycloud.data.batches import IGNORE, Sample, SampleOrder, collate, encode, encode_tallied
 from raycloud.errors import DataError
 from raycloud.models.loading import load_tokenizer, resolve
 
@@ -49,6 +49,21 @@ def test_rows_without_anything_to_predict_are_dropped(tokenizer) -> None:
     assert len(encode(rows, tokenizer, "plain", max_length=9, max_prompt=9)) == 1
     with pytest.raises(DataError, match="no row of 1 leaves a token to predict"):
         encode(rows[:1], tokenizer, "plain", max_length=9, max_prompt=9)
+
+
+def test_what_became_of_the_rows_is_told(tokenizer) -> None:
+    rows = [
+        {"instruction": "Say hello.", "output": "Hello"},
+        {"instruction": "Repeat.", "input": "word " * 90, "output": "Words."},
+        {"instruction": "word " * 200, "output": "Words."},
+    ]
+    cue = {"max_length": 90, "max_prompt": 60}
+    samples, tally = encode_tallied(rows, tokenizer, "alpaca", **cue)
+    assert (tally.rows, tally.kept, tally.shortened, tally.unlike) == (3, len(samples), 2, 0)
+    samples, tally = encode_tallied(rows, tokenizer, "alpaca", max_length=60, max_prompt=60)
+    assert (tally.kept, tally.crowded, tally.empty) == (1, 2, 0)
+    _, tally = encode_tallied([{"text": "a"}, {"text": "a longer one"}], tokenizer, "plain", **cue)
+    assert (tally.kept, tally.crowded, tally.empty) == (1, 0, 1)
 
 
 @given(st.lists(st.tuples(st.integers(2, 30), st.integers(0, 40)), min_size=1, max_size=8))

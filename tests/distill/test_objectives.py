@@ -155,3 +155,10 @@ def test_the_published_tail_of_adaptive_kl_is_what_our_head_leaves() -> None:
     ordered = p.sort(descending=False)
     tail = torch.zeros_like(p, dtype=torch.bool).scatter(-1, ordered.indices, ordered.values.cumsum(-1) <= 0.3)
     assert torch.equal(head_mask(p, 0.7), ~tail)
+
+
+def test_the_sum_is_that_of_the_terms_with_their_weights() -> None:
+    loss = weighted_sum([(0.7, DIVERGENCES["forward_kl"]()), (0.3, CrossEntropy())], student(), said(teacher_logits()))
+    assert loss.weights == {"forward_kl": 0.7, "cross_entropy": 0.3}
+    total = sum(weight * float(loss.terms[name]) for name, weight in loss.weights.items())
+    assert total == pytest.approx(float(loss.sum.detach()))

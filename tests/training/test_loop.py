@@ -160,3 +160,15 @@ def test_schedules() -> None:
     assert lr_factor(6, 10, 2, "cosine") == pytest.approx(0.5)
     assert lr_factor(6, 10, 2, "linear") == pytest.approx(0.5)
     assert lr_factor(99, 10, 0, "linear", 0.2) == pytest.approx(0.2)
+
+
+def test_a_step_tells_its_terms_as_they_are_and_weighted() -> None:
+    model = network()
+
+    def loss(batch: Pairs) -> Loss:
+        plain = loss_of(model)(batch)
+        return Loss(0.3 * plain.sum, plain.count, {**plain.terms, "part": plain.sum}, {"cross_entropy": 0.3})
+
+    step = Trainer({"model": model}, RECIPE, total_steps=STEPS, seed=1).step(batches(0), loss)
+    assert step.weighted == {"cross_entropy": pytest.approx(0.3 * step.terms["cross_entropy"])}
+    assert step.loss == pytest.approx(step.weighted["cross_entropy"])

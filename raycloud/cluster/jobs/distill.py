@@ -207,7 +207,7 @@ class _Run:
             students[cohort.name] = Snapshot(start.config, start.weights)
             found[cohort.name] = {"blocks": start.blocks, "tokens": 0, "teacher": _plain(teacher)}
             found[cohort.name] |= {"before": _plain(before)}
-        facts: dict[str, Any] = {"students": found, "wire": {}, "tokens": 0, "seconds": self._elapsed()}
+        facts: dict[str, Any] = {"students": found, "wire": {}, "tokens": 0, "health": {}, "seconds": self._elapsed()}
         checkpoint = Checkpoint(0, students, facts)
         checkpoint.save(self.state)
         return checkpoint
@@ -271,6 +271,7 @@ class _Run:
             cohort: Snapshot(student.config, done.weights.get(cohort, student.weights))
             for cohort, student in checkpoint.students.items()
         }
+        self._log_health(done, facts["health"])
         if index + 1 == recipe.count:
             for cohort in self.recipe.cohorts:
                 answers = [answer for answer in done.answers if answer.name in cohort.edges]
@@ -297,6 +298,20 @@ class _Run:
                 f"round {done.index + 1}/{self.recipe.rounds.count}: loss {loss:.3f}, {tokens} tokens "
                 f"in {done.seconds:.0f} s, averaged {' and '.join(students)}"
             )
+
+    def _log_health(self, done: Round, known: dict[str, Any]) -> None:
+        """Log what the students measured, and say what is wrong when it is first seen."""
+        for answer in done.answers:
+            before = known.get(answer.name, {})
+            whose = {"kind": "health", "round": done.index, "student": answer.name}
+            if not before:
+                self.results.log({**whose, "data": asdict(answer.health.data)})
+            for step in answer.health.steps:
+                self.results.log({**whose, **asdict(step)})
+            known[answer.name] = answer.health.after(before)
+            for about, sentence in answer.health.warnings.items():
+                if about not in before.get("warnings", {}):
+                    console.print(f"warning: {answer.name}: {sentence}", style="yellow")
 
     def _examine_last(self, cohort: Cohort, student: Snapshot, answers: Sequence[Answer]) -> dict[str, Any]:
         """The averaged student, and beside it every student as it was before the last average."""
@@ -382,6 +397,9 @@ def summarise(checkpoint: Checkpoint, teacher_parameters: int, parameters: dict[
         "trained_tokens": facts["tokens"],
         "rounds": checkpoint.rounds,
         "seconds": facts["seconds"],
+        "health": {
+            name: {**known, "warnings": list(known["warnings"].values())} for name, known in facts["health"].items()
+        },
         "students": students,
     }
 
