@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +120,38 @@ class FileSignals:
         Raises:
             DataError: the folder holds signals of another origin, or another process builds in it.
         """
+        device = next(teacher.parameters()).device
+
+        def said(batches: Sequence[Batch]) -> Iterator[Signal]:
+            for batch in batches:
+                yield observe(teacher, origin.teacher, batch.to(device), origin.recipe, origin.temperatures)
+
+        return cls.gather(path, origin, said, samples, part=part, moved=moved)
+
+    @classmethod
+    def gather(
+        cls,
+        path: str | Path,
+        origin: Origin,
+        said: Callable[[Sequence[Batch]], Iterable[Signal]],
+        samples: Sequence[Sample],
+        *,
+        part: int = 256,
+        moved: Callable[[int, int], None] = lambda done, total: None,
+    ) -> FileSignals:
+        """Like :meth:`build`, from a teacher that may be elsewhere.
+
+        Args:
+            path: the folder, made where it is missing.
+            origin: kind of signal, temperatures, and the teacher's name.
+            said: what the teacher says of batches, in order.
+            samples: the data set.
+            part: samples of one file, at most that many are lost when the process is killed.
+            moved: told after each part how many of how many samples are there.
+
+        Raises:
+            DataError: the folder holds signals of another origin, or another process builds in it.
+        """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
@@ -132,7 +164,7 @@ class FileSignals:
             missing = sorted(wanted.keys() - there, key=lambda key: (len(wanted[key].ids), key))
             for begin in range(0, len(missing), part):
                 keys = missing[begin : begin + part]
-                _save(folder, keys, _said(teacher, origin, [wanted[key] for key in keys]))
+                _save(folder, keys, _payload(said, [wanted[key] for key in keys]))
                 moved(len(wanted) - len(missing) + begin + len(keys), len(wanted))
         return cls(folder, origin)
 
@@ -172,15 +204,11 @@ def _check_origin(folder: Path, origin: Origin) -> None:
             raise DataError(f"signals in '{folder}' are stale: {field} is {there}, not {wanted}; build them elsewhere")
 
 
-def _said(teacher: Segment, origin: Origin, samples: Sequence[Sample]) -> dict[str, Tensor]:
+def _payload(said: Callable[[Sequence[Batch]], Iterable[Signal]], samples: Sequence[Sample]) -> dict[str, Tensor]:
     """The payload of all samples in order, and how many tokens each of them has."""
-    device = next(teacher.parameters()).device
     batches = [collate(samples[at : at + _BATCH], pad=0) for at in range(0, len(samples), _BATCH)]
-    said = [
-        observe(teacher, origin.teacher, batch.to(device), origin.recipe, origin.temperatures).payload
-        for batch in batches
-    ]
-    payload = {name: torch.cat([one[name] for one in said]) for name in said[0]}
+    payloads = [one.payload for one in said(batches)]
+    payload = {name: torch.cat([one[name] for one in payloads]) for name in payloads[0]}
     return payload | {_TOKENS: torch.cat([(batch.labels != IGNORE).sum(dim=1) for batch in batches])}
 
 
