@@ -71,7 +71,7 @@ class Frame:
     keep: int = 0
     """Tokens that stay valid; those behind them are forgotten first."""
     pos: int = 0
-    """Token of the first row; of a payload that begins with a control map and goes on with raw bytes, the map's size."""
+    """Token of the first row; or the size of the map that a payload of map and raw bytes begins with."""
     rows: int = 0
     out_rows: int = 0
     """How many of the last rows are to come back."""

@@ -196,7 +196,7 @@ def test_a_wrong_key_is_refused_by_either_end(link: TeacherLink, batch: Batch, m
     signals = LinkSignals(link, link.origin(recipe("topk"), TAUS))
     other = collate(SAMPLES[:2], pad=0)
     monkeypatch.setattr(signals, "_ask", lambda key, batch: link.ask(*asked(link, other), 10**6))
-    with pytest.raises(LinkError, match="^the teacher's signal is for other token ids than were asked for$"):
+    with pytest.raises(LinkError, match=r"^the teacher's signal is for other token ids than were asked for$"):
         signals.signal(batch)
 
 
