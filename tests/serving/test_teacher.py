@@ -21,11 +21,13 @@ from ray.serve.schema import ServeDeploySchema
 from raycloud.data.batches import Sample, collate
 from raycloud.distill.signal_file import FileSignals, tokenizer_fingerprint
 from raycloud.distill.signal_link import LinkSignals, SignalLimits, TeacherLink
+from raycloud.distill.signal_link.fetch import FetchRecipe, fetch
 from raycloud.distill.signals import SignalRecipe, frozen_head, observe
-from raycloud.errors import LinkError, RecipeError
+from raycloud.errors import DataError, LinkError, RecipeError
 from raycloud.link.frames import Frame, Kind, Refusal, body, unpack
+from raycloud.link.meter import Meter
 from raycloud.link.websocket import WebSocketChannel
-from raycloud.models.loading import Pretrained, load
+from raycloud.models.loading import Pretrained, load, load_tokenizer
 from raycloud.models.segments import Segment
 from raycloud.models.weights import fingerprint, weights_of
 from raycloud.serving.teacher import TeacherSettings, app
@@ -107,28 +109,33 @@ def test_a_device_without_ray_fills_its_files_and_goes_on_where_it_was(
     data, out = tmp_path / "notes.jsonl", tmp_path / "signals"
     rows = [{"text": f"note {n}: the shop opens at {n % 24} and sells {n} things"} for n in range(90)]
     data.write_text("\n".join(map(json.dumps, rows)))
-
-    def fetch(*words: str, tokenizer: Path = tiny_llama, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", WITHOUT_RAY, "signals", "fetch", "--teacher", url, "--data", str(data)]
-        command += ["--tokenizer", str(tokenizer), "--out", str(out), "--token", token, "split=all", *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-    done = fetch("limit=10")
+    other = tmp_path / "other"
+    tokenizer = load_tokenizer(str(tiny_llama))
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(other)
+    command = [sys.executable, "-c", WITHOUT_RAY, "signals", "fetch", "--teacher", url, "--data", str(data)]
+    command += ["--tokenizer", str(tiny_llama), "--out", str(out), "--token", TOKEN, "split=all", "limit=10"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "10 samples; " in done.stdout
-    done = fetch()
-    assert done.returncode == 0, done.stderr
-    assert "samples: 90/90" in done.stdout and "90 samples; " in done.stdout
-    # What is there is not asked for again.
-    assert "90 samples; 0.0 MB" in fetch().stdout
-    for words, token, said in (
-        (["signal.kind=sorted"], TOKEN, "are stale: signal is"),
-        (["signal.kind=rumours"], TOKEN, "signals fetch: signal.kind"),
-        ([], "guess", "refused the token (HTTP 403)"),
+    assert "samples: 10/10" in done.stdout and "10 samples; " in done.stdout
+
+    asked = {"teacher": url, "tokenizer": str(tiny_llama), "data": {"source": str(data)}, "output": str(out)}
+    meter, moves = Meter(), []
+
+    def again(token: str = TOKEN, **changes: object) -> FileSignals:
+        recipe = FetchRecipe.model_validate({**asked, "split": "all", **changes})
+        return fetch(recipe, token=token, meter=meter, moved=lambda *at: moves.append(at))
+
+    assert len(again()) == 90 and moves[-1] == (90, 90)
+    asks = meter.messages["ids"]
+    assert asks == 80 / 16 and len(again()) == 90 and meter.messages["ids"] == asks
+    for error, said, changes in (
+        (DataError, "are stale: signal is", {"signal": {"kind": "sorted"}}),
+        (LinkError, "refused the token", {"token": "guess"}),
+        (LinkError, "is not the one that the teacher at", {"tokenizer": str(other)}),
     ):
-        failed = fetch(*words, token=token)
-        assert failed.returncode in (1, 2) and failed.stderr.startswith("error: ") and said in failed.stderr
-        assert failed.stderr.count("\n") == 1
+        with pytest.raises(error, match=said):
+            again(**changes)  # type: ignore[arg-type]
     link = connected(url)
     store = FileSignals(out, link.origin(SignalRecipe(kind="topk"), [1.0]))
     link.close()
