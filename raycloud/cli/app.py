@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from raycloud import __version__
-from raycloud.cli import bench, distill, edge, evaluate, fetch, privacy, schema, search, split, validate
+from raycloud.cli import bench, distill, edge, evaluate, fetch, privacy, schema, search, signals, split, validate
 from raycloud.errors import RaycloudError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("fetch")(fetch.fetch)
 app.command("evaluate")(evaluate.evaluate)
 app.command("privacy")(privacy.privacy)
 app.add_typer(split.app, name="split")
+app.add_typer(signals.app, name="signals")
 app.add_typer(edge.app, name="edge")
 app.add_typer(bench.app, name="bench")
 

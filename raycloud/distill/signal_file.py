@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,14 +152,40 @@ class MeteredSignals:
 def building(
     path: str | Path, origin: Origin, teacher: Segment, samples: Sequence[Sample], *, part: int = 256
 ) -> Iterator[tuple[int, int]]:
-    """Have the teacher say what it thinks of all samples, but for those whose signals are there already.
+    """As :func:`gathering`, from a teacher that is here.
+
+    Args:
+        path: the folder, made where it is missing.
+        origin: kind of signal, temperatures, and the teacher's name.
+        teacher: the whole model.
+        samples: the data set.
+        part: samples of one file.
+    """
+    device = next(teacher.parameters()).device
+
+    def said(batches: Sequence[Batch]) -> Iterator[Signal]:
+        for batch in batches:
+            yield observe(teacher, origin.teacher, batch.to(device), origin.recipe, origin.temperatures)
+
+    return gathering(path, origin, said, samples, part=part)
+
+
+def gathering(
+    path: str | Path,
+    origin: Origin,
+    said: Callable[[Sequence[Batch]], Iterable[Signal]],
+    samples: Sequence[Sample],
+    *,
+    part: int = 256,
+) -> Iterator[tuple[int, int]]:
+    """Have a teacher say what it thinks of all samples, but for those whose signals are there already.
 
     Where another process builds in the folder, its end is waited for, and what it has left is taken over.
 
     Args:
         path: the folder, made where it is missing.
         origin: kind of signal, temperatures, and the teacher's name.
-        teacher: the whole model.
+        said: what the teacher says of batches, in order.
         samples: the data set.
         part: samples of one file, at most that many are lost when the process is killed.
 
@@ -182,7 +208,7 @@ def building(
         yield there, len(wanted)
         for begin in range(0, len(missing), part):
             keys = missing[begin : begin + part]
-            _save(folder, keys, _said(teacher, origin, [wanted[key] for key in keys]))
+            _save(folder, keys, _payload(said, [wanted[key] for key in keys]))
             yield there + begin + len(keys), len(wanted)
 
 
@@ -199,15 +225,11 @@ def _check_origin(folder: Path, origin: Origin) -> None:
             raise DataError(f"signals in '{folder}' are stale: {field} is {there}, not {wanted}; build them elsewhere")
 
 
-def _said(teacher: Segment, origin: Origin, samples: Sequence[Sample]) -> dict[str, Tensor]:
+def _payload(said: Callable[[Sequence[Batch]], Iterable[Signal]], samples: Sequence[Sample]) -> dict[str, Tensor]:
     """The payload of all samples in order, and how many tokens each of them has."""
-    device = next(teacher.parameters()).device
     batches = [collate(samples[at : at + _BATCH], pad=0) for at in range(0, len(samples), _BATCH)]
-    said = [
-        observe(teacher, origin.teacher, batch.to(device), origin.recipe, origin.temperatures).payload
-        for batch in batches
-    ]
-    payload = {name: torch.cat([one[name] for one in said]) for name in said[0]}
+    payloads = [one.payload for one in said(batches)]
+    payload = {name: torch.cat([one[name] for one in payloads]) for name in payloads[0]}
     return payload | {_TOKENS: torch.cat([(batch.labels != IGNORE).sum(dim=1) for batch in batches])}
 
 

@@ -45,6 +45,10 @@ class Kind(IntEnum):
     GOAWAY = 10
     CLOSE = 11
     ERROR = 12
+    ASK = 13
+    TABLE = 14
+    TOLD = 15
+    PART = 16
 
 
 class FrameError(LinkError):
@@ -67,7 +71,7 @@ class Frame:
     keep: int = 0
     """Tokens that stay valid; those behind them are forgotten first."""
     pos: int = 0
-    """Token of the first row."""
+    """Token of the first row; or the size of the map that a payload of map and raw bytes begins with."""
     rows: int = 0
     out_rows: int = 0
     """How many of the last rows are to come back."""

@@ -30,7 +30,7 @@ def check_url(url: str) -> None:
     except ValueError:  # brackets that do not match, a port that is none
         usable = False
     if not usable:
-        raise LinkError(f"'{url}' is no address of a cloud; allowed: wss://host[:port]/v1/split")
+        raise LinkError(f"'{url}' is no address of a cloud; allowed: wss://host[:port]/path")
     if parts.scheme == "ws" and parts.hostname not in _LOCAL:
         raise LinkError(f"'{url}' would send hidden states unencrypted; use wss:// for any host but this one")
 
@@ -120,7 +120,7 @@ class WebSocketChannel:
             if status in (401, 403):
                 raise LinkError(f"{url} refused the token (HTTP {status})") from None
             if status == 404:
-                raise LinkError(f"{url} has no split model (HTTP 404)") from None
+                raise LinkError(f"{url} has nothing to connect to (HTTP 404)") from None
             raise LinkDown(f"{url} answered HTTP {status}") from None
         except InvalidURI as error:
             raise LinkError(f"'{url}' is no address of a cloud: {error}") from None

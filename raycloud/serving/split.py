@@ -1,24 +1,21 @@
 """The cloud's part of a split model on Ray Serve: sessions over one WebSocket each."""
 
 # No postponed annotations: Serve and FastAPI read those of the handlers and of the builder's argument.
-import hashlib
-import os
-import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from fastapi import FastAPI, HTTPException, Request, Response, WebSocket, WebSocketDisconnect
+from fastapi import FastAPI, HTTPException, Request, Response, WebSocket
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
 from raycloud.cluster.metrics import RayMetrics
 from raycloud.errors import RecipeError
-from raycloud.link.channel import LinkDown
 from raycloud.models.loading import Device, DType
+from raycloud.serving.door import Doorkeeper, SocketConnection, tokens_of
 from raycloud.split.calibration import Calibration
 from raycloud.split.cloud.engine import Engine
 from raycloud.split.cloud.host import Host
@@ -28,10 +25,8 @@ from raycloud.split.parts import CloudPart, load_cloud
 from raycloud.split.plan import PlanSet
 from raycloud.split.terms import Codecs
 
-TOKEN = "RAYCLOUD_TOKEN"
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _IDLE_SOCKETS = 256
-_POLICY_VIOLATION = 1008
 
 
 class SplitSettings(BaseModel):
@@ -71,11 +66,7 @@ class SplitSettings(BaseModel):
         Raises:
             RecipeError: there is none.
         """
-        given = self.token or os.environ.get(TOKEN) or ""
-        tokens = [token for part in given.split(",") if (token := part.strip())]
-        if not tokens:
-            raise RecipeError(f"no token: set {TOKEN} or the argument token; edges must bring it")
-        return tokens
+        return tokens_of(self.token)
 
     @property
     def plans(self) -> PlanSet | None:
@@ -85,49 +76,6 @@ class SplitSettings(BaseModel):
         if self.first is None or self.second is None:
             raise RecipeError("give both first and second, or neither for an exported part")
         return PlanSet((self.first,), (self.second,))
-
-
-class Doorkeeper:
-    """Lets in whoever brings one of the tokens."""
-
-    def __init__(self, tokens: list[str]) -> None:
-        self._digests = [hashlib.sha256(token.encode()).digest() for token in tokens]
-
-    def principal(self, authorization: str | None) -> str | None:
-        """Who an ``Authorization`` header stands for, or None; every token is compared, in constant time."""
-        brought = (authorization or "").removeprefix("Bearer ").strip()
-        digest = hashlib.sha256(brought.encode()).digest()
-        matches = [secrets.compare_digest(digest, known) for known in self._digests]
-        return digest.hex()[:16] if any(matches) and brought else None
-
-
-class SocketConnection:
-    """One accepted WebSocket as a connection of the protocol."""
-
-    def __init__(self, socket: WebSocket) -> None:
-        self._socket = socket
-
-    async def receive(self) -> bytes:
-        """The next binary message."""
-        try:
-            return await self._socket.receive_bytes()
-        except (WebSocketDisconnect, RuntimeError, KeyError):
-            # KeyError: a text message has no bytes.
-            raise LinkDown("the edge left") from None
-
-    async def send(self, data: bytes) -> None:
-        """Send one binary message."""
-        try:
-            await self._socket.send_bytes(data)
-        except (WebSocketDisconnect, RuntimeError):
-            raise LinkDown("the edge left") from None
-
-    async def close(self, reason: str) -> None:
-        """Close the socket."""
-        try:
-            await self._socket.close(reason=reason[:100])
-        except (WebSocketDisconnect, RuntimeError):
-            return
 
 
 def build_api(
@@ -165,13 +113,9 @@ def build_api(
 
     @api.websocket("/v1/split")
     async def split(socket: WebSocket) -> None:
-        principal = door.principal(socket.headers.get("authorization"))
-        if principal is None:
-            # Before it is accepted: the client sees HTTP 403.
-            await socket.close(_POLICY_VIOLATION)
-            return
-        await socket.accept()
-        await host.serve(SocketConnection(socket), principal)
+        principal = await door.admit(socket)
+        if principal is not None:
+            await host.serve(SocketConnection(socket), principal)
 
     return api
 

@@ -151,7 +151,7 @@ def test_tokens_that_no_header_can_carry_are_refused(
 
 
 def test_other_refusals_say_whether_waiting_helps(connect: Callable[..., WebSocketChannel]) -> None:
-    with pytest.raises(LinkError, match=r"has no split model \(HTTP 404\)") as caught:
+    with pytest.raises(LinkError, match=r"has nothing to connect to \(HTTP 404\)") as caught:
         connect("/missing")
     assert not isinstance(caught.value, LinkDown)
     with pytest.raises(LinkDown, match="HTTP 503"):

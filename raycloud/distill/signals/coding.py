@@ -55,10 +55,15 @@ def _cosine(size: int) -> Tensor:
     return waves.float()
 
 
+def id_bytes(words: int) -> int:
+    """Bytes of an id below ``words``: two up to 65,536 words, three up to 16 million."""
+    return max(1, -(-(words - 1).bit_length() // 8))
+
+
 def encode_ids(ids: Tensor, words: int) -> Tensor:
-    """Ids below ``words``, (…) to (…, bytes) uint8: two bytes each up to 65,536 words, three up to 16 million."""
-    width = max(1, -(-(words - 1).bit_length() // 8))
-    return ids.long().contiguous().view(torch.uint8).view(*ids.shape, _ID_BYTES)[..., :width].contiguous()
+    """Ids below ``words``, (…) to (…, bytes) uint8."""
+    coded = ids.long().contiguous().view(torch.uint8).view(*ids.shape, _ID_BYTES)
+    return coded[..., : id_bytes(words)].contiguous()
 
 
 def decode_ids(payload: Tensor) -> Tensor:
