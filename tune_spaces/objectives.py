@@ -1,19 +1,25 @@
-"""The objectives beside each other with one tokenizer: a student of some of SmolLM2's blocks learns from SmolLM2."""
+"""The objectives beside each other with one tokenizer: a student of six blocks learns from a fine-tuned SmolLM2.
+
+The teacher is what ``jobs/recipes/sft_smollm2.yaml`` leaves.
+"""
 
 from raycloud.search.space import Metric, Space, Variant
 
 SEEDS = [10, 20, 30]
+TEACHER = {"teacher.model": "results/sft_smollm2/student", "teacher.signals": "results/objectives/signals"}
 
 
 def objective(seeds: list[int] | None = None, **kd: object) -> Variant:
     """Half cross-entropy, half an objective."""
-    return Variant(overrides={"objective.kd": kd}, seeds=seeds)
+    return Variant(overrides={**TEACHER, "objective.kd": kd}, seeds=seeds)
 
 
 SPACE = Space(
     base="objectives.yaml",
     variants={
-        "supervised": Variant(overrides={"objective.ce_weight": 1.0, "objective.kd_weight": 0.0}, seeds=SEEDS),
+        "supervised": Variant(
+            overrides={**TEACHER, "objective.ce_weight": 1.0, "objective.kd_weight": 0.0}, seeds=SEEDS
+        ),
         "forward_kl": objective(SEEDS, name="forward_kl"),
         "skewed_reverse_kl": objective(SEEDS, name="skewed_reverse_kl"),
         "dskd v2": objective(SEEDS, name="dskd", version=2),
@@ -29,19 +35,20 @@ SPACE = Space(
     },
     seeds=SEEDS[:1],
     metrics=[
+        Metric(name="kl_after", direction="min"),
         Metric(name="student_ppl_after", direction="min"),
-        Metric(name="student_kl_after", direction="min"),
         Metric(name="agreement_after", direction="max"),
-        Metric(name="rouge_l", direction="max"),
+        Metric(name="rouge_l_after", direction="max"),
     ],
     baseline="supervised",
     references={
-        "none": {
+        "no distillation": {
+            "kl_after": "kl_before",
             "student_ppl_after": "student_ppl_before",
-            "student_kl_after": "student_kl_before",
             "agreement_after": "agreement_before",
+            "rouge_l_after": "rouge_l_before",
         },
-        "teacher": {"student_ppl_after": "teacher_ppl"},
+        "teacher": {"student_ppl_after": "teacher_ppl", "rouge_l_after": "teacher_rouge_l"},
     },
     output="results/objectives",
 )
