@@ -93,7 +93,7 @@ def _run(todo: list[Trial], folder: Path, file: RowFile, concurrent: int, metric
     every = [[_DRIVER, *trial.job.bundles(trial.recipe)] for trial in todo]
     most = {
         name: concurrent * max(sum(bundle.get(name, 0) for bundle in bundles) for bundles in every)
-        for name in {name for bundles in every for bundle in bundles for name in bundle}
+        for name in sorted({name for bundles in every for bundle in bundles for name in bundle})
     }
     shares = {name: most.pop(name, 0.0) for name in ("CPU", "GPU")}
     try:

@@ -30,6 +30,7 @@ def test_the_surface_is_frozen() -> None:
         "edge",
         "privacy",
         "search",
+        "signals",
         "validate",
         "schema",
         "fetch",
@@ -40,7 +41,19 @@ def test_the_surface_is_frozen() -> None:
 def test_help_is_enough_to_start() -> None:
     done = raycloud("--help")
     assert done.returncode == 0
-    for verb in ("distill", "evaluate", "split", "edge", "privacy", "search", "validate", "schema", "fetch", "bench"):
+    for verb in (
+        "distill",
+        "evaluate",
+        "split",
+        "edge",
+        "privacy",
+        "search",
+        "signals",
+        "validate",
+        "schema",
+        "fetch",
+        "bench",
+    ):
         assert verb in done.stdout
 
 
