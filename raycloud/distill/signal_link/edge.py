@@ -347,9 +347,11 @@ class LinkSignals:
     def prefetch(self, batch: Batch) -> None:
         """Have the teacher begin with a batch that will be needed; with too many under way, nothing."""
         key = self._key(batch)
+        if key in self._asked:
+            return
         if len(self._asked) >= _AHEAD and next(iter(self._asked.values())).done():
             self._asked.popitem(last=False)  # nobody came for it
-        if key not in self._asked and len(self._asked) < _AHEAD:
+        if len(self._asked) < _AHEAD:
             self._asked[key] = self._ask(key, batch)
 
     def signal(self, batch: Batch) -> Signal:
