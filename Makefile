@@ -15,6 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $$(grep '^torch==' constraints.txt)
 	$(PIP) --editable '.[cluster,dev]'
+	$(PIP) --no-build-isolation $$(grep '^deepspeed==' constraints.txt)
 	touch $@
 
 demo: install
