@@ -15,11 +15,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from raycloud.cluster.runtime import computing_with, share_of_cores
 from raycloud.data.batches import Batch, Sample, encode
-from raycloud.data.sources import load_rows
+from raycloud.data.sources import load_rows, training_rows
 from raycloud.data.splits import Row, spread
 from raycloud.distill.examination import Comparison, Examined, Examiner
 from raycloud.distill.recipe import Cohort, DistillRecipe
-from raycloud.distill.shard import Shard, origin_of, training_rows
+from raycloud.distill.shard import Shard, origin_of
 from raycloud.distill.signal_file import building, tokenizer_fingerprint
 from raycloud.distill.signals import FrozenHead, Signal, frozen_head, observe, signal_key
 from raycloud.distill.student import initial_student, own_tokenizer, student_from

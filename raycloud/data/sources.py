@@ -12,8 +12,9 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from raycloud.data.instruct import instruct
+from raycloud.data.recipe import DataRecipe
 from raycloud.data.reviews import reviews
-from raycloud.data.splits import Row, Split, split_of
+from raycloud.data.splits import Row, Split, split_of, spread
 from raycloud.errors import DataError, MissingExtra
 from raycloud.fetch import PREFIX
 
@@ -52,6 +53,16 @@ def load_rows(source: str, split: Part, notify: Callable[[str], None] = lambda l
         if not whole:
             return _nonempty(rows, source, split)
     return _nonempty([row for row in rows if split in ("all", split_of(row))], source, split)
+
+
+def training_rows(data: DataRecipe, notify: Callable[[str], None] = lambda line: None) -> list[Row]:
+    """The rows that a recipe trains on.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    rows = load_rows(data.source, "train", notify)
+    return [rows[place] for place in spread(len(rows), data.limit)]
 
 
 def _renamed(rows: list[Row]) -> list[Row]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raycloud.data.prompts import Format
+from raycloud.data.recipe import DataRecipe
 from raycloud.distill.objective import Objective
 from raycloud.distill.objectives import AnyObjective, CrossEntropy
 from raycloud.distill.signals import SignalRecipe
@@ -54,19 +54,6 @@ class StudentRecipe(Recipe):
     lora: LoraRecipe | None = None
     """Train adapters only, which then are all that crosses in rounds; None trains everything."""
     placement: Placement = Placement()
-
-
-class DataRecipe(Recipe):
-    """The text to learn from."""
-
-    source: str = "builtin:reviews"
-    """``builtin:reviews``, ``builtin:instruct``, a JSONL or Parquet file, or a hub id."""
-    format: Format = "plain"
-    max_length: int = Field(512, gt=1)
-    """Tokens of prompt and response together."""
-    max_prompt: int = Field(256, gt=0)
-    limit: int | None = Field(None, gt=0)
-    """So many rows of the training split, evenly spread over it; None for all."""
 
 
 class ObjectiveRecipe(Recipe):

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from raycloud.data.batches import Sample, Tally, collate, encode_tallied
-from raycloud.data.sources import load_rows
-from raycloud.data.splits import Row, select, shard, spread
+from raycloud.data.sources import training_rows
+from raycloud.data.splits import select, shard
 from raycloud.distill.pairs import Pairs
-from raycloud.distill.recipe import DataRecipe, DistillRecipe, EdgeRecipe
+from raycloud.distill.recipe import DistillRecipe, EdgeRecipe
 from raycloud.distill.signal_file import Origin, tokenizer_fingerprint
 from raycloud.distill.student import Lesson, own_tokenizer
-
-
-def training_rows(data: DataRecipe, notify: Callable[[str], None] = lambda line: None) -> list[Row]:
-    """The rows of all edges.
-
-    Raises:
-        DataError: they cannot be read.
-    """
-    rows = load_rows(data.source, "train", notify)
-    return [rows[place] for place in spread(len(rows), data.limit)]
 
 
 def origin_of(recipe: DistillRecipe, teacher: str, tokenizer: PreTrainedTokenizerBase) -> Origin:

@@ -22,11 +22,10 @@ from raycloud.cluster.edge_student import Answer, Beat, EdgeStudent
 from raycloud.cluster.rounds import Member, Round, run_round
 from raycloud.cluster.runtime import joined, stoppable
 from raycloud.data.prompts import example
-from raycloud.data.sources import load_rows
+from raycloud.data.sources import load_rows, training_rows
 from raycloud.data.splits import select, shard
 from raycloud.distill.examination import ALL, Comparison, gap_closed
 from raycloud.distill.recipe import Cohort, DistillRecipe, Placement, StudentRecipe
-from raycloud.distill.shard import training_rows
 from raycloud.distill.student import check_blocks, check_objective, check_vocabulary, own_tokenizer, student_from
 from raycloud.errors import ClusterError, DataError, Interrupted, ModelError, RaycloudError
 from raycloud.evaluation.questions import ask

@@ -9,9 +9,9 @@ from typing import Annotated
 from pydantic import Field
 
 from raycloud.data.batches import encode
+from raycloud.data.recipe import DataRecipe
 from raycloud.data.sources import Part, load_rows
 from raycloud.data.splits import spread
-from raycloud.distill.recipe import DataRecipe
 from raycloud.distill.signal_file import FileSignals, gathering, tokenizer_fingerprint
 from raycloud.distill.signal_link.edge import LinkSignals, TeacherLink
 from raycloud.distill.signals import SignalRecipe
