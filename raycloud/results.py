@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -55,6 +56,23 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def kept_json(folder: Path, about: Any, compute: Callable[[], Any]) -> Any:
+    """What ``compute`` returns, as plain JSON; what a folder has of it from an earlier time is not computed again.
+
+    Args:
+        folder: for one file for each thing.
+        about: all that it depends on, as plain JSON.
+        compute: called where there is no file yet, or none that can be read.
+    """
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
+    path = folder / f"{digest}.json"
+    with suppress(OSError, ValueError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    found = compute()
+    write_atomically(path, json.dumps(found))
+    return found
 
 
 class ResultDir:

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import ray
 import torch
@@ -27,6 +28,7 @@ from raycloud.errors import ClusterError
 from raycloud.models.loading import Pretrained, load, pick_device
 from raycloud.models.segments import Segment
 from raycloud.models.weights import Weights, build, fingerprint, weights_of
+from raycloud.results import kept_json
 from raycloud.training.lora import attach, learnt_weights, merge
 from raycloud.training.precision import compute_type, computing_in
 
@@ -216,10 +218,28 @@ class CloudTeacher:
             return Findings(examiner.student(model), self._rouge_l(examiner, model) if answer else None)
 
     def _rouge_l(self, examiner: Examiner, model: PreTrainedModel | None) -> float | None:
-        how = self._recipe.evaluation
+        """Runs that share a folder of signals share these as well: most begin with the same teacher and student."""
+        recipe, how = self._recipe, self._recipe.evaluation
         if not how.answers:
             return None
-        return examiner.rouge_l(model, self._held_out, how.answers, how.generation, self._recipe.seed)
+
+        def ask() -> float:
+            return examiner.rouge_l(model, self._held_out, how.answers, how.generation, recipe.seed)
+
+        if recipe.teacher.signals is None:
+            return ask()
+        about = {
+            "weights": fingerprint(weights_of(model or self._teacher.model)),
+            "tokenizer": tokenizer_fingerprint(examiner.tokenizer(model)),
+            "data": recipe.data.model_dump(mode="json"),
+            "split": how.split,
+            "answers": how.answers,
+            "generation": how.generation.model_dump(mode="json"),
+            # Greedy answers do not depend on it.
+            "seed": recipe.seed if how.generation.temperature else None,
+        }
+        found: float = kept_json(Path(recipe.teacher.signals) / "rouge_l", about, ask)
+        return found
 
     def compare(self, cohort: str, config: PretrainedConfig, weights: Weights) -> Comparison:
         """Prompts completed by both, and both speeds."""

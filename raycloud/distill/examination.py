@@ -210,11 +210,15 @@ class Examiner:
             sum(text.kl for text in chosen) / compared,
         )
 
+    def tokenizer(self, model: PreTrainedModel | None) -> PreTrainedTokenizerBase:
+        """The students', or the teacher's where no model is given."""
+        return self._own if model else self._tokenizer
+
     def rouge_l(
         self, model: PreTrainedModel | None, rows: Sequence[Row], count: int, how: GenerationRecipe, seed: int
     ) -> float:
         """ROUGE-L (%) of answers to ``count`` of the rows, evenly spread; of the teacher where no model is given."""
-        model, tokenizer = (model, self._own) if model else (self._pretrained.model, self._tokenizer)
+        tokenizer, model = self.tokenizer(model), model or self._pretrained.model
         questions = ask(rows, tokenizer, self._form, max_prompt=self._max_prompt, limit=count)
         made = answers(
             Segment(model),
