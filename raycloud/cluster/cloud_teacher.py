@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from raycloud.cluster.runtime import computing_with, share_of_cores
+from raycloud.cluster.runtime import computing_with, cores, share_of_cores
 from raycloud.data.batches import Batch, Sample, encode
 from raycloud.data.sources import load_rows, training_rows
 from raycloud.data.splits import Row, spread
@@ -144,7 +143,7 @@ class CloudTeacher:
             if recipe.cohort_of(edge).objective.kd_weight
             for sample in Shard.of(recipe, edge, self._teacher.tokenizer).asked
         }
-        with computing_with(os.cpu_count() or 1), computing_in(compute_type(recipe.dtype, device), device):
+        with computing_with(cores()), computing_in(compute_type(recipe.dtype, device), device):
             origin = origin_of(recipe, self._name, self._teacher.tokenizer)
             yield from building(str(recipe.teacher.signals), origin, self._segment, list(samples))
 
@@ -176,7 +175,7 @@ class CloudTeacher:
             limits = {"max_length": recipe.data.max_length, "max_prompt": recipe.data.max_prompt}
             return encode(chosen, tokenizer, recipe.data.format, **limits)
 
-        with computing_with(os.cpu_count() or 1):
+        with computing_with(cores()):
             model, blocks = initial_student(self._teacher, student, calibration, recipe.device)
         return Start(model.config, {name: tensor.cpu() for name, tensor in weights_of(model).items()}, blocks)
 
@@ -207,13 +206,13 @@ class CloudTeacher:
 
     def teacher_scores(self, cohort: str) -> Findings:
         """The teacher on the held-out text of a cohort, which may lack rows that one of both cannot read."""
-        with computing_with(os.cpu_count() or 1):
+        with computing_with(cores()):
             examiner = self._examiner(cohort)
             return Findings(Examined(examiner.teacher(), []), self._rouge_l(examiner, None))
 
     def scores(self, cohort: str, config: PretrainedConfig, weights: Weights, *, answer: bool = True) -> Findings:
         """A student on held-out text; without ``answer`` no questions are asked."""
-        with computing_with(os.cpu_count() or 1):
+        with computing_with(cores()):
             examiner, model = self._examiner(cohort), self._built(cohort, config, weights)
             return Findings(examiner.student(model), self._rouge_l(examiner, model) if answer else None)
 
@@ -244,7 +243,7 @@ class CloudTeacher:
     def compare(self, cohort: str, config: PretrainedConfig, weights: Weights) -> Comparison:
         """Prompts completed by both, and both speeds."""
         recipe = self._recipe.evaluation
-        with computing_with(os.cpu_count() or 1):
+        with computing_with(cores()):
             student = self._built(cohort, config, weights)
             return self._examiner(cohort).compare(student, recipe.prompts, recipe.new_tokens)
 

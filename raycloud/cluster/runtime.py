@@ -98,6 +98,11 @@ def check_capacity(needs: Mapping[str, float]) -> None:
             )
 
 
+def cores() -> int:
+    """CPU cores that this process may use; the machine's own number says nothing in a container or under ``taskset``."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def share_of_cores(threads: int, tier: str, actors: int) -> int:
     """CPU threads of one of ``actors`` with the resource ``tier``; ``threads`` if that is set.
 
@@ -107,7 +112,7 @@ def share_of_cores(threads: int, tier: str, actors: int) -> int:
         return threads
     here = ray.get_runtime_context().get_node_id()
     fitting = next(int(node["Resources"].get(tier, 0)) for node in ray.nodes() if node["NodeID"] == here)
-    return max(1, (os.cpu_count() or 1) // max(1, min(actors, fitting)))
+    return max(1, cores() // max(1, min(actors, fitting)))
 
 
 @contextmanager
