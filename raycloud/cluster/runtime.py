@@ -99,7 +99,7 @@ def check_capacity(needs: Mapping[str, float]) -> None:
 
 
 def cores() -> int:
-    """CPU cores that this process may use; the machine's own number says nothing in a container or under ``taskset``."""
+    """CPU cores that this process may use: fewer than the machine has under ``taskset`` and in some containers."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
