@@ -8,7 +8,20 @@ from collections.abc import Sequence
 import typer
 
 from raycloud import __version__
-from raycloud.cli import bench, distill, edge, evaluate, fetch, privacy, schema, search, signals, split, validate
+from raycloud.cli import (
+    bench,
+    distill,
+    edge,
+    evaluate,
+    fetch,
+    privacy,
+    schema,
+    search,
+    signals,
+    split,
+    tune_teacher,
+    validate,
+)
 from raycloud.errors import RaycloudError
 
 app = typer.Typer(
@@ -18,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.command("tune-teacher")(tune_teacher.tune_teacher)
 app.command("distill")(distill.distill)
 app.command("search")(search.search)
 app.command("validate")(validate.validate)

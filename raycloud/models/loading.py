@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -203,6 +204,8 @@ def _first_line(error: BaseException) -> str:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keeps the library's progress bars and advice out of a job's output."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving a model imports DeepSpeed where it is installed
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,0 +1,159 @@
+"""Every stage and number of workers trains to the same weights as plain torch in one process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, LlamaForCausalLM
+
+from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
+from raycloud.cluster.teacher.shards import Shards
+from raycloud.data.batches import Sample, SampleOrder, collate
+from raycloud.data.tokens import TokenFile, token_table, write_tokens
+from raycloud.models.loading import load
+from raycloud.models.segments import Segment
+from raycloud.training.loop import Loss, Trainer
+from raycloud.training.lora import attach
+from tests.cluster.teacher.group import run
+
+pytest.importorskip("deepspeed")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+STEPS = 20
+# A clip that bites, micro-batches of different numbers of tokens, warm-up and decay.
+TRAINING = {"lr": 3e-3, "warmup_steps": 3, "batch_size": 4, "accumulate": 2, "clip": 0.5, "weight_decay": 0.1}
+LORA = {"r": 4, "alpha": 8, "dropout": 0.0}
+
+
+def _case(name: str, model: Path, stage: int, **more: Any) -> dict[str, Any]:
+    recipe = {"model": str(model), "dtype": "float32", "training": TRAINING, "deepspeed": {"stage": stage}}
+    about = {key: more.pop(key) for key in ("begun", "until") if key in more}
+    return {"name": name, "steps": STEPS, "recipe": {**recipe, **more}, **about}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(4, 24, (37,), generator=generator).tolist()
+    samples = [
+        Sample(tuple(torch.randint(3, 500, (length,), generator=generator).tolist()), length // 3) for length in lengths
+    ]
+    write_tokens(folder / "tokens.arrow", [token_table(samples)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """As ``tiny_llama`` with a short vocabulary, which is most of what its steps cost."""
+    folder = tmp_path_factory.mktemp("models") / "shorter"
+    shutil.copytree(tiny_llama, folder)
+    config = AutoConfig.from_pretrained(tiny_llama, vocab_size=512)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, model: Path) -> Path:
+    """All cases; the checkpoints that others go on from are written by two workers first."""
+    stages = [_case(f"stage{stage}", model, stage) for stage in (0, 1, 2, 3)]
+    lora = [_case(f"lora{stage}", model, stage, lora=LORA) for stage in (2, 3)]
+    frugal = {"training": {**TRAINING, "gradient_checkpointing": True}}
+    both = [
+        *stages,
+        *lora,
+        _case("checkpointing", model, 3, **frugal),
+        _case("offloaded", model, 3, deepspeed={"stage": 3, "offload_optimizer": True, "offload_parameters": True}),
+        *(_case(f"half{stage}", model, stage, until=STEPS // 2) for stage in (0, 2, 3)),
+        _case("bfloat16", model, 2, dtype="bfloat16"),
+        _case("bfloat16-half", model, 2, dtype="bfloat16", until=STEPS // 2),
+        _case("bfloat16-resumed", model, 2, dtype="bfloat16", begun=folder / "bfloat16-half"),
+        _case("resumed3from2", model, 3, begun=folder / "half2"),
+    ]
+    run(2, both, folder)
+    alone = [{**case, "name": f"{case['name']}alone"} for case in stages]
+    resumed = [
+        _case(f"{to}from{of}alone", model, to, begun=folder / f"half{of}") for to, of in ((2, 3), (3, 0), (0, 2))
+    ]
+    run(1, [*alone, *resumed], folder)
+    return folder
+
+
+def _reference(folder: Path, source: Path, lora: bool = False) -> tuple[dict[str, torch.Tensor], list[float]]:
+    recipe = TuneTeacherRecipe.model_validate(_case("", source, 0)["recipe"])
+    model = load(str(source), dtype="float32").model
+    if lora:
+        recipe = recipe.model_validate({**recipe.model_dump(), "lora": LORA})
+        assert recipe.lora is not None
+        model = attach(model, recipe.lora, recipe.seed)
+    segment, tokens = Segment(model), TokenFile(folder / "tokens.arrow")
+    trainer = Trainer({"model": model}, recipe.training, total_steps=STEPS, seed=recipe.seed)
+    order = SampleOrder(tokens.lengths, recipe.training.batch_size, recipe.seed)
+
+    def loss(batch: Any) -> Loss:
+        wanted = batch.labels >= 0
+        logits = segment(batch.ids, valid=batch.valid)[wanted]
+        return Loss(cross_entropy(logits, batch.labels[wanted], reduction="sum"), batch.targets, {})
+
+    losses = []
+    for step in range(STEPS):
+        which = [order.indices(2 * step + micro) for micro in range(2)]
+        losses.append(trainer.step([collate([tokens[i] for i in some], 0) for some in which], loss).loss)
+    return {name: one.detach() for name, one in model.named_parameters() if one.requires_grad}, losses
+
+
+def _far(folder: Path, weights: dict[str, torch.Tensor]) -> float:
+    shards = Shards(folder)
+    assert set(shards.names) == set(weights)
+    apart = sum(float((shards.weight(name) - one).square().sum()) for name, one in weights.items())
+    return (apart / sum(float(one.square().sum()) for one in weights.values())) ** 0.5
+
+
+@pytest.mark.parametrize("workers", ["", "alone"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_trains_as_plain_torch(trained: Path, model: Path, stage: int, workers: str) -> None:
+    weights, losses = _reference(trained, model)
+    case = trained / f"stage{stage}{workers}"
+    assert _far(case, weights) < 1e-4
+    steps = json.loads((case / "steps.json").read_text())["steps"]
+    assert [step["loss"] for step in steps] == pytest.approx(losses, rel=1e-4)
+    assert max(step["grad_norm"] for step in steps) > TRAINING["clip"]  # or clipping was not tried
+
+
+@pytest.mark.parametrize("name", ["checkpointing", "offloaded"])
+def test_saving_memory_changes_nothing(trained: Path, model: Path, name: str) -> None:
+    assert _far(trained / name, _reference(trained, model)[0]) < 1e-4
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_adapters_train_as_plain_torch(trained: Path, model: Path, stage: int) -> None:
+    assert _far(trained / f"lora{stage}", _reference(trained, model, lora=True)[0]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["resumed3from2", "2from3alone", "3from0alone", "0from2alone"])
+def test_a_checkpoint_goes_on_under_another_stage_and_number_of_workers(trained: Path, model: Path, name: str) -> None:
+    assert _far(trained / name, _reference(trained, model)[0]) < 1e-4
+
+
+def test_half_precision_resumes_bit_for_bit_and_keeps_float32_weights(trained: Path) -> None:
+    undisturbed, resumed = Shards(trained / "bfloat16"), Shards(trained / "bfloat16-resumed")
+    for name in undisturbed.names:
+        assert torch.equal(undisturbed.weight(name), resumed.weight(name))
+    whole = torch.cat([undisturbed.weight(name).flatten() for name in undisturbed.names])
+    assert not torch.equal(whole, whole.bfloat16().float())
+
+
+def test_all_stages_judge_alike(trained: Path) -> None:
+    found = [
+        json.loads((trained / f"stage{n}{w}" / "steps.json").read_text())["held_out"]
+        for n in range(4)
+        for w in ("", "alone")
+    ]
+    assert found == pytest.approx([found[0]] * len(found), rel=1e-4)
