@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from raycloud.cli.recipes import recipe_class
+from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
 from raycloud.distill.recipe import DistillRecipe
 from raycloud.errors import RecipeError
 from raycloud.recipe import read_yaml
@@ -28,7 +29,9 @@ def test_every_shipped_recipe_is_valid_survives_its_own_dump_and_has_its_own_out
 
 def test_published_recipes_hold_the_published_settings() -> None:
     recipes = {
-        f"{path.parent.name}/{path.stem}": DistillRecipe.load(path) for path in DEMO.parent.glob("*-from-*/*.yaml")
+        f"{path.parent.name}/{path.stem}": DistillRecipe.load(path)
+        for path in DEMO.parent.glob("*-from-*/*.yaml")
+        if path.stem != "sft_teacher"
     }
     for name, recipe in recipes.items():
         training, rounds = recipe.training, recipe.rounds
@@ -40,6 +43,20 @@ def test_published_recipes_hold_the_published_settings() -> None:
     assert gpt2.rounds.steps * gpt2.rounds.count == 7_140
     objective = recipes["gpt2-from-qwen1.5-1.8b/mcw_kd"].objective
     assert (objective.ce_weight, objective.kd_weight, objective.kd.temperature) == (1.0, 5.0, 3.0)
+
+
+def test_published_teachers_are_tuned_as_published() -> None:
+    teachers = {
+        path.parent.name: TuneTeacherRecipe.load(path) for path in DEMO.parent.glob("*-from-*/sft_teacher.yaml")
+    }
+    assert len(teachers) == 4
+    for name, recipe in teachers.items():
+        assert recipe.training.batch_size * recipe.training.accumulate == 32
+        assert recipe.training.lr * recipe.training.lr_floor == pytest.approx(1e-7)
+        assert (recipe.epochs, recipe.deepspeed.stage) == (10, 1)
+        assert (recipe.lora is None) == ("qwen1.5" in name)
+    large = TuneTeacherRecipe.load(DEMO.parent / "teacher_33b.yaml").deepspeed
+    assert (large.stage, large.offload_optimizer, large.offload_parameters) == (3, True, True)
 
 
 def test_overrides_reach_any_depth() -> None:

@@ -262,7 +262,7 @@ class _Run:
         return Result(results.path, summary)
 
     def _export(self, shards: Shards) -> tuple[int, int]:
-        """Write ``model/``, or ``adapter/`` where adapters were trained; parameters in all and trained."""
+        """Write ``model/``, and the adapters by themselves where they were trained; parameters in all and trained."""
         recipe = self.recipe
         model = load(recipe.model, device="cpu", dtype="float32").model
         if recipe.lora is not None:
@@ -271,18 +271,16 @@ class _Run:
             own = dict(model.named_parameters())
             for name in shards.names:
                 own[name].copy_(shards.weight(name))
-        if recipe.lora is not None:
+        if recipe.lora is not None:  # before they are merged
             write_folder(self.results.path / "adapter", lambda to: save_adapter(model, to, recipe.model))
-        else:
 
-            def fill(to: Path) -> None:
-                with quiet_transformers():
-                    model.save_pretrained(to)
-                    self.tokenizer.save_pretrained(to)
+        def fill(to: Path) -> None:
+            with quiet_transformers():
+                merge(model).save_pretrained(to)
+                self.tokenizer.save_pretrained(to)
 
-            write_folder(self.results.path / "model", fill)
-        trained = sum(torch.Size(shape).numel() for shape in shards.facts["shapes"].values())
-        return model.num_parameters(), trained
+        write_folder(self.results.path / "model", fill)
+        return model.num_parameters(), sum(torch.Size(shape).numel() for shape in shards.facts["shapes"].values())
 
 
 def _plain(error: ray.train.TrainingFailedError) -> RaycloudError:
