@@ -40,7 +40,7 @@ from raycloud.models.loading import load, load_config, load_tokenizer, pick_devi
 from raycloud.report.console import bars, console, working
 from raycloud.report.teacher import memory_rows, print_summary, print_table, write_page
 from raycloud.results import RECIPE, Mode, ResultDir, write_folder
-from raycloud.training.lora import attach, check_targets, save_adapter
+from raycloud.training.lora import attach, check_targets, merge, save_adapter
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def train(config: dict[str, Any]) -> None:
     else:
         with checkpoint.as_directory() as folder:
             loop = Loop(*what, begun=Shards(Path(folder)))
-    say({"kind": "start", "step": loop.step, "workers": context.get_world_size()})
+    say({"kind": "start", "step": loop.step, "workers": context.get_world_size(), "pid": os.getpid()})
     while loop.step < config["steps"]:
         say({"kind": "step", **loop.train()})
         if loop.step % recipe.checkpoints.every == 0 or loop.step == config["steps"]:

@@ -1,0 +1,144 @@
+"""The teacher's job on one Ray: what it leaves, and what it survives."""
+
+from __future__ import annotations
+
+import _thread
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raycloud.cluster.jobs import tune_teacher as job
+from raycloud.cluster.jobs.tune_teacher import run
+from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
+from raycloud.errors import DataError, Interrupted, ModelError, RecipeError
+
+pytest.importorskip("deepspeed")
+
+
+def small(model: Path, output: Path, /, **changes: Any) -> TuneTeacherRecipe:
+    """Two workers, eight steps, a checkpoint after every second."""
+    values: dict[str, Any] = {
+        "output": str(output),
+        "device": "cpu",
+        "threads": 1,
+        "model": str(model),
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
+        "data": {"source": "builtin:instruct", "format": "alpaca", "max_length": 96, "max_prompt": 80, "limit": 200},
+        "training": {"batch_size": 8, "lr": 3e-2},
+        "steps": 8,
+        "workers": {"count": 2, "placement": {"num_cpus": 0.1}},
+        "checkpoints": {"every": 2},
+        "held_out": {"samples": 16},
+    }
+    return TuneTeacherRecipe.model_validate({**values, **changes})
+
+
+def records(path: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def finished(local_ray: None, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("teacher") / "run"
+    run(small(tiny_llama, path))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_leaves_a_model_an_adapter_and_a_report(finished: Path, tiny_llama: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["held_out_loss_after"] < summary["held_out_loss_before"]
+    assert (summary["workers"], summary["stage"], summary["restarts"]) == (2, 2, 0)
+    assert [record["step"] for record in records(finished, "step")] == list(range(1, 9))
+    assert [record["step"] for record in records(finished, "held_out")] == [0, 2, 4, 6, 8]
+    assert "<img" in (finished / "report.html").read_text()
+    assert not (finished / "state").exists()
+    merged = AutoModelForCausalLM.from_pretrained(finished / "model", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), finished / "adapter")
+    ids = torch.tensor([AutoTokenizer.from_pretrained(finished / "model")("The film is")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)
+        plain = AutoModelForCausalLM.from_pretrained(tiny_llama)(ids).logits
+    assert (merged(ids).logits - plain).abs().max() > 1e-2
+
+
+def disturbing(monkeypatch: pytest.MonkeyPatch, step: int, what: Callable[[int], None]) -> None:
+    """Call ``what`` with the first worker's process id, once, when a step has been made."""
+    original, starts, done = job._Run._write, list[dict[str, Any]](), list[bool]()
+
+    def write(self: Any, record: dict[str, Any]) -> None:
+        original(self, record)
+        if record["kind"] == "start":
+            starts.append(record)
+        elif record["kind"] == "step" and record["step"] == step and not done:
+            done.append(True)
+            what(starts[-1]["pid"])
+
+    monkeypatch.setattr(job._Run, "_write", write)
+
+
+def same_model(one: Path, other: Path) -> None:
+    ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_worker_is_started_again_and_the_run_ends_as_undisturbed(
+    finished: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disturbing(monkeypatch, 5, lambda pid: os.kill(pid, signal.SIGKILL))
+    summary = run(small(tiny_llama, tmp_path / "run")).summary
+    assert summary["restarts"] == 1
+    first, second = (record["step"] for record in records(tmp_path / "run", "start"))
+    assert (first, second) in ((0, 2), (0, 4))  # the second checkpoint may not have been complete
+    assert [record["step"] for record in records(tmp_path / "run", "step")] == list(range(1, 9))
+    undisturbed = json.loads((finished / "summary.json").read_text())
+    assert summary["held_out_loss_after"] == undisturbed["held_out_loss_after"]
+    same_model(tmp_path / "run", finished)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_stopped_run_resumes_and_ends_as_undisturbed(
+    finished: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small(tiny_llama, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        disturbing(patch, 3, lambda pid: _thread.interrupt_main())
+        with pytest.raises(Interrupted, match="--resume"):
+            run(recipe)
+    run(recipe, "resume")
+    assert [record["step"] for record in records(tmp_path / "run", "step")] == list(range(1, 9))
+    same_model(tmp_path / "run", finished)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"model": "builtin:minilm-l6"}, ModelError, "is an encoder; allowed: causal language models"),
+        ({"lora": {"r": 4, "targets": ["nothing"]}}, ModelError, "lora.targets: no linear map 'nothing'"),
+        ({"deepspeed": {"config": "none.json"}}, RecipeError, "deepspeed.config 'none.json'"),
+        ({"data": {"source": "none.jsonl"}}, DataError, "none.jsonl"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(
+    changes: dict[str, Any], error: type[Exception], said: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error) as refused:
+        run(small(tiny_llama, tmp_path / "run", **changes))
+    assert said in str(refused.value)
+    assert not (tmp_path / "run").exists()
