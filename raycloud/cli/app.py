@@ -8,7 +8,20 @@ from collections.abc import Sequence
 import typer
 
 from raycloud import __version__
-from raycloud.cli import bench, distill, edge, evaluate, fetch, privacy, schema, search, signals, split, validate
+from raycloud.cli import (
+    bench,
+    distill,
+    doctor,
+    edge,
+    evaluate,
+    fetch,
+    privacy,
+    schema,
+    search,
+    signals,
+    split,
+    validate,
+)
 from raycloud.errors import RaycloudError
 
 app = typer.Typer(
@@ -20,6 +33,7 @@ app = typer.Typer(
 )
 app.command("distill")(distill.distill)
 app.command("search")(search.search)
+app.command("doctor")(doctor.doctor)
 app.command("validate")(validate.validate)
 app.command("schema")(schema.schema)
 app.command("fetch")(fetch.fetch)

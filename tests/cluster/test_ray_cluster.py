@@ -91,6 +91,30 @@ def test_a_job_is_submitted_with_a_token(head: tuple[dict[str, str], int], recip
     assert "Traceback" not in done.stdout
 
 
+def doctor(env: dict[str, str], *words: str) -> tuple[int, dict[tuple[str, str], str]]:
+    """Its exit code, and what it found by check and level."""
+    done = subprocess.run(
+        [BIN / "raycloud", "doctor", "--json", *words], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout, done.stderr
+    findings = json.loads(done.stdout.splitlines()[-1])["findings"]
+    return done.returncode, {(one["check"], one["level"]): one["what"] for one in findings}
+
+
+def test_the_doctor_knows_token_ports_and_room(head: tuple[dict[str, str], int], recipe: Path) -> None:
+    env, port = head
+    address = f"127.0.0.1:{port}"
+    job_server = env.pop("RAY_ADDRESS")
+    code, found = doctor(env, "--recipe", str(recipe), "--address", address)
+    assert code == 0, found
+    assert found["token", "fine"] == "the cluster asks for its token"
+    assert found["job server", "fine"] == job_server
+    assert found["capacity", "fine"].startswith("there is room for 3 actors")
+    code, found = doctor({**env, "RAY_AUTH_MODE": "disabled"}, "--address", address)
+    assert code == 2
+    assert f"{address} answers, but not to one without a token" in found["address", "error"]
+
+
 def test_ray_job_stop_leaves_a_directory_that_resumes(
     head: tuple[dict[str, str], int], recipe: Path, tmp_path: Path
 ) -> None:

@@ -16,6 +16,8 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from raycloud.cluster.bundles import distill_bundles
+from raycloud.cluster.capacity import summed
 from raycloud.cluster.checkpoint import Checkpoint, Snapshot
 from raycloud.cluster.cloud_teacher import CloudTeacher, Findings, Start, TeacherFacts
 from raycloud.cluster.edge_student import Answer, Beat, EdgeStudent
@@ -63,12 +65,11 @@ def run(recipe: DistillRecipe, mode: Mode = "new") -> Result:
     """
     ResultDir.check(recipe.output, recipe, mode)
     _preflight(recipe)
-    students = [recipe.cohort_of(edge).student.placement for edge in recipe.edges]
-    places = [recipe.teacher.placement] * recipe.teacher.replicas + students
-    needs = {"cloud": float(recipe.teacher.replicas), "edge": float(len(recipe.edges))}
-    shares = {"CPU": sum(place.num_cpus for place in places), "GPU": sum(place.num_gpus for place in places)}
+    actors = distill_bundles(recipe)
+    needs = summed(actors)
+    shares = {name: needs.pop(name, 0.0) for name in ("CPU", "GPU")}
     try:
-        with joined(needs, shares), stoppable(), ResultDir.open(recipe.output, recipe, mode) as results:
+        with joined(needs, shares, actors), stoppable(), ResultDir.open(recipe.output, recipe, mode) as results:
             return _Run(_with_absolute_paths(recipe), results).whole()
     except KeyboardInterrupt:
         if (Path(recipe.output).expanduser() / RECIPE).is_file():
