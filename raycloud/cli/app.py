@@ -16,6 +16,8 @@ from raycloud.cli import (
     evaluate,
     fetch,
     privacy,
+    report,
+    runs,
     schema,
     search,
     signals,
@@ -39,6 +41,8 @@ app.command("schema")(schema.schema)
 app.command("fetch")(fetch.fetch)
 app.command("evaluate")(evaluate.evaluate)
 app.command("privacy")(privacy.privacy)
+app.command("runs")(runs.runs)
+app.command("report")(report.report)
 app.add_typer(split.app, name="split")
 app.add_typer(signals.app, name="signals")
 app.add_typer(edge.app, name="edge")
