@@ -65,7 +65,7 @@ def head(tmp_path: Path) -> Iterator[tuple[dict[str, str], int]]:
     words = [f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={scratch / 't'}", "--num-cpus=4"]
     words += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", '--resources={"cloud": 1, "edge": 2}']
     words += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
-    words += ["--object-store-memory=500000000"]
+    words += ["--object-store-memory=500000000", "--labels=tier=cloud"]
     subprocess.run([BIN / "ray", "start", "--head", *words], env=env, check=True, capture_output=True, timeout=120)
     try:
         yield {**env, "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}, port
@@ -78,6 +78,11 @@ def head(tmp_path: Path) -> Iterator[tuple[dict[str, str], int]]:
 def submit(env: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     command = [BIN / "ray", "job", "submit", "--working-dir", ".", "--submission-id", "it", *words]
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400)
+
+
+def test_every_job_is_submitted_in_a_test_here() -> None:
+    """A new job wants a test like the next one."""
+    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == {"distill"}
 
 
 def test_a_job_is_submitted_with_a_token(head: tuple[dict[str, str], int], recipe: Path, tmp_path: Path) -> None:
