@@ -89,7 +89,7 @@ def test_a_job_is_submitted_with_a_token(head: tuple[dict[str, str], int], recip
     env, _ = head
     without = submit({**env, "RAY_AUTH_MODE": "disabled"}, "--", "python", "jobs/distill.py", "--help")
     assert without.returncode != 0
-    done = submit(env, "--", "python", "jobs/distill.py", "--recipe", str(recipe))
+    done = submit(env, "--", "python", "jobs/distill.py", "--recipe", str(recipe), "rounds.steps=3")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 3
     assert "gap closed" in done.stdout
