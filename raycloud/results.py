@@ -19,7 +19,7 @@ from raycloud.recipe import Recipe
 Mode = Literal["new", "resume", "overwrite"]
 
 RECIPE = "recipe.yaml"
-_LOCK = ".lock"
+LOCK = ".lock"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -75,12 +75,38 @@ def kept_json(folder: Path, about: Any, compute: Callable[[], Any]) -> Any:
     return found
 
 
+def in_use(path: Path) -> bool:
+    """Whether a process holds this file, such as the :data:`LOCK` of a result directory."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: many may ask at once
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file that has one JSON object a line; a last line that a crash cut short is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
 class ResultDir:
     """The directory one run writes. Open it with :meth:`open`; one process at a time may hold it."""
 
     def __init__(self, path: Path, lock: IO[str]) -> None:
         self.path = path
         self._lock = lock
+        self._followers: list[Callable[[dict[str, Any]], None]] = []
 
     @classmethod
     @contextmanager
@@ -97,7 +123,7 @@ class ResultDir:
         """
         where = cls.check(path, recipe, mode)
         where.mkdir(parents=True, exist_ok=True)
-        with open(where / _LOCK, "w") as lock:
+        with open(where / LOCK, "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -109,7 +135,7 @@ class ResultDir:
             try:
                 yield cls(where, lock)
             except BaseException:
-                if {child.name for child in where.iterdir()} <= {RECIPE, _LOCK}:
+                if {child.name for child in where.iterdir()} <= {RECIPE, LOCK}:
                     shutil.rmtree(where)  # nothing was done in it: leave nothing half-written
                 raise
 
@@ -133,18 +159,18 @@ class ResultDir:
         """Append one record to ``metrics.jsonl``."""
         with open(self.metrics_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        for told in self._followers:
+            told(record)
+
+    def follow(self, told: Callable[[dict[str, Any]], None]) -> None:
+        """Have a function told every record, those that are there and those to come."""
+        for record in self.metrics():
+            told(record)
+        self._followers.append(told)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All records; a last line that a crash cut short is left out."""
-        if not self.metrics_path.is_file():
-            return []
-        records = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return records
+        return read_records(self.metrics_path)
 
     def keep_metrics(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the records of work that will be done again."""
@@ -159,7 +185,7 @@ class ResultDir:
 def _empty(where: Path) -> None:
     """Remove everything but the lock, the recipe last: it is what tells a result directory."""
     for child in sorted(where.iterdir(), key=lambda child: child.name == RECIPE):
-        if child.name == _LOCK:
+        if child.name == LOCK:
             continue
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
@@ -171,7 +197,7 @@ def _check(where: Path, recipe: Recipe, mode: Mode) -> None:
     stored = where / RECIPE
     if where.exists() and not where.is_dir():
         raise ResultError(f"result directory '{where}' is a file")
-    occupied = where.is_dir() and any(child.name != _LOCK for child in where.iterdir())
+    occupied = where.is_dir() and any(child.name != LOCK for child in where.iterdir())
     if mode == "new" and occupied:
         raise ResultError(
             f"result directory '{where}' exists; pass --resume to go on with it or --overwrite to replace it"

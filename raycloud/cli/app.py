@@ -11,10 +11,13 @@ from raycloud import __version__
 from raycloud.cli import (
     bench,
     distill,
+    doctor,
     edge,
     evaluate,
     fetch,
     privacy,
+    report,
+    runs,
     schema,
     search,
     signals,
@@ -34,11 +37,14 @@ app = typer.Typer(
 app.command("tune-teacher")(tune_teacher.tune_teacher)
 app.command("distill")(distill.distill)
 app.command("search")(search.search)
+app.command("doctor")(doctor.doctor)
 app.command("validate")(validate.validate)
 app.command("schema")(schema.schema)
 app.command("fetch")(fetch.fetch)
 app.command("evaluate")(evaluate.evaluate)
 app.command("privacy")(privacy.privacy)
+app.command("runs")(runs.runs)
+app.command("report")(report.report)
 app.add_typer(split.app, name="split")
 app.add_typer(signals.app, name="signals")
 app.add_typer(edge.app, name="edge")

@@ -20,14 +20,14 @@ def _listed(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-def _run(name: str, as_json: bool) -> None:
+def _run(name: str, as_json: bool, **options: bool) -> None:
     try:
         benchmark = import_module(f"raycloud.benchmarks.{name}")
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
         raise MissingExtra(f"'raycloud bench {name.replace('_', '-')}'", "cluster") from None
-    benchmark.run(as_json)
+    benchmark.run(as_json, **options)
 
 
 @app.command("distill-step")
@@ -82,3 +82,12 @@ def alignment(as_json: Json = False) -> None:
 def signals(as_json: Json = False) -> None:
     """What each kind of teacher signal costs in bytes, and the gradient a student gets from it."""
     _run("signals", as_json)
+
+
+@app.command("scale")
+def scale(
+    as_json: Json = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Four students at most, to see that it works.")] = False,
+) -> None:
+    """What one more edge costs the cloud, with up to 64 students of one teacher, and what 10,000 would."""
+    _run("scale", as_json, quick=quick)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from raycloud.errors import RecipeError
-from raycloud.recipe import Recipe
+from raycloud.recipe import Recipe, read_yaml
 
 
 def recipe_class(job: object) -> type[Recipe]:
@@ -24,3 +27,15 @@ def recipe_class(job: object) -> type[Recipe]:
     if not isinstance(job, str) or job not in known:
         raise RecipeError(f"no job {job!r}; allowed: {', '.join(known)}")
     return known[job]
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a file, of whichever job it is.
+
+    Raises:
+        RecipeError: it names no job, or is not valid.
+    """
+    values = read_yaml(path)
+    if "job" not in values:
+        raise RecipeError(f"{path}: missing key 'job'")
+    return recipe_class(values["job"]).load(path, overrides)

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from raycloud.cli.recipes import recipe_class
-from raycloud.errors import RecipeError
-from raycloud.recipe import read_yaml
+from raycloud.cli.recipes import load_recipe
 
 
 def validate(
@@ -18,8 +16,6 @@ def validate(
     show: Annotated[bool, typer.Option("--show", help="Print it with every default written out.")] = False,
 ) -> None:
     """Check a recipe without running it."""
-    values = read_yaml(recipe)
-    if "job" not in values:
-        raise RecipeError(f"{recipe}: missing key 'job'")
-    checked = recipe_class(values["job"]).load(recipe, overrides or ())
-    typer.echo(checked.dump() if show else f"{recipe}: a valid {values['job']} recipe")
+    checked = load_recipe(recipe, overrides or ())
+    job = getattr(checked, "job")  # noqa: B009
+    typer.echo(checked.dump() if show else f"{recipe}: a valid {job} recipe")

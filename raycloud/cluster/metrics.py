@@ -1,4 +1,4 @@
-"""The cloud's metrics through Ray, which Prometheus scrapes from every node."""
+"""Metrics of the cloud and of runs through Ray, which Prometheus scrapes from every node."""
 
 from __future__ import annotations
 
@@ -45,6 +45,38 @@ class RayMetrics:
     def observe(self, name: Duration, seconds: float) -> None:
         """Add to a distribution."""
         self._steps.observe(seconds)
+
+
+class RunMetrics:
+    """Where a run is and how its students do, as ``raycloud_run_*``; create it in the driver or an actor.
+
+    Args:
+        job: such as ``distill``.
+        run: the id in the run's summary.
+    """
+
+    def __init__(self, job: str, run: str) -> None:
+        self._tags = {"job": job, "run": run}
+        keys = tuple(self._tags)
+        self._round = Gauge("raycloud_run_round", description="Complete rounds.", tag_keys=keys)
+        self._loss = Gauge(
+            "raycloud_run_loss", description="Loss per token of a student's last step.", tag_keys=(*keys, "student")
+        )
+        self._speed = Gauge(
+            "raycloud_run_tokens_per_second",
+            description="Tokens that a student learns from in a second of its round.",
+            tag_keys=(*keys, "student"),
+        )
+
+    def rounds(self, complete: int) -> None:
+        """So many rounds are complete."""
+        self._round.set(complete, tags=self._tags)
+
+    def student(self, name: str, loss: float, tokens_per_second: float) -> None:
+        """Where a student is."""
+        tags = {**self._tags, "student": name}
+        self._loss.set(loss, tags=tags)
+        self._speed.set(tokens_per_second, tags=tags)
 
 
 def _counter(name: str, description: str, tags: dict[str, str]) -> Counter:

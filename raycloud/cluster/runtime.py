@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ from typing import Any
 import ray
 import torch
 
+from raycloud.cluster.bundles import Bundle
+from raycloud.cluster.capacity import capacity, shortfall
 from raycloud.errors import ClusterError
 
-_START = "ray start --address=… --resources='{{\"{}\": 1}}'"
 _FORWARDED = ("RAYCLOUD_CACHE", "RAYCLOUD_DATA")
 
 
 @contextmanager
-def joined(needs: Mapping[str, float], shares: Mapping[str, float]) -> Iterator[None]:
+def joined(needs: Mapping[str, float], shares: Mapping[str, float], actors: Sequence[Bundle] = ()) -> Iterator[None]:
     """A connection to Ray for the length of a job.
 
     An initialised session is used as it is. Otherwise the cluster at ``RAY_ADDRESS`` or the one that ``ray start`` runs
@@ -31,12 +32,13 @@ def joined(needs: Mapping[str, float], shares: Mapping[str, float]) -> Iterator[
     Args:
         needs: custom resources the job takes in all, such as ``{"cloud": 1, "edge": 2}``.
         shares: ``CPU`` and ``GPU`` it takes in all.
+        actors: what each of its actors takes, where that is known.
 
     Raises:
-        ClusterError: the cluster cannot be reached or has less than that.
+        ClusterError: the cluster cannot be reached, has less than that, or no node that fits one of the actors.
     """
     if ray.is_initialized():
-        check_capacity({**needs, **shares})
+        check_capacity({**needs, **shares}, actors)
         yield
         return
     # What the job was submitted with already reaches the workers; Ray refuses to be told twice.
@@ -46,23 +48,25 @@ def joined(needs: Mapping[str, float], shares: Mapping[str, float]) -> Iterator[
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if forwarded:
         options["runtime_env"] = {"env_vars": forwarded}
-    if not (_running_cluster() and _join(options)):
+    if not (running_address() and _join(options)):
         ray.init(address="local", resources=dict(needs), include_dashboard=False, **options)
         _hide_token()
     try:
-        check_capacity({**needs, **shares})
+        check_capacity({**needs, **shares}, actors)
         yield
     finally:
         ray.shutdown()
 
 
-def _running_cluster() -> bool:
-    """Whether ``RAY_ADDRESS`` names a cluster or ``ray start`` left the address of one on this machine.
+def running_address() -> str | None:
+    """What ``RAY_ADDRESS`` names, or where ``ray start`` noted that it runs a cluster on this machine; None for none.
 
     Ray's own "auto" would go on to join whatever Ray it finds running, such as the private one of another job.
     """
+    if address := os.environ.get("RAY_ADDRESS"):
+        return address
     noted = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
-    return bool(os.environ.get("RAY_ADDRESS")) or noted.is_file()
+    return noted.read_text().strip() or None if noted.is_file() else None
 
 
 def _join(options: Mapping[str, Any]) -> bool:
@@ -83,19 +87,19 @@ def _hide_token() -> None:
         (Path.home() / ".ray" / "auth_token").chmod(0o600)
 
 
-def check_capacity(needs: Mapping[str, float]) -> None:
+def check_capacity(needs: Mapping[str, float], actors: Sequence[Bundle] = ()) -> None:
     """Ray would wait for ever, and silently, for resources that no node has.
+
+    Args:
+        needs: what the job takes in all.
+        actors: what each of its actors takes, which has to be on one node.
 
     Raises:
         ClusterError: naming the resource, what is there and how to provide it.
     """
-    there = ray.cluster_resources()
-    for name, amount in needs.items():
-        if there.get(name, 0) < amount:
-            mend = f"add nodes with {name}s" if name in ("CPU", "GPU") else f"start nodes with: {_START.format(name)}"
-            raise ClusterError(
-                f"the cluster has {there.get(name, 0):g} of the resource '{name}', this job needs {amount:g}; {mend}"
-            )
+    found = shortfall(needs, actors, capacity())
+    if found is not None:
+        raise ClusterError(f"{found.what}; {found.mend}")
 
 
 def cores() -> int:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raycloud.distill.recipe import DistillRecipe, Placement
+from raycloud.cluster.bundles import Bundle, distill_bundles
+from raycloud.distill.recipe import DistillRecipe
 from raycloud.errors import RecipeError
 from raycloud.recipe import Recipe
 from raycloud.results import Mode
 
-Bundle = dict[str, float]
 Summary = dict[str, Any]
 
 
@@ -31,23 +31,13 @@ class Job:
     run: Callable[[Any, Mode], Summary]
 
 
-def _bundle(placement: Placement, tier: str) -> Bundle:
-    wanted = {"CPU": placement.num_cpus, "GPU": placement.num_gpus, tier: 1.0}
-    return {name: amount for name, amount in wanted.items() if amount}
-
-
-def _distill_bundles(recipe: DistillRecipe) -> list[Bundle]:
-    teachers = [_bundle(recipe.teacher.placement, "cloud")] * recipe.teacher.replicas
-    return teachers + [_bundle(recipe.student.placement, "edge")] * len(recipe.edges)
-
-
 def _distill(recipe: DistillRecipe, mode: Mode) -> Summary:
     from raycloud.cluster.jobs.distill import run
 
     return run(recipe, mode).summary
 
 
-JOBS = {"distill": Job(DistillRecipe, _distill_bundles, _distill)}
+JOBS = {"distill": Job(DistillRecipe, distill_bundles, _distill)}
 
 
 def job_of(recipe: dict[str, Any], source: str | Path) -> Job:

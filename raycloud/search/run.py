@@ -15,13 +15,13 @@ from typing import Any
 import ray
 from ray import tune
 
+from raycloud.cluster.bundles import Bundle
 from raycloud.cluster.runtime import joined, stoppable
 from raycloud.errors import Interrupted, RaycloudError
 from raycloud.report.comparison import print_comparison, write_comparison
 from raycloud.report.console import Bars, bars, console
 from raycloud.results import RECIPE
 from raycloud.search.compare import best, compare, means_of
-from raycloud.search.jobs import Bundle
 from raycloud.search.rows import Row, RowFile, latest, numbers_of, texts_of
 from raycloud.search.space import Metric, Space, Trial, trials
 
@@ -98,7 +98,7 @@ def _run(todo: list[Trial], folder: Path, file: RowFile, concurrent: int, metric
     shares = {name: most.pop(name, 0.0) for name in ("CPU", "GPU")}
     try:
         with (
-            joined(most, shares),
+            joined(most, shares, [bundle for bundles in every for bundle in bundles]),
             stoppable(),
             TemporaryDirectory(prefix="raycloud-search-") as scratch,
             _environment(_QUIET),

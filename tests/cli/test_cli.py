@@ -25,10 +25,13 @@ def test_the_surface_is_frozen() -> None:
     verbs = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
     assert verbs == {
         "distill",
+        "doctor",
         "evaluate",
         "split",
         "edge",
         "privacy",
+        "report",
+        "runs",
         "search",
         "signals",
         "validate",
@@ -43,10 +46,13 @@ def test_help_is_enough_to_start() -> None:
     assert done.returncode == 0
     for verb in (
         "distill",
+        "doctor",
         "evaluate",
         "split",
         "edge",
         "privacy",
+        "report",
+        "runs",
         "search",
         "signals",
         "validate",

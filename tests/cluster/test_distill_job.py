@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import ray
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raycloud.cluster.edge_student import Beat
@@ -26,6 +28,7 @@ from raycloud.cluster.rounds import Member, Round
 from raycloud.data.sources import load_rows
 from raycloud.distill.recipe import DistillRecipe
 from raycloud.errors import ClusterError, DataError, Interrupted, ModelError, ResultError
+from raycloud.report.render import render
 from tests.cluster.recipes import small
 from tests.models.families import tiny
 from tests.tokenizers import trained
@@ -79,12 +82,64 @@ def test_a_run_leaves_recipe_metrics_summary_report_and_a_model(finished: Path, 
     (flat,) = summary["health"]["store"]["warnings"]  # the teacher is random
     assert "says next to nothing" in flat
     assert {path.name for path in finished.iterdir()} == {
-        ".lock", "recipe.yaml", "metrics.jsonl", "summary.json", "held_out.jsonl", "report.html", "student"
+        ".lock", "recipe.yaml", "metrics.jsonl", "summary.json", "held_out.jsonl", "report.html", "student",
+        "tensorboard",
     }  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(finished / "student")
     tokenizer = AutoTokenizer.from_pretrained(finished / "student")
     assert model.config.num_hidden_layers == 2
     assert model.generate(**tokenizer("The film", return_tensors="pt"), max_new_tokens=3).shape[1] >= 3
+
+
+def events(path: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """What TensorBoard shows: points by curve and tag."""
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for folder in (path / "tensorboard").iterdir():
+        read = EventAccumulator(str(folder)).Reload()
+        found[folder.name] = {
+            tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]
+        }
+    return found
+
+
+def told(path: Path, student: str, key: str) -> list[tuple[int, float]]:
+    steps = [record for record in records(path, "step") if record["student"] == student]
+    return [(step["step"], pytest.approx(step[key], rel=1e-6)) for step in steps]
+
+
+def test_tensorboard_shows_the_records(finished: Path) -> None:
+    shown = events(finished)
+    assert set(shown) == {"store", "newsroom", "round"}
+    for student in ("store", "newsroom"):
+        assert shown[student]["loss"] == told(finished, student, "loss")
+        assert shown[student]["lr"] == told(finished, student, "lr")
+        assert len(shown[student]["terms/forward_kl"]) == 9
+    assert [at for at, _ in shown["round"]["loss"]] == [0, 1, 2]
+    assert all(speed > 0 for _, speed in shown["round"]["tokens_per_second/store"])
+
+
+def test_the_page_is_rendered_again_from_the_directory(finished: Path) -> None:
+    page = finished / "report.html"
+    before = page.read_bytes()
+    page.unlink()
+    assert render(finished) == page
+    assert page.read_bytes() == before
+
+
+def test_a_runs_metrics_can_be_scraped(finished: Path) -> None:
+    """By Prometheus, from the node; Ray exports them every few seconds."""
+    (node,) = ray.nodes()
+    run, deadline = json.loads((finished / "summary.json").read_text())["run"], time.monotonic() + 60
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    found: dict[tuple[str, bool], float] = {}
+    while found.get(("ray_raycloud_run_round", False)) != 3:
+        assert time.monotonic() < deadline, found
+        time.sleep(1)
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            lines = [one for one in answer.read().decode().splitlines() if "raycloud_run_" in one and run in one]
+        found = {(one.split("{")[0], 'student="store"' in one): float(one.split()[-1]) for one in lines}
+    assert found["ray_raycloud_run_loss", True] > 0
+    assert found["ray_raycloud_run_tokens_per_second", True] > 0
 
 
 def test_held_out_texts_add_up_to_the_summary(finished: Path) -> None:
@@ -359,6 +414,9 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     result = run(small(tiny_llama, tmp_path / "run"), "resume")
     assert result.summary["rounds"] == 3
     assert [record["round"] for record in records(tmp_path / "run", "round")] == [0, 1, 2]
+    shown = events(tmp_path / "run")
+    assert shown["store"]["loss"] == told(tmp_path / "run", "store", "loss")  # no step twice
+    assert [at for at, _ in shown["round"]["loss"]] == [0, 1, 2]
     for name, tensor in weights(finished).items():
         assert torch.equal(tensor, weights(tmp_path / "run")[name])
 

@@ -65,7 +65,7 @@ def head(tmp_path: Path) -> Iterator[tuple[dict[str, str], int]]:
     words = [f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={scratch / 't'}", "--num-cpus=4"]
     words += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", '--resources={"cloud": 1, "edge": 2}']
     words += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
-    words += ["--object-store-memory=500000000"]
+    words += ["--object-store-memory=500000000", "--labels=tier=cloud"]
     subprocess.run([BIN / "ray", "start", "--head", *words], env=env, check=True, capture_output=True, timeout=120)
     try:
         yield {**env, "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}, port
@@ -80,15 +80,44 @@ def submit(env: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
+def test_every_job_is_submitted_in_a_test_here() -> None:
+    """A new job wants a test like the next one."""
+    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == {"distill"}
+
+
 def test_a_job_is_submitted_with_a_token(head: tuple[dict[str, str], int], recipe: Path, tmp_path: Path) -> None:
     env, _ = head
     without = submit({**env, "RAY_AUTH_MODE": "disabled"}, "--", "python", "jobs/distill.py", "--help")
     assert without.returncode != 0
-    done = submit(env, "--", "python", "jobs/distill.py", "--recipe", str(recipe))
+    done = submit(env, "--", "python", "jobs/distill.py", "--recipe", str(recipe), "rounds.steps=3")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 3
     assert "gap closed" in done.stdout
     assert "Traceback" not in done.stdout
+
+
+def doctor(env: dict[str, str], *words: str) -> tuple[int, dict[tuple[str, str], str]]:
+    """Its exit code, and what it found by check and level."""
+    done = subprocess.run(
+        [BIN / "raycloud", "doctor", "--json", *words], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout, done.stderr
+    findings = json.loads(done.stdout.splitlines()[-1])["findings"]
+    return done.returncode, {(one["check"], one["level"]): one["what"] for one in findings}
+
+
+def test_the_doctor_knows_token_ports_and_room(head: tuple[dict[str, str], int], recipe: Path) -> None:
+    env, port = head
+    address = f"127.0.0.1:{port}"
+    job_server = env.pop("RAY_ADDRESS")
+    code, found = doctor(env, "--recipe", str(recipe), "--address", address)
+    assert code == 0, found
+    assert found["token", "fine"] == "the cluster asks for its token"
+    assert found["job server", "fine"] == job_server
+    assert found["capacity", "fine"].startswith("there is room for 3 actors")
+    code, found = doctor({**env, "RAY_AUTH_MODE": "disabled"}, "--address", address)
+    assert code == 2
+    assert f"{address} answers, but not to one without a token" in found["address", "error"]
 
 
 def test_ray_job_stop_leaves_a_directory_that_resumes(

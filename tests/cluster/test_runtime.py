@@ -19,13 +19,14 @@ def nothing_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_only_named_and_started_clusters_are_joined(nothing_running: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the private Ray of another job on the same machine, which Ray's "auto" would find."""
-    assert not runtime._running_cluster()
+    assert runtime.running_address() is None
     (nothing_running / "ray").mkdir()
     (nothing_running / "ray" / "ray_current_cluster").write_text("127.0.0.1:6379")
-    assert runtime._running_cluster()
+    assert runtime.running_address() == "127.0.0.1:6379"
     monkeypatch.setenv("RAY_TMPDIR", str(nothing_running / "elsewhere"))
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    assert runtime._running_cluster()
+    assert runtime.running_address() is None
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    assert runtime.running_address() == "192.0.2.1:6379"
 
 
 def test_an_unreachable_cluster_is_one_line_or_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,12 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from raycloud.cluster.bundles import distill_bundles
+from raycloud.cluster.capacity import summed
 from raycloud.cluster.checkpoint import Checkpoint, Snapshot
 from raycloud.cluster.cloud_teacher import CloudTeacher, Findings, Start, TeacherFacts
 from raycloud.cluster.edge_student import Answer, Beat, EdgeStudent
+from raycloud.cluster.metrics import RunMetrics
 from raycloud.cluster.rounds import Member, Round, run_round
 from raycloud.cluster.runtime import joined, stoppable
 from raycloud.data.prompts import example
@@ -34,6 +37,7 @@ from raycloud.models.loading import load_config, load_tokenizer, quiet_transform
 from raycloud.models.weights import Weights
 from raycloud.report.console import Bars, bars, console, working
 from raycloud.report.distillation import print_summary, write_page
+from raycloud.report.events import event_files
 from raycloud.results import RECIPE, Mode, ResultDir, write_atomically, write_folder
 from raycloud.training.lora import check_targets, merge, save_adapter
 
@@ -62,12 +66,11 @@ def run(recipe: DistillRecipe, mode: Mode = "new") -> Result:
     """
     ResultDir.check(recipe.output, recipe, mode)
     _preflight(recipe)
-    students = [recipe.cohort_of(edge).student.placement for edge in recipe.edges]
-    places = [recipe.teacher.placement] * recipe.teacher.replicas + students
-    needs = {"cloud": float(recipe.teacher.replicas), "edge": float(len(recipe.edges))}
-    shares = {"CPU": sum(place.num_cpus for place in places), "GPU": sum(place.num_gpus for place in places)}
+    actors = distill_bundles(recipe)
+    needs = summed(actors)
+    shares = {name: needs.pop(name, 0.0) for name in ("CPU", "GPU")}
     try:
-        with joined(needs, shares), stoppable(), ResultDir.open(recipe.output, recipe, mode) as results:
+        with joined(needs, shares, actors), stoppable(), ResultDir.open(recipe.output, recipe, mode) as results:
             return _Run(_with_absolute_paths(recipe), results).whole()
     except KeyboardInterrupt:
         if (Path(recipe.output).expanduser() / RECIPE).is_file():
@@ -161,13 +164,20 @@ class _Run:
         with working("teacher ready"):
             self._start_teacher()
         checkpoint = Checkpoint.latest(self.state) or self._first_checkpoint()
+        self.metrics = RunMetrics(self.recipe.job, checkpoint.facts["run"])
         self.results.keep_metrics(lambda record: record["round"] < checkpoint.rounds)
+        with event_files(self.results.path) as add:
+            self.results.follow(add)
+            return self._finish(self._trained(checkpoint))
+
+    def _trained(self, checkpoint: Checkpoint) -> Checkpoint:
+        """All rounds that are left."""
         if checkpoint.rounds < self.recipe.rounds.count and self.recipe.teacher.signals is not None:
             self._keep_signals()
         members = self._start_students(checkpoint)
         while checkpoint.rounds < self.recipe.rounds.count:
             checkpoint = self._next(checkpoint, members)
-        return self._finish(checkpoint)
+        return checkpoint
 
     def _start_teacher(self) -> None:
         place = _place(self.recipe.teacher.placement, "cloud")
@@ -206,7 +216,8 @@ class _Run:
             students[cohort.name] = Snapshot(start.config, start.weights)
             found[cohort.name] = {"blocks": start.blocks, "tokens": 0, "teacher": _plain(teacher)}
             found[cohort.name] |= {"before": _plain(before)}
-        facts: dict[str, Any] = {"students": found, "wire": {}, "tokens": 0, "health": {}, "seconds": self._elapsed()}
+        facts: dict[str, Any] = {"run": uuid.uuid4().hex[:8], "students": found, "wire": {}, "tokens": 0, "health": {}}
+        facts["seconds"] = self._elapsed()
         checkpoint = Checkpoint(0, students, facts)
         checkpoint.save(self.state)
         return checkpoint
@@ -246,6 +257,7 @@ class _Run:
 
                 def watch(beats: dict[str, Beat], move: Callable[[str, int, str], None] = move) -> None:
                     for name, beat in beats.items():
+                        self.metrics.student(name, beat.loss, beat.tokens_per_second)
                         move(name, beat.step, f"loss {beat.loss:.3f}  {beat.tokens_per_second:.0f} tokens/s")
 
                 for member in members:
@@ -275,6 +287,7 @@ class _Run:
             for cohort in self.recipe.cohorts:
                 answers = [answer for answer in done.answers if answer.name in cohort.edges]
                 facts["students"][cohort.name] |= self._examine_last(cohort, students[cohort.name], answers)
+        self.metrics.rounds(index + 1)
         facts["seconds"] += self._elapsed()
         following = Checkpoint(index + 1, students, facts)
         following.save(self.state)
@@ -291,7 +304,9 @@ class _Run:
         if tokens:
             loss = sum(step.loss * step.tokens for answer in done.answers for step in answer.steps) / tokens
             students = [answer.name for answer in done.answers]
+            speeds = {answer.name: answer.tokens / answer.seconds for answer in done.answers}
             record = {"students": students, "loss": loss, "tokens": tokens, "seconds": done.seconds}
+            record["tokens_per_second"] = speeds
             self.results.log({"kind": "round", "round": done.index, **record})
             console.print(
                 f"round {done.index + 1}/{self.recipe.rounds.count}: loss {loss:.3f}, {tokens} tokens "
@@ -343,7 +358,9 @@ class _Run:
         write_atomically(self.results.path / "held_out.jsonl", "".join(lines))
         checkpoint.facts["seconds"] += self._elapsed()
         summary = summarise(checkpoint, self.teacher.parameters, parameters)
-        write_page(self.results.path, summary, self.results.metrics(), self.recipe.dump())
+        # As it was given, not as the actors have it: the page says the same when it is rendered again.
+        recipe = (self.results.path / RECIPE).read_text(encoding="utf-8")
+        write_page(self.results.path, summary, self.results.metrics(), recipe)
         self.results.write_summary(summary)
         shutil.rmtree(self.state)
         print_summary(summary)
@@ -388,6 +405,7 @@ def summarise(checkpoint: Checkpoint, teacher_parameters: int, parameters: dict[
     }
     wire = facts["wire"]
     return {
+        "run": facts["run"],
         **next(iter(students.values())),
         "teacher_params": teacher_parameters,
         # What grows with the text: ids up and signals down. Weights and the head cross once a round and once a run.

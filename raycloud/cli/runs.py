@@ -1,0 +1,28 @@
+"""``raycloud runs``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def runs(
+    folders: Annotated[list[Path] | None, typer.Argument(help="Where to look; else in 'results'.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+) -> None:
+    """List result directories: job, state (complete, running, interrupted), when, headline numbers."""
+    from raycloud.report.runs import find_runs, print_runs
+
+    found = find_runs(folders or [Path("results")])
+    print_runs(found)
+    if as_json:
+        plain = [
+            {**asdict(run), "path": str(run.path), "when": datetime.fromtimestamp(run.when).astimezone().isoformat()}
+            for run in found
+        ]
+        typer.echo(json.dumps({"runs": plain}))

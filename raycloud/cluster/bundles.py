@@ -1,0 +1,34 @@
+"""What the actors of a recipe's job ask of their nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from raycloud.distill.recipe import DistillRecipe, Placement
+from raycloud.recipe import Recipe
+
+Bundle = dict[str, float]
+"""Amounts by resource, all on one node."""
+
+
+def bundle(placement: Placement, tier: str) -> Bundle:
+    """Of one actor in the tier ``cloud`` or ``edge``."""
+    wanted = {"CPU": placement.num_cpus, "GPU": placement.num_gpus, tier: 1.0}
+    return {name: amount for name, amount in wanted.items() if amount}
+
+
+def distill_bundles(recipe: DistillRecipe) -> list[Bundle]:
+    """The teacher's replicas, then a student for every edge."""
+    teachers = [bundle(recipe.teacher.placement, "cloud")] * recipe.teacher.replicas
+    return teachers + [bundle(recipe.cohort_of(edge).student.placement, "edge") for edge in recipe.edges]
+
+
+BUNDLES: dict[str, Callable[[Any], list[Bundle]]] = {"distill": distill_bundles}
+"""By the recipe's ``job``; a job that is not here needs no cluster."""
+
+
+def bundles_of(recipe: Recipe) -> list[Bundle]:
+    """What each actor of a run takes, beside the process that drives it; nothing for a job without a cluster."""
+    known = BUNDLES.get(getattr(recipe, "job", ""))
+    return known(recipe) if known else []

@@ -1,0 +1,104 @@
+"""Whether a cluster can ever hold a job: Ray waits for ever, and silently, for resources that no node has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import ray
+from ray._private.state import state
+
+from raycloud.cluster.bundles import Bundle
+
+_START = "ray start --address=… --resources='{{\"{}\": 1}}'"
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a cluster has, or may have once its autoscaler has started all it may.
+
+    Args:
+        nodes: resources of every node, and of a node of every type that may be started.
+        totals: of all nodes together.
+        grows: whether an autoscaler may start nodes.
+    """
+
+    nodes: tuple[Bundle, ...]
+    totals: Bundle
+    grows: bool = False
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """Why a job would wait for ever, and what helps, each in one line."""
+
+    what: str
+    mend: str
+
+
+def capacity() -> Capacity:
+    """Of the cluster that this process is connected to."""
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    totals = summed(nodes)
+    # Where `ray up` or KubeRay keeps the limits of the autoscaler; without one there is no such record.
+    config = state.get_cluster_config()
+    types = [group for group in config.node_group_configs if group.max_count] if config is not None else []
+    for name, most in (state.get_max_resources_from_cluster_config() or {}).items() if types else ():
+        totals[name] = max(totals.get(name, 0.0), float(most))
+    return Capacity((*nodes, *(dict(group.resources) for group in types)), totals, bool(types))
+
+
+def summed(bundles: Sequence[Mapping[str, float]]) -> Bundle:
+    """All of them together."""
+    names = {name for bundle in bundles for name in bundle}
+    return {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in sorted(names)}
+
+
+def shortfall(needs: Mapping[str, float], actors: Sequence[Bundle], there: Capacity) -> Shortfall | None:
+    """Why a job cannot run; None if it can.
+
+    Args:
+        needs: what it takes in all.
+        actors: what each of its actors takes, as far as that is known.
+        there: the cluster's.
+    """
+    for name, amount in needs.items():
+        if there.totals.get(name, 0.0) < amount:
+            return Shortfall(
+                f"the cluster has {there.totals.get(name, 0.0):g} of the resource '{name}', this job needs {amount:g}",
+                f"add nodes with {name}s" if name in ("CPU", "GPU") else f"start nodes with: {_START.format(name)}",
+            )
+    for actor in actors:
+        if not any(_fits(actor, node) for node in there.nodes):
+            return Shortfall(
+                f"no node has {spelled(actor)} together, which one actor of this job needs",
+                "start a node that has them, or ask for less in the recipe's placement",
+            )
+    return None
+
+
+def crowded(actors: Sequence[Bundle], nodes: Sequence[Bundle]) -> int:
+    """How many actors find no place when the largest are placed first, each on the first node that has room.
+
+    Ray may place a few more or fewer: more than 0 is a sign, not a proof.
+    """
+    left = [dict(node) for node in nodes]
+    homeless = 0
+    for actor in sorted(actors, key=lambda actor: -sum(actor.values())):
+        node = next((node for node in left if _fits(actor, node)), None)
+        if node is None:
+            homeless += 1
+            continue
+        for name, amount in actor.items():
+            node[name] -= amount
+    return homeless
+
+
+def _fits(actor: Bundle, node: Mapping[str, float]) -> bool:
+    # Ray counts in steps of 1e-4; sums of fractions are not exact.
+    return all(node.get(name, 0.0) + 1e-6 >= amount for name, amount in actor.items())
+
+
+def spelled(bundle: Mapping[str, float]) -> str:
+    """Such as ``0.25 CPU and 1 edge``."""
+    return " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
