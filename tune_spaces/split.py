@@ -16,8 +16,8 @@ SPACE = Space(
         "tokens": 1024,
     },
     sample={
-        "first": Range(low=2, high=14, step=2),
-        "second": Range(low=16, high=28, step=2),
+        "first": Range(low=2, high=14, step=4),
+        "second": Range(low=16, high=28, step=4),
         "codec": Choice(values=["bfloat16", "int8", "int4"]),
     },
     trials=24,

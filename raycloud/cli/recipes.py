@@ -14,8 +14,13 @@ def recipe_class(job: object) -> type[Recipe]:
     """
     from raycloud.distill.recipe import DistillRecipe
     from raycloud.evaluation.recipe import EvaluateRecipe
+    from raycloud.split.recipe import SplitPlanRecipe
 
-    known: dict[str, type[Recipe]] = {"distill": DistillRecipe, "evaluate": EvaluateRecipe}
+    known: dict[str, type[Recipe]] = {
+        "distill": DistillRecipe,
+        "evaluate": EvaluateRecipe,
+        "split_plan": SplitPlanRecipe,
+    }
     if not isinstance(job, str) or job not in known:
         raise RecipeError(f"no job {job!r}; allowed: {', '.join(known)}")
     return known[job]

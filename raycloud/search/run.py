@@ -173,11 +173,11 @@ def _trainable(folder: Path, stoppable: bool) -> Callable[[dict[str, str]], None
                 numbers, seconds = numbers_of(summary), time.monotonic() - begun
                 row = Row(**_known(trial), metrics=numbers, seconds=seconds, stopped=step)
                 finite = {name: value for name, value in numbers.items() if value is not None}
-                tune.report({**finite, _STEP: step, "row": row.model_dump(mode="json")})
+                tune.report({**finite, _STEP: step, "row": row.model_dump_json()})
 
         with contextlib.chdir(where):
             row = run_trial(trial, folder, at_rung)
-        tune.report({"row": row.model_dump(mode="json")})
+        tune.report({"row": row.model_dump_json()})
 
     return trainable
 
@@ -241,7 +241,7 @@ class _Rows(tune.Callback):
         self._show()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(self._of(trial), Row.model_validate(trial.last_result["row"]))
+        self._end(self._of(trial), Row.model_validate_json(trial.last_result["row"]))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         mine = self._of(trial)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import optuna
+from optuna.samplers import RandomSampler, TPESampler
 from ray import tune
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
@@ -15,8 +16,8 @@ from raycloud.search.domain import Choice, Domain, Point
 from raycloud.search.rows import Row
 from raycloud.search.space import Space, Trial, trial_at
 
-_ASKED_AT_MOST = 300
-"""Points in a row that are no new trials, after which the space counts as used up."""
+_TRUSTED, _ASKED_AT_MOST = 20, 500
+"""Points in a row that are no new trials, after which to draw evenly, and after which the space counts as used up."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -26,6 +27,22 @@ def objectives(space: Space, row: Row) -> dict[str, float] | None:
     values = {metric.name: row.metrics.get(metric.name) for metric in space.metrics}
     known = {name: value for name, value in values.items() if value is not None}
     return known if row.error is None and len(known) == len(values) else None
+
+
+class _Sampler(TPESampler):
+    """Draws what promises most, or evenly while ``evenly`` is set: promises of a small space soon repeat themselves."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed=seed)
+        self.evenly, self._even = False, RandomSampler(seed=seed)
+
+    def infer_relative_search_space(self, *where: Any, **named: Any) -> Any:
+        return {} if self.evenly else super().infer_relative_search_space(*where, **named)
+
+    def sample_independent(self, *where: Any, **named: Any) -> Any:
+        if self.evenly:
+            return self._even.sample_independent(*where, **named)
+        return super().sample_independent(*where, **named)
 
 
 class Proposals(Searcher):
@@ -43,6 +60,8 @@ class Proposals(Searcher):
     ) -> None:
         super().__init__()
         self._space, self._overrides = space, overrides
+        # Another seed after every interruption: the same random beginning again would be known already.
+        self._sampler = _Sampler(space.seeds[0] + len(known))
         names, modes = [metric.name for metric in space.metrics], [metric.direction for metric in space.metrics]
         several = len(names) > 1
         self._optuna = OptunaSearch(
@@ -50,8 +69,7 @@ class Proposals(Searcher):
             metric=names if several else names[0],
             mode=modes if several else modes[0],
             points_to_evaluate=[*(point for point, _ in known), *first],
-            # Another one after every interruption: the same random beginning again would be known already.
-            seed=space.seeds[0] + len(known),
+            sampler=self._sampler,
         )
         self._seen = set[str]()
         self._asked = dict[str, str]()
@@ -64,7 +82,7 @@ class Proposals(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]
         """The next trial as ``{"trial": Trial.plain()}``, or ``FINISHED`` where nothing new is to be found."""
         for attempt in range(_ASKED_AT_MOST):
-            asked = f"{trial_id} {attempt}"
+            asked, self._sampler.evenly = f"{trial_id} {attempt}", attempt >= _TRUSTED
             trial = self._trial(self._optuna.suggest(asked) or {})
             if trial is None or trial.fingerprint in self._seen:
                 self._tell(asked, None)
@@ -76,7 +94,7 @@ class Proposals(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell Optuna how a proposal did."""
-        row = Row.model_validate(result["row"]) if result and not error else None
+        row = Row.model_validate_json(result["row"]) if result and not error else None
         self._tell(self._asked.pop(trial_id), objectives(self._space, row) if row else None)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
