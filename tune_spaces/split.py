@@ -13,7 +13,8 @@ SPACE = Space(
         "model": "builtin:smollm2-135m-instruct",
         "calibration": "results/split-search/calibration",
         "network": {"mbit_s": 10.0, "rtt_ms": 50.0},
-        "tokens": 1024,
+        "tokens": 512,
+        "threads": 1,
     },
     sample={
         "first": Range(low=2, high=14, step=4),

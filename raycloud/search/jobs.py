@@ -70,7 +70,7 @@ def _distill(recipe: DistillRecipe, mode: Mode, report: Report) -> Summary:
 def _split_plan(recipe: SplitPlanRecipe, mode: Mode, report: Report) -> Summary:
     from raycloud.split.examination import run
 
-    with computing_with(os.cpu_count() or 1):
+    with computing_with(recipe.threads or os.cpu_count() or 1):
         return run(recipe, mode, report)
 
 

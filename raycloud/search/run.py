@@ -72,11 +72,14 @@ def run(
         work = work_of(space, overrides, file.rows, path / "trials")
         at_once, rungs = _at_once(space, work, concurrent), _rungs(space, work)
         console.print(f"{work.total} trials, {work.total - work.left} of them done before")
+        before = len(file.rows)
         if work.left:
             _run(space, work, path / "trials", file, min(at_once, work.left), rungs)
-        found = work.ended()
+        found, ran = work.ended(), len(file.rows) - before
+    if ran < work.left:
+        console.print(f"{work.left - ran} trials fewer than wanted: there is nothing new left to try")
     failed = sum(row.error is not None for row in found)
-    counts = {"trials": len(found), "ran": work.left, "failed": failed}
+    counts = {"trials": len(found), "ran": ran, "failed": failed}
     summary = {**counts, **compare(space, found), "rows": str(table)}
     write_comparison(path, summary, work.like[0].recipe.dump())
     print_comparison(summary)

@@ -62,7 +62,8 @@ class Proposals(Searcher):
         self._space, self._overrides = space, overrides
         # Another seed after every interruption: the same random beginning again would be known already.
         self._sampler = _Sampler(space.seeds[0] + len(known))
-        names, modes = [metric.name for metric in space.metrics], [metric.direction for metric in space.metrics]
+        names = [metric.name for metric in space.metrics]
+        modes: list[str] = [metric.direction for metric in space.metrics]
         several = len(names) > 1
         self._optuna = OptunaSearch(
             OptunaSearch.convert_search_space({key: _tune(domain) for key, domain in space.sample.items()}),

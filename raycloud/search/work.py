@@ -39,7 +39,7 @@ class Counted:
     """The trials of a space that counts them out; those that failed are run again."""
 
     def __init__(self, space: Space, overrides: Sequence[str], rows: list[Row]) -> None:
-        self.like = trials(space, overrides)
+        self.like: Sequence[Trial] = trials(space, overrides)
         self._rows = rows
         good = {name for name, row in latest(rows, self.like).items() if row.error is None}
         self._todo = [trial for trial in self.like if trial.fingerprint not in good]
@@ -69,7 +69,7 @@ class Sampled:
 
     def __init__(self, space: Space, overrides: Sequence[str], rows: list[Row], folder: Path) -> None:
         self._space, self._overrides, self._rows, self._folder = space, overrides, rows, folder
-        self.like = [example(space, overrides)]
+        self.like: Sequence[Trial] = [example(space, overrides)]
         self._good = [(point, row) for point, row in self._found() if row.error is None]
         self.left = max(0, space.trials - len(self._good))
         self.total = self.left + len(self._good)

@@ -9,17 +9,19 @@ from transformers import PreTrainedModel
 
 from raycloud.data.batches import Sample
 from raycloud.errors import ModelError
-from raycloud.models.weights import fingerprint, weights_of
 from raycloud.split.calibration import Calibration, calibrate
 
 Texts = Callable[[], Sequence[Sample]]
 
 
-def calibration_of(model: PreTrainedModel, cuts: Iterable[int], texts: Texts, folder: Path | None) -> Calibration:
+def calibration_of(
+    model: PreTrainedModel, known: str, cuts: Iterable[int], texts: Texts, folder: Path | None
+) -> Calibration:
     """The calibration of some cuts of a model; those that the folder lacks are made, and kept there.
 
     Args:
         model: the whole model.
+        known: the fingerprint of its weights.
         cuts: at least one.
         texts: reads what to calibrate on, where anything has to be made.
         folder: holds ``cut-<n>.safetensors``; None keeps nothing.
@@ -29,7 +31,6 @@ def calibration_of(model: PreTrainedModel, cuts: Iterable[int], texts: Texts, fo
         DataError: there is too little text.
     """
     wanted = sorted(set(cuts))
-    known = fingerprint(weights_of(model))
     paths = {cut: folder / f"cut-{cut}.safetensors" for cut in wanted} if folder is not None else {}
     found = {cut: Calibration.load(path) for cut, path in paths.items() if path.is_file()}
     for cut, one in found.items():

@@ -19,6 +19,7 @@ from raycloud.errors import DataError
 from raycloud.evaluation.language import Judgement, judge_rows
 from raycloud.link.codecs import CODECS
 from raycloud.models.loading import Device, DType, load_tokenizer
+from raycloud.models.weights import fingerprint, weights_of
 from raycloud.report.console import console
 from raycloud.results import Mode, ResultDir
 from raycloud.split.calibration import TOKENS
@@ -49,6 +50,10 @@ class _Subject:
     @property
     def device(self) -> torch.device:
         return self.whole.model.device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(weights_of(self.whole.model))
 
     @cached_property
     def texts(self) -> list[Sample]:
@@ -82,7 +87,7 @@ class _Subject:
             return passages(self.sources, "train", self.tokenizer, TOKENS, console.print)
 
         folder = Path(recipe.calibration).expanduser() if recipe.calibration else None
-        return Codecs(width, calibration_of(self.whole.model, recipe.plans.cuts, texts, folder))
+        return Codecs(width, calibration_of(self.whole.model, self.fingerprint, recipe.plans.cuts, texts, folder))
 
 
 @lru_cache(maxsize=1)

@@ -51,6 +51,8 @@ class SplitPlanRecipe(Recipe):
     """Of held-out text, that perplexity is over."""
     new_tokens: int = Field(16, gt=0)
     """Whose time and bytes are taken, one by one."""
+    threads: int = Field(0, ge=0)
+    """CPU threads to compute with; 0 for as many as there are cores."""
     device: Device = "auto"
     dtype: DType = "auto"
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from ray.tune.search import Searcher
 from raycloud.errors import RecipeError
 from raycloud.search import run as search
 from raycloud.search.domain import Choice, Range
-from raycloud.search.jobs import JOBS
 from raycloud.search.rows import Row
 from raycloud.search.sampling import Proposals
 from raycloud.search.space import Metric, Space, Trial, example, point_of, trial_at
@@ -182,28 +180,28 @@ def test_a_whole_search_and_one_that_goes_on(
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_trials_that_do_poorly_are_stopped_at_their_rungs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that pretends: the worse ``first`` is, the worse its perplexity, from the first rung on."""
-
-    def pretend(recipe: Any, mode: str, report: Any) -> dict[str, Any]:
-        for step in recipe.rungs:
-            report(step, {"perplexity": recipe.first + 100 / step})
-        return {"perplexity": float(recipe.first)}
-
-    monkeypatch.setitem(JOBS, "split_plan", replace(JOBS["split_plan"], run=pretend))
+def test_trials_that_do_poorly_are_stopped_at_their_rungs(tiny_llama: Path, tmp_path: Path) -> None:
     here = space(
+        {"model": str(tiny_llama), "calibration": str(tmp_path / "kept")},
         sample={},
-        grid={"first": list(range(8)), "second": [9]},
+        grid={"codec": ["float32", "int4", "low-rank-int8"], "first": [0, 1], "second": [3]},
         metrics=METRICS[:1],
         stop_by="perplexity",
-        references={},
     )
     output = tmp_path / "search"
     summary = search.run(here, output=output).summary
-    rows = [json.loads(line) for line in (output / "rows.jsonl").read_text().splitlines()]
-    stopped = {one["recipe"]["first"]: one["stopped"] for one in rows if one["stopped"] is not None}
-    assert stopped.keys() == set(range(1, 8)) and set(stopped.values()) == {16}
-    assert summary["best"] == "first=0, second=9"
+    rows = [Row.model_validate_json(line) for line in (output / "rows.jsonl").read_text().splitlines()]
+    stopped = [row for row in rows if row.stopped is not None]
+    assert rows[0].stopped is None and 0 < len(stopped) < 6 and summary["failed"] == 0
+    assert {row.stopped for row in stopped} <= {16, 32, 64}
+    for row in stopped:
+        # Its directory says what it was stopped for, and holds the recipe to run again.
+        folder = output / "trials" / Trial.read(row.model_dump_json(include={"variant", "seed", "recipe"})).folder
+        said = [json.loads(line)["perplexity"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert said[-1] == row.metrics["perplexity"] and (folder / "recipe.yaml").is_file()
+        assert not (folder / "summary.json").exists()
+    whole = {row.variant for row in rows} - {row.variant for row in stopped}
+    assert summary["best"] in whole
     assert "Stopped at a rung" in (output / "comparison.html").read_text()
     # A stopped trial is done: it is not run again.
     assert search.run(here, output=output).summary["ran"] == 0
