@@ -24,6 +24,7 @@ from raycloud.models.loading import Pretrained, load
 from raycloud.models.segments import Segment
 from raycloud.report.console import bars, console, working
 from raycloud.split.calibration import TOKENS, calibrate
+from raycloud.split.crossing import crossed
 from raycloud.split.passages import passages
 
 SOURCES = ("builtin:instruct", "builtin:reviews")
@@ -62,15 +63,11 @@ class Score:
         }
 
 
-def crossed(code: Boundary, rows: Tensor, valid: Tensor, score: Score) -> Tensor:
-    """Right-padded rows (B, T, d) as the other side decodes them, each text coded on its own from position 0."""
-    arrived = torch.zeros_like(rows)
-    for text, length in enumerate(valid.sum(dim=1).tolist()):
-        payload = code.encode(rows[text, :length], pos=0)
-        arrived[text, :length] = code.decode(payload, pos=0, rows=length)
-        score.coded_bytes += len(payload)
-        score.units += length * code.width
-    return arrived
+def _crossed(code: Boundary, rows: Tensor, valid: Tensor, score: Score) -> Tensor:
+    sent = crossed(code, rows, valid)
+    score.coded_bytes += sent.payload_bytes
+    score.units += int(valid.sum()) * code.width
+    return sent.rows
 
 
 class Forced:
@@ -100,8 +97,8 @@ class Forced:
         scores = {name: Score() for name in codes}
         finals = {}
         for name, (up, down) in codes.items():
-            rows = crossed(up, self.rows[first][number], batch.valid, scores[name])
-            rows = crossed(down, middle.rows(rows, valid=batch.valid), batch.valid, scores[name])
+            rows = _crossed(up, self.rows[first][number], batch.valid, scores[name])
+            rows = _crossed(down, middle.rows(rows, valid=batch.valid), batch.valid, scores[name])
             finals[name] = self.top.rows(tail.rows(rows, valid=batch.valid)[wanted][None])[0]
         unsplit, labels = self.top.rows(self.rows[self.blocks][number][wanted][None])[0], batch.labels[wanted]
         for at in range(0, len(labels), _CHUNK):

@@ -18,11 +18,13 @@ def recipe_class(job: object) -> type[Recipe]:
     from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
     from raycloud.distill.recipe import DistillRecipe
     from raycloud.evaluation.recipe import EvaluateRecipe
+    from raycloud.split.recipe import SplitPlanRecipe
 
     known: dict[str, type[Recipe]] = {
         "tune_teacher": TuneTeacherRecipe,
         "distill": DistillRecipe,
         "evaluate": EvaluateRecipe,
+        "split_plan": SplitPlanRecipe,
     }
     if not isinstance(job, str) or job not in known:
         raise RecipeError(f"no job {job!r}; allowed: {', '.join(known)}")

@@ -65,3 +65,26 @@ def calibrate(
             rows.append([f"{cut} {name}", str(size), f"{size / code.width:.3f}", error, str(choices.first)])
     header = ["cut and codec", "bytes per row", "per hidden unit", "relative error", "first positions in bfloat16"]
     show(f"{out}, fingerprint {made.fingerprint[:16]}", header, rows, {}, as_json=False)
+
+
+@app.command("examine")
+def examine(
+    recipe: Annotated[Path, typer.Option(help="The recipe, a YAML file, such as a search leaves for every trial.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides, such as codec=int4.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result directory.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+) -> None:
+    """Say what a split plan costs: perplexity, bytes and time of a token over a slow link, memory at the edge."""
+    from raycloud.benchmarks.measure import show
+    from raycloud.report.console import console
+    from raycloud.split.examination import run
+    from raycloud.split.recipe import SplitPlanRecipe
+
+    checked = SplitPlanRecipe.load(recipe, overrides or ())
+    summary = run(checked, "overwrite" if overwrite else "new")
+    names = ["perplexity", "bytes_per_token", "ms_per_token", "edge_ms_per_token", "edge_mb"]
+    whole = {name: summary.get(f"unsplit_{name}") for name in names}
+    rows = [[name, f"{summary[name]:.5g}", "" if (of := whole[name]) is None else f"{of:.5g}"] for name in names]
+    title = f"blocks [{checked.first}, {checked.second}) in the cloud, {checked.codec}, {summary['tokens']} tokens"
+    show(title, ["", "split", "all at the edge"], rows, summary, as_json)
+    console.print(f"results: {checked.output}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
 from raycloud.distill.recipe import DistillRecipe, Placement
 from raycloud.recipe import Recipe
 
@@ -24,7 +25,15 @@ def distill_bundles(recipe: DistillRecipe) -> list[Bundle]:
     return teachers + [bundle(recipe.cohort_of(edge).student.placement, "edge") for edge in recipe.edges]
 
 
-BUNDLES: dict[str, Callable[[Any], list[Bundle]]] = {"distill": distill_bundles}
+def tune_teacher_bundles(recipe: TuneTeacherRecipe) -> list[Bundle]:
+    """The workers."""
+    return [bundle(recipe.workers.placement, "cloud")] * recipe.workers.count
+
+
+BUNDLES: dict[str, Callable[[Any], list[Bundle]]] = {
+    "distill": distill_bundles,
+    "tune_teacher": tune_teacher_bundles,
+}
 """By the recipe's ``job``; a job that is not here needs no cluster."""
 
 

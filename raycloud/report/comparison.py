@@ -11,7 +11,7 @@ from rich.table import Table
 
 from raycloud.report.console import console
 from raycloud.report.page import Page
-from raycloud.report.plots import points
+from raycloud.report.plots import fronts, points
 from raycloud.results import write_atomically
 
 Summary = Mapping[str, Any]
@@ -67,6 +67,42 @@ def _paired(summary: Summary) -> tuple[list[str], list[list[str]]]:
     return [f"minus {summary['baseline']}", "per token", "mean", "95 % interval", "p", "texts"], rows
 
 
+def _front(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """The variants on the front, numbered, the best one by the first metric first."""
+    names = [metric["name"] for metric in summary["metrics"]]
+    chosen = [variant for variant in _sorted(summary) if variant["name"] in summary["front"]]
+    rows = [
+        [f"{number}: {variant['name']}", *(_spread(variant["metrics"][name]) for name in names)]
+        for number, variant in enumerate(chosen, 1)
+    ]
+    return ["Pareto front", *names], rows
+
+
+def _front_plot(summary: Summary) -> bytes:
+    names = [metric["name"] for metric in summary["metrics"]]
+    shown = [
+        variant
+        for variant in _sorted(summary)
+        if not variant["reference"] and all(variant["metrics"][name] for name in names)
+    ]
+    values = {name: [variant["metrics"][name]["mean"] for variant in shown] for name in names}
+    chosen = [place for place, variant in enumerate(shown) if variant["name"] in summary["front"]]
+    return fronts([variant["name"] for variant in shown], values, chosen)
+
+
+def _stopped(summary: Summary) -> list[list[str]]:
+    names = [metric["name"] for metric in summary["metrics"]]
+    return [
+        [variant["name"], str(one["seed"]), str(one["step"]), *(_number(one["metrics"].get(name)) for name in names)]
+        for variant in summary["variants"]
+        for one in variant.get("stopped", ())
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
 def _failures(summary: Summary) -> list[list[str]]:
     return [
         [variant["name"], str(one["seed"]), one["error"]]
@@ -77,7 +113,7 @@ def _failures(summary: Summary) -> list[list[str]]:
 
 def print_comparison(summary: Summary) -> None:
     """The tables, and the trials that failed."""
-    for header, rows in (_means(summary), _paired(summary)):
+    for header, rows in (_means(summary), _front(summary), _paired(summary)):
         if rows:
             table = Table(*header, padding=(0, 0, 0, 1))
             table.columns[0].overflow = "fold"
@@ -86,6 +122,8 @@ def print_comparison(summary: Summary) -> None:
             for row in rows:
                 table.add_row(*row)
             console.print(table)
+    for name, seed, step, *_ in _stopped(summary):
+        console.print(f"stopped at {step}: {name} (seed {seed})")
     for name, seed, error in _failures(summary):
         console.print(f"failed: {name} (seed {seed}): {error}")
     if summary["best"] is not None:
@@ -93,7 +131,7 @@ def print_comparison(summary: Summary) -> None:
 
 
 def write_comparison(folder: Path, summary: Summary, recipe: str) -> None:
-    """Write ``comparison.png``, ``comparison.html`` and, last, ``summary.json``.
+    """Write ``comparison.png``, ``front.png`` where there is a front, ``comparison.html`` and, last, ``summary.json``.
 
     Args:
         folder: the directory of the search.
@@ -101,7 +139,7 @@ def write_comparison(folder: Path, summary: Summary, recipe: str) -> None:
         recipe: of one of the trials, as YAML.
     """
     page = Page("Comparison", f"{folder.name}: {summary['trials']} trials, {summary['failed']} of them failed")
-    ranked = _sorted(summary)
+    ranked, names = _sorted(summary), [metric["name"] for metric in summary["metrics"]]
     panels = {
         metric["name"]: [
             (found["mean"], found["deviation"] or 0.0) if (found := variant["metrics"][metric["name"]]) else None
@@ -124,6 +162,18 @@ def write_comparison(folder: Path, summary: Summary, recipe: str) -> None:
             "Differences of each variant, averaged over its seeds, from the baseline on the same held-out texts: "
             "bootstrap interval of the mean, Wilcoxon's signed-rank test of each comparison by itself."
         )
+    if summary["front"]:
+        page.heading("Pareto front")
+        plot = _front_plot(summary)
+        write_atomically(folder / "front.png", plot)
+        page.picture(plot, f"{names[0]} against the other metrics")
+        page.table(*_front(summary))
+        page.text("No other variant is at least as good in all of these and better in one.")
+    stopped = _stopped(summary)
+    if stopped:
+        page.heading("Stopped at a rung")
+        page.table(["variant", "seed", "step", *names], stopped)
+        page.text("Numbers of the rung, which do not compare with those of whole trials.")
     failures = _failures(summary)
     if failures:
         page.heading("Failed trials")

@@ -66,3 +66,28 @@ def points(names: Sequence[str], panels: Mapping[str, Sequence[tuple[float, floa
     row[0].set_yticks(range(len(names)), names)
     row[0].set_ylim(len(names) - 0.5, -0.5)
     return _png(figure)
+
+
+def fronts(names: Sequence[str], values: Mapping[str, Sequence[float]], front: Sequence[int]) -> bytes:
+    """Panels of the first quantity against each of the others; points on the front are filled and numbered.
+
+    Args:
+        names: of the points.
+        values: two quantities or more, a number for every point.
+        front: the places of those on the front; their numbers count from 1, as in a table of them.
+    """
+    (label, ordinates), *others = values.items()
+    figure = Figure(figsize=(0.6 + 3.6 * len(others), 3.8), dpi=110, layout="constrained")
+    row = figure.subplots(1, len(others), sharey=True, squeeze=False)[0]
+    numbers = {place: number for number, place in enumerate(front, 1)}
+    for axes, (other, abscissae) in zip(row, others, strict=True):
+        for place in range(len(names)):
+            x, y, chosen = abscissae[place], ordinates[place], place in numbers
+            axes.plot(x, y, "o", color=_COLOURS[0] if chosen else "#bbbbbb", markersize=6 if chosen else 4)
+            if chosen:
+                axes.annotate(str(numbers[place]), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="both", alpha=0.3)
+        axes.set(xlabel=other)
+    row[0].set(ylabel=label)
+    return _png(figure)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import wilcoxon
 
+from raycloud.search.front import front
 from raycloud.search.rows import Row, Scores
 from raycloud.search.space import Metric, Space
 
@@ -89,7 +90,7 @@ def means_of(metric: Metric, rows: Sequence[Row]) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for row in rows:
         value = row.metrics.get(metric.name)
-        if value is not None and row.error is None:
+        if value is not None and row.error is None and row.stopped is None:
             values.setdefault(row.variant, []).append(value)
     return {name: statistics.fmean(some) for name, some in values.items()}
 
@@ -97,9 +98,11 @@ def means_of(metric: Metric, rows: Sequence[Row]) -> dict[str, float]:
 def compare(space: Space, rows: Sequence[Row]) -> dict[str, Any]:
     """The comparison of a space's variants from the latest row of each trial, as plain values.
 
-    Keys: ``metrics``, ``baseline``, ``best`` and ``variants``, the space's in its order, after its references.
+    Keys: ``metrics``, ``baseline``, ``best``, ``front`` and ``variants``, the space's in its order, after its
+    references; those that were sampled in the order of their rows. ``front`` names the variants that no other dominates
+    in the means of all metrics, where there are several; references do not compete.
     """
-    good = [row for row in rows if row.error is None]
+    good = [row for row in rows if row.error is None and row.stopped is None]
     names = [metric.name for metric in space.metrics]
     base = _texts([row for row in good if row.variant == space.baseline])
     variants = [
@@ -111,7 +114,7 @@ def compare(space: Space, rows: Sequence[Row]) -> dict[str, Any]:
         }
         for name, numbers in space.references.items()
     ]
-    for name in space.names:
+    for name in space.names or dict.fromkeys(row.variant for row in rows):
         mine = [row for row in good if row.variant == name]
         texts = _texts(mine) if name != space.baseline else {}
         variants.append(
@@ -123,6 +126,11 @@ def compare(space: Space, rows: Sequence[Row]) -> dict[str, Any]:
                     {"seed": row.seed, "error": row.error}
                     for row in rows
                     if row.variant == name and row.error is not None
+                ],
+                "stopped": [
+                    {"seed": row.seed, "step": row.stopped, "metrics": row.metrics}
+                    for row in rows
+                    if row.variant == name and row.stopped is not None
                 ],
                 "seconds": statistics.fmean(row.seconds for row in mine) if mine else None,
                 "metrics": {metric: _plain(spread(_values(mine, metric))) for metric in names},
@@ -137,8 +145,18 @@ def compare(space: Space, rows: Sequence[Row]) -> dict[str, Any]:
         "metrics": [metric.model_dump() for metric in space.metrics],
         "baseline": space.baseline,
         "best": best(space.metrics[0], means_of(space.metrics[0], good)),
+        "front": _front(space.metrics, good),
         "variants": variants,
     }
+
+
+def _front(metrics: Sequence[Metric], rows: Sequence[Row]) -> list[str]:
+    if len(metrics) < 2:
+        return []
+    means = [means_of(metric, rows) for metric in metrics]
+    whole = [name for name in means[0] if all(name in of for of in means)]
+    points = {name: [of[name] for of in means] for name in whole}
+    return front(points, [metric.direction for metric in metrics])
 
 
 def _values(rows: Sequence[Row], metric: str | None) -> list[float]:

@@ -39,6 +39,8 @@ class Row(Recipe):
     seconds: float = 0.0
     error: str | None = None
     """Why it failed."""
+    stopped: int | None = None
+    """The rung, in the job's steps, at which it was stopped; its numbers are those of that rung."""
 
 
 def numbers_of(summary: Mapping[str, Any]) -> dict[str, float | None]:

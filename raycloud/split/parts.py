@@ -20,7 +20,7 @@ from raycloud.models.layout import lay_out_for_one_row
 from raycloud.models.loading import Device, DType, load_config, load_tokenizer, pick_device, pick_dtype, resolve
 from raycloud.models.segments import Segment
 from raycloud.results import write_folder
-from raycloud.split.plan import PlanSet
+from raycloud.split.plan import PlanSet, SplitPlan
 
 MANIFEST = "part.json"
 Attention = Literal["sdpa", "eager"]
@@ -74,6 +74,31 @@ class CloudPart:
     def config(self) -> PretrainedConfig:
         """Of the whole model."""
         return self.middle.config
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A model in one process that can be cut anywhere, over and over: its parts share its weights."""
+
+    model: PreTrainedModel
+    fingerprint: str
+    source: str
+    """Where the tokenizer is."""
+
+    @property
+    def blocks(self) -> int:
+        """How many it has."""
+        return int(self.model.config.num_hidden_layers)
+
+    def edge(self, plans: PlanSet) -> EdgePart:
+        """The edge's part; ModelError if the model cannot be cut so."""
+        first, last = _segments(self.model, plans.check(self.blocks), "edge")
+        return EdgePart(first, last, plans, self.fingerprint, self.source)
+
+    def cloud(self, plans: PlanSet) -> CloudPart:
+        """The cloud's part; ModelError if the model cannot be cut so."""
+        [middle] = _segments(self.model, plans.check(self.blocks), "cloud")
+        return CloudPart(middle, plans, self.fingerprint)
 
 
 def manifest_of(source: str) -> Manifest | None:
@@ -137,6 +162,39 @@ def load_cloud(
     materialise(model, [middle], checkpoint, place)
     lay_out_for_one_row([middle])
     return CloudPart(middle, plans, fingerprint)
+
+
+def load_whole(
+    source: str,
+    *,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    attention: Attention = "sdpa",
+    notify: Callable[[str], None] = lambda line: None,
+) -> Whole:
+    """A whole model to be cut in this process, as :func:`load_edge` and :func:`load_cloud` would load its parts.
+
+    Raises:
+        ModelError: it cannot be read, or is a part already.
+    """
+    where, _, fingerprint, checkpoint, config = _source(source, PlanSet.of(SplitPlan(0, 0)), None, notify)
+    model, place = _skeleton(config, device, dtype, attention)
+    everything = [Segment(model)]
+    materialise(model, everything, checkpoint, place)
+    lay_out_for_one_row(everything)
+    return Whole(model, fingerprint, where)
+
+
+def edge_bytes(config: PretrainedConfig, plans: PlanSet, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of the weights that the edge keeps, told from the configuration alone; tied ones count once.
+
+    Raises:
+        ModelError: a model of this configuration cannot be cut so.
+    """
+    plans.check(config.num_hidden_layers)
+    model = skeleton(config, dtype=dtype, attention="sdpa", device=torch.device("cpu"))
+    kept = {id(tensor): tensor for segment in _segments(model, plans, "edge") for tensor in segment.parameters()}
+    return sum(tensor.nbytes for tensor in kept.values())
 
 
 def export(

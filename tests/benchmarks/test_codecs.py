@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from raycloud.benchmarks import codecs
-from raycloud.benchmarks.codecs import Score, best, crossed, total
-from raycloud.link.codecs.boundary import Boundary, plain_boundary
-from raycloud.link.codecs.quantised import Int8
+from raycloud.benchmarks.codecs import best, total
+from raycloud.link.codecs.boundary import plain_boundary
 
 
 def test_figures_of_a_tiny_model(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,18 +27,6 @@ def test_figures_of_a_tiny_model(tiny_llama: Path, capsys: pytest.CaptureFixture
         assert of["int8"]["tokens"] == result["tokens"] - result["texts"]
     assert set(result["best"]) == {"int8", "int4"}
     assert result["best"]["int8"]["worst"]["cuts"] in ("1-3", "0-4")
-
-
-def test_each_text_is_coded_from_its_own_beginning_and_padding_costs_nothing() -> None:
-    code = Boundary(Int8(8, 8), 8, first=1)
-    rows = torch.randn(2, 5, 8)
-    valid = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    score = Score()
-    arrived = crossed(code, rows, valid, score)
-    assert score.coded_bytes == code.payload_bytes(0, 5) + code.payload_bytes(0, 3) == 2 * 16 + 6 * 10
-    assert score.units == 8 * 8
-    assert torch.equal(arrived[:, 0], rows[:, 0].bfloat16().float())
-    assert torch.equal(arrived[1, 3:], torch.zeros(2, 8))
 
 
 def test_an_exact_code_changes_nothing(tiny_llama: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_search_that_does_not_fit_is_refused(tiny_llama: Path, tmp_path: Path)
 def test_a_trial_begun_before_goes_on(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes = []
 
-    def pretend(recipe: Any, mode: str) -> dict[str, Any]:
+    def pretend(recipe: Any, mode: str, report: Any) -> dict[str, Any]:
         modes.append(mode)
         path = Path(recipe.output)
         path.mkdir(parents=True, exist_ok=True)

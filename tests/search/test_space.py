@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from raycloud.errors import RecipeError
-from raycloud.search.space import Metric, Space, Variant, load_space, trials
+from raycloud.search.rows import Row, latest
+from raycloud.search.space import Metric, Space, Variant, example, load_space, point_of, trials
 
 ROOT = Path(__file__).parents[2]
 PPL = Metric(name="student_ppl_after", direction="min")
@@ -113,4 +114,17 @@ def test_a_file_that_is_no_space_is_one_line(text: str | None, message: str, tmp
 @pytest.mark.parametrize("name", ["objectives", "objectives_two_tokenizers"])
 def test_the_spaces_that_come_with_the_package_are_valid(name: str) -> None:
     found = load_space(ROOT / "tune_spaces" / f"{name}.py")
-    assert len(trials(found)) >= 8
+    wanted = trials(found)
+    assert len(wanted) >= 8
+    # The rows that were published are still those of these trials.
+    rows = [Row.model_validate_json(line) for line in (ROOT / "docs" / f"{name}.jsonl").read_text().splitlines()]
+    assert len(latest(rows, wanted)) == len({(row.variant, row.seed) for row in rows})
+
+
+@pytest.mark.parametrize("name", ["split", "cuts", "blocks"])
+def test_the_spaces_that_sample_are_valid(name: str) -> None:
+    found = load_space(ROOT / "tune_spaces" / f"{name}.py")
+    one = example(found)
+    point = point_of(found, one.recipe.model_dump(mode="json"))
+    assert point is not None and point.keys() == found.sample.keys()
+    assert found.stop_by is None or one.job.rungs(one.recipe)

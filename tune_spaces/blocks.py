@@ -1,0 +1,23 @@
+"""How many blocks a student keeps and how it listens: divergence from the teacher against the student's size.
+
+The base recipe, teacher and budget are those of `objectives.py`; Optuna draws the number of blocks and the weight of
+cross-entropy beside the teacher's divergence.
+"""
+
+from raycloud.search.domain import Choice, Range
+from raycloud.search.space import Metric, Space
+
+SPACE = Space(
+    base="blocks.yaml",
+    sample={
+        "student.blocks": Range(low=4, high=20, step=2),
+        "objective.ce_weight": Range(low=0.0, high=1.0),
+        "objective.kd.name": Choice(values=["forward_kl", "skewed_reverse_kl"]),
+    },
+    trials=20,
+    metrics=[
+        Metric(name="kl_after", direction="min"),
+        Metric(name="student_params", direction="min"),
+    ],
+    output="results/blocks-search",
+)
