@@ -191,7 +191,7 @@ class SampleOrder:
     to a long one's length costs as much as the long one. Samples that do not fill a batch sit that epoch out.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int) -> None:
         self.lengths = np.asarray(lengths)
         self.batch_size = min(batch_size, len(lengths))
         self.seed = seed

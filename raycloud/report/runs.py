@@ -26,7 +26,15 @@ SUMMARY = "summary.json"
 ROWS = "rows.jsonl"
 PRIVACY = "privacy.json"
 
-_HEADLINES = ("student_ppl_before", "student_ppl_after", "gap_closed", "agreement_after")
+_HEADLINES = (
+    "ppl_before",
+    "ppl_after",
+    "tokens_per_s",
+    "student_ppl_before",
+    "student_ppl_after",
+    "gap_closed",
+    "agreement_after",
+)
 _FEW = 4
 
 

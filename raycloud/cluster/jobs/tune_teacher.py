@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Empty, Queue
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from raycloud.cluster.bundles import tune_teacher_bundles
+from raycloud.cluster.capacity import summed
 from raycloud.cluster.runtime import joined, stoppable
 from raycloud.cluster.teacher.config import deepspeed_config, weights_type
 from raycloud.cluster.teacher.loop import HELD_OUT
@@ -38,6 +40,7 @@ from raycloud.errors import Interrupted, MissingExtra, ModelError, RaycloudError
 from raycloud.models.anatomy import anatomy_of
 from raycloud.models.loading import load, load_config, load_tokenizer, pick_device, quiet_transformers, resolve
 from raycloud.report.console import bars, console, working
+from raycloud.report.events import event_files
 from raycloud.report.teacher import memory_rows, print_summary, print_table, write_page
 from raycloud.results import RECIPE, Mode, ResultDir, write_folder
 from raycloud.training.lora import attach, check_targets, merge, save_adapter
@@ -66,11 +69,11 @@ def run(recipe: TuneTeacherRecipe, mode: Mode = "new") -> Result:
         raise MissingExtra("'raycloud tune-teacher'", "deepspeed")
     ResultDir.check(recipe.output, recipe, mode)
     config, tokenizer = _preflight(recipe)
-    workers, placement = recipe.workers.count, recipe.workers.placement
-    needs = {"cloud": float(workers)}
-    shares = {"CPU": workers * placement.num_cpus, "GPU": workers * placement.num_gpus}
+    actors = tune_teacher_bundles(recipe)
+    needs = summed(actors)
+    shares = {name: needs.pop(name, 0.0) for name in ("CPU", "GPU")}
     try:
-        with joined(needs, shares), stoppable(), ResultDir.open(recipe.output, recipe, mode) as results:
+        with joined(needs, shares, actors), stoppable(), ResultDir.open(recipe.output, recipe, mode) as results:
             return _Run(recipe, results, config, tokenizer).whole()
     except KeyboardInterrupt:
         if (Path(recipe.output).expanduser() / RECIPE).is_file():
@@ -186,7 +189,7 @@ class _Run:
                 found = trainer.fit()
             except ray.train.TrainingFailedError as error:
                 raise _plain(error) from error
-        candidates = [*found.best_checkpoints, (found.checkpoint, found.metrics)]
+        candidates = [*(found.best_checkpoints or ()), (found.checkpoint, found.metrics)]
         best: ray.train.Checkpoint = min(candidates, key=lambda one: one[1][HELD_OUT])[0]
         return best
 
@@ -196,7 +199,8 @@ class _Run:
         ended = threading.Event()
 
         def follow() -> None:
-            with bars(steps) as progress:
+            with bars(steps) as progress, ExitStack() as events:
+                add = events.enter_context(event_files(self.results.path))
                 while True:
                     try:
                         record = log.get(timeout=0.5)
@@ -205,6 +209,13 @@ class _Run:
                             return
                         continue
                     self._write(record)
+                    if record["kind"] == "start":  # what was told of steps that are done again is told no more
+                        events.close()
+                        add = events.enter_context(event_files(self.results.path))
+                        for earlier in self.results.metrics():
+                            add(earlier)
+                    else:
+                        add(record)
                     if record["kind"] == "step":
                         speed = record["read"] / record["seconds"]
                         progress.move("steps", record["step"], f"loss {record['loss']:.3f}  {speed:.0f} tokens/s")

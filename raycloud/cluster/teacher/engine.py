@@ -87,7 +87,7 @@ class Engine:
         settings = deepspeed_config(recipe, device)
         with _partitioned(recipe, settings):
             model = load(recipe.model, device="cpu" if recipe.deepspeed.stage == 3 else recipe.device).model
-            model.to(dtype=weights_type(recipe, device))
+            model.to(weights_type(recipe, device))  # type: ignore[arg-type]
             if recipe.lora is not None:
                 model = attach(model, recipe.lora, recipe.seed)
         model.train()
@@ -150,8 +150,7 @@ def _partitioned(recipe: TuneTeacherRecipe, settings: dict[str, Any]) -> Iterato
     if recipe.deepspeed.stage != 3:
         yield
         return
-    from transformers.integrations import HfDeepSpeedConfig
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     kept = HfDeepSpeedConfig(settings)
     try:

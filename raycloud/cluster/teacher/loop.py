@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +114,10 @@ class Loop:
         """Write this worker's part of a checkpoint into an existing folder."""
         save(folder, self._engine.engine, self._engine.named, {"step": self.step, "updates": self._updates})
 
-    def _batch(self, source: TokenFile, which: Sequence[int]) -> Batch:
+    def _batch(self, source: TokenFile, which: Iterable[int]) -> Batch:
         return collate([source[int(index)] for index in which], self._pad)
 
-    def _shares(self) -> Iterator[tuple[Sequence[int], bool]]:
+    def _shares(self) -> Iterator[tuple[np.ndarray, bool]]:
         """This worker's held-out batches, and whether they count: all workers must have equally many."""
         order = np.argsort(self._held_out.lengths, kind="stable")
         size = self.recipe.training.batch_size

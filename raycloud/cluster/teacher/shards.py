@@ -52,6 +52,7 @@ def pieces(engine: Any, named: Mapping[str, nn.Parameter]) -> Iterator[Piece]:
         named: the trained parameters by name.
     """
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    parameter: Any  # DeepSpeed hangs what it knows on the parameters themselves
     for name, parameter in named.items():
         if stage == 0:
             if engine.global_rank == 0:  # all workers hold the same
@@ -62,7 +63,7 @@ def pieces(engine: Any, named: Mapping[str, nn.Parameter]) -> Iterator[Piece]:
             count = min(count, parameter.ds_numel - start)  # the last ones are padded
             if count > 0:
                 yield Piece(name, start, count, optimizer.fp32_partitioned_groups_flat[group], offset)
-        elif (found := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
+        elif (found := parameter._hp_mapping) is not None:
             (flat,) = engine.basic_optimizer.param_groups[found.param_group_index]["params"]
             start, offset = found.lp_fragment_address.start, found.hp_fragment_address.start
             yield Piece(name, start, found.lp_fragment_address.numel, flat, offset)
