@@ -70,7 +70,7 @@ def _paired(summary: Summary) -> tuple[list[str], list[list[str]]]:
 def _front(summary: Summary) -> tuple[list[str], list[list[str]]]:
     """The variants on the front, numbered, the best one by the first metric first."""
     names = [metric["name"] for metric in summary["metrics"]]
-    chosen = [variant for variant in _sorted(summary) if variant["name"] in summary["front"]]
+    chosen = [variant for variant in _sorted(summary) if variant["name"] in summary.get("front", ())]
     rows = [
         [f"{number}: {variant['name']}", *(_spread(variant["metrics"][name]) for name in names)]
         for number, variant in enumerate(chosen, 1)
@@ -86,7 +86,7 @@ def _front_plot(summary: Summary) -> bytes:
         if not variant["reference"] and all(variant["metrics"][name] for name in names)
     ]
     values = {name: [variant["metrics"][name]["mean"] for variant in shown] for name in names}
-    chosen = [place for place, variant in enumerate(shown) if variant["name"] in summary["front"]]
+    chosen = [place for place, variant in enumerate(shown) if variant["name"] in summary.get("front", ())]
     return fronts([variant["name"] for variant in shown], values, chosen)
 
 
@@ -162,7 +162,7 @@ def write_comparison(folder: Path, summary: Summary, recipe: str) -> None:
             "Differences of each variant, averaged over its seeds, from the baseline on the same held-out texts: "
             "bootstrap interval of the mean, Wilcoxon's signed-rank test of each comparison by itself."
         )
-    if summary["front"]:
+    if summary.get("front", ()):
         page.heading("Pareto front")
         plot = _front_plot(summary)
         write_atomically(folder / "front.png", plot)

@@ -24,6 +24,7 @@ def test_the_surface_is_frozen() -> None:
     """A new verb is a decision, not an accident."""
     verbs = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
     assert verbs == {
+        "tune-teacher",
         "distill",
         "doctor",
         "evaluate",
@@ -45,6 +46,7 @@ def test_help_is_enough_to_start() -> None:
     done = raycloud("--help")
     assert done.returncode == 0
     for verb in (
+        "tune-teacher",
         "distill",
         "doctor",
         "evaluate",
@@ -87,7 +89,7 @@ def test_fetch_lists_what_there_is() -> None:
         (["validate", "nowhere.yaml"], "cannot read recipe 'nowhere.yaml'"),
         (["validate", DEMO, "training.lrr=1"], "unknown key 'training.lrr' (allowed: lr,"),
         (["validate", DEMO, "job=tune"], "job: input should be 'distill', got 'tune'"),
-        (["schema", "tune"], "no job 'tune'; allowed: distill, evaluate"),
+        (["schema", "tune"], "no job 'tune'; allowed: tune_teacher, distill, evaluate"),
         (["search", "--space", "none.py"], "cannot read space 'none.py': No such file or directory"),
         (["fetch", "gpt5"], "no built-in named 'gpt5'; there are: builtin:smollm2-135m-instruct"),
         (["distill", "--recipe", DEMO, "training.lr=0"], "training.lr: input should be greater than 0, got 0"),

@@ -82,7 +82,7 @@ def submit(env: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]
 
 def test_every_job_is_submitted_in_a_test_here() -> None:
     """A new job wants a test like the next one."""
-    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == {"distill"}
+    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == {"distill", "tune_teacher"}
 
 
 def test_a_job_is_submitted_with_a_token(head: tuple[dict[str, str], int], recipe: Path, tmp_path: Path) -> None:
@@ -93,6 +93,31 @@ def test_a_job_is_submitted_with_a_token(head: tuple[dict[str, str], int], recip
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 3
     assert "gap closed" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_a_teacher_is_tuned_by_a_submitted_job(
+    head: tuple[dict[str, str], int], tiny_llama: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    env, _ = head
+    recipe = tmp_path / "teacher.yaml"
+    recipe.write_text(
+        f"""
+        job: tune_teacher
+        output: {tmp_path / "teacher"}
+        model: {tiny_llama}
+        data: {{source: builtin:instruct, format: alpaca, max_length: 96, max_prompt: 80, limit: 60}}
+        training: {{batch_size: 4}}
+        steps: 2
+        workers: {{placement: {{num_cpus: 0.1}}}}
+        held_out: {{samples: 8}}
+        """
+    )
+    done = submit(env, "--", "python", "jobs/tune_teacher.py", "--recipe", str(recipe))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "teacher" / "summary.json").read_text())["steps"] == 2
+    assert "held-out perplexity" in done.stdout
     assert "Traceback" not in done.stdout
 
 

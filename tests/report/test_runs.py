@@ -142,7 +142,7 @@ def test_what_has_no_page_is_refused_in_one_line(broken_off: Path, tmp_path: Pat
         render(tmp_path / "nowhere")
     (tmp_path / "recipe.yaml").write_text("job: evaluate\n")
     (tmp_path / "summary.json").write_text("{}")
-    with pytest.raises(ResultError, match="the job 'evaluate', which has no page; allowed: distill, search, privacy"):
+    with pytest.raises(ResultError, match="the job 'evaluate', which has no page; allowed: tune_teacher, distill"):
         render(tmp_path)
 
 
