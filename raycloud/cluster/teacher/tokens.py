@@ -36,7 +36,7 @@ def tokenise(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: Data
     shared = [ray.put(block) for block in blocks]
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.execution_options.preserve_order = False, True
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its own bars are off
 
     def samples(some: dict[str, Any]) -> pa.Table:
         (number,) = some["block"]
