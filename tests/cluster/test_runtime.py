@@ -42,7 +42,7 @@ def test_an_unreachable_cluster_is_one_line_or_passed_over(monkeypatch: pytest.M
 
 
 def test_threads_are_a_share_of_the_cores(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(runtime, "cores", lambda: 12)
     assert runtime.share_of_cores(5, "edge", 2) == 5
     assert runtime.share_of_cores(0, "edge", 2) == 6
     assert runtime.share_of_cores(0, "edge", 100) == 1  # eight of them fit here
