@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -184,7 +185,7 @@ class _Run:
                 ),
             ),
         )
-        with self._following(log, steps):
+        with self._following(log, steps), _interruptible():
             try:
                 found = trainer.fit()
             except ray.train.TrainingFailedError as error:
@@ -292,6 +293,20 @@ class _Run:
 
         write_folder(self.results.path / "model", fill)
         return model.num_parameters(), sum(torch.Size(shape).numel() for shape in shards.facts["shapes"].values())
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ray Train answers Ctrl-C by ending its workers and then the process, as if all were well; here that is a stop."""
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _plain(error: ray.train.TrainingFailedError) -> RaycloudError:
