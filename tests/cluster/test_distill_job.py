@@ -386,10 +386,10 @@ def test_a_late_student_is_left_out_stops_and_takes_part_again(
     def suspend(_: dict[str, Member], beats: dict[str, Beat]) -> None:
         pid = beats["store"].pid
         os.kill(pid, signal.SIGSTOP)
-        threading.Timer(14.0, os.kill, (pid, signal.SIGCONT)).start()
+        threading.Timer(44.0, os.kill, (pid, signal.SIGCONT)).start()
 
     interrupting(monkeypatch, suspend)
-    recipe = small(tiny_llama, tmp_path / "run", rounds={"count": 3, "steps": 40, "deadline_s": 12})
+    recipe = small(tiny_llama, tmp_path / "run", rounds={"count": 3, "steps": 40, "deadline_s": 40})
     assert run(recipe).summary["rounds"] == 3
     missed = [(record["round"], record["student"], record["why"]) for record in records(tmp_path / "run", "missed")]
     assert (1, "store", "late") in missed

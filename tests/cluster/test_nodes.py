@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.timeout(900)
 def test_actors_are_where_their_resources_are_and_nodes_may_leave_and_join(tiny_llama: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    rounds = {"count": 3, "steps": 25, "deadline_s": 300, "rejoin_s": 300}
+    rounds = {"count": 3, "steps": 60, "deadline_s": 300, "rejoin_s": 300}
     path.write_text(small(tiny_llama, tmp_path / "run", rounds=rounds).dump())
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(
