@@ -51,11 +51,13 @@ _BATCH = 16
 class Once(Segment):
     """A model that runs over each batch once, however often it is asked."""
 
-    def rows(self, x: Tensor, *, valid: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def rows(
+        self, x: Tensor, *, valid: Tensor | None = None, cache: KVCache | None = None, types: Tensor | None = None
+    ) -> Tensor:
         """See :meth:`Segment.rows`."""
         known: dict[int, Tensor] = self.__dict__.setdefault("_known", {})
         if id(x) not in known:
-            known[id(x)] = super().rows(x, valid=valid, cache=cache)
+            known[id(x)] = super().rows(x, valid=valid, cache=cache, types=types)
         return known[id(x)]
 
 

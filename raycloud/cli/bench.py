@@ -91,3 +91,12 @@ def scale(
 ) -> None:
     """What one more edge costs the cloud, with up to 64 students of one teacher, and what 10,000 would."""
     _run("scale", as_json, quick=quick)
+
+
+@app.command("split-tune")
+def split_tune(
+    as_json: Json = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One split and one seed.")] = False,
+) -> None:
+    """Accuracy of split fine-tuning against what crosses the link, beside the unsplit model and the published cut."""
+    _run("split_tune", as_json, quick=quick)

@@ -68,25 +68,32 @@ class _Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded token ids (B, T), which of them are real (B, T), and the next-token labels (B, T)."""
+    """Right-padded token ids (B, T), which of them are real (B, T), and what is to be learned from them.
+
+    Labels are next tokens (B, T), or one or two numbers of a whole text, (B,) or (B, 2).
+    """
 
     ids: Tensor
     valid: Tensor
     labels: Tensor
+    types: Tensor | None = None
+    """(B, T): 1 for tokens of the second text of a pair, in families that are told so."""
 
     @property
     def targets(self) -> int:
-        """Labelled positions."""
+        """Labels."""
         return int((self.labels != IGNORE).sum())
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        return self.ids.nbytes + self.valid.nbytes + self.labels.nbytes
+        tensors = (self.ids, self.valid, self.labels, self.types)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(self.ids.to(device), self.valid.to(device), self.labels.to(device))
+        types = None if self.types is None else self.types.to(device)
+        return Batch(self.ids.to(device), self.valid.to(device), self.labels.to(device), types)
 
 
 def encode(

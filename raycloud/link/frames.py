@@ -7,7 +7,7 @@ length a peer names is believed before it is checked.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, TypeVar
 
@@ -49,6 +49,14 @@ class Kind(IntEnum):
     TABLE = 14
     TOLD = 15
     PART = 16
+    FWD = 17
+    FWD_OK = 18
+    BWD = 19
+    BWD_OK = 20
+    OPT = 21
+    OPT_OK = 22
+    SAVE = 23
+    SAVE_OK = 24
 
 
 class FrameError(LinkError):
@@ -165,6 +173,29 @@ def body(frame: Frame, schema: type[B]) -> B:
         raise FrameError(f"{frame.kind.name}: {where}: {first['msg']}") from None
     except Exception:  # msgpack raises a family of its own and plain ValueErrors
         raise FrameError(f"{frame.kind.name}: the body is no MessagePack map") from None
+
+
+def with_bytes(kind: Kind, control: Body, raw: bytes = b"", *, seq: int = 0, rows: int = 0) -> Frame:
+    """A frame of a map and raw bytes behind it, such as coded rows.
+
+    Raises:
+        FrameError: the map is too large.
+    """
+    packed = control.pack()
+    if len(packed) > MAX_CONTROL:
+        raise FrameError(f"a control body has at most {MAX_CONTROL} bytes, got {len(packed)}")
+    return Frame(kind, seq=seq, pos=len(packed), rows=rows, payload=packed + raw)
+
+
+def split_off(frame: Frame, schema: type[B]) -> tuple[B, bytes]:
+    """The map at the beginning of a frame's payload, and the raw bytes behind it.
+
+    Raises:
+        FrameError: there is no such map.
+    """
+    if frame.pos > len(frame.payload):
+        raise FrameError(f"{frame.kind.name}: a map of {frame.pos} bytes in a payload of {len(frame.payload)}")
+    return body(replace(frame, payload=frame.payload[: frame.pos]), schema), frame.payload[frame.pos :]
 
 
 class Open(Body):

@@ -19,8 +19,11 @@ from raycloud.errors import ModelError
 Parts = Mapping[str, nn.Module]
 """Modules of a base model by the dotted name they have there."""
 
-Embed = Callable[[Parts, Tensor, Tensor], Tensor]
-"""(parts, token ids (B, T), positions (B, T)) -> rows entering block 0, (B, T, d)."""
+Embed = Callable[[Parts, Tensor, Tensor, Tensor | None], Tensor]
+"""(parts, token ids (B, T), positions (B, T), token types (B, T)) -> rows entering block 0, (B, T, d).
+
+Types tell the two texts of a pair apart in families that were taught so; None where there is one text.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,24 +43,24 @@ class Anatomy:
     causal: bool = True
 
 
-def _tokens(parts: Parts, ids: Tensor, positions: Tensor) -> Tensor:
+def _tokens(parts: Parts, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
     """Rotary families add nothing; Gemma's embedding module does its own scaling."""
     return parts["embed_tokens"](ids)
 
 
-def _gpt2(parts: Parts, ids: Tensor, positions: Tensor) -> Tensor:
+def _gpt2(parts: Parts, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
     return parts["drop"](parts["wte"](ids) + parts["wpe"](positions))
 
 
-def _opt(parts: Parts, ids: Tensor, positions: Tensor) -> Tensor:
+def _opt(parts: Parts, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
     rows = parts["decoder.embed_tokens"](ids)
     if "decoder.project_in" in parts:
         rows = parts["decoder.project_in"](rows)
     return rows + parts["decoder.embed_positions"](None, position_ids=positions)
 
 
-def _bert(parts: Parts, ids: Tensor, positions: Tensor) -> Tensor:
-    return parts["embeddings"](input_ids=ids, position_ids=positions)
+def _bert(parts: Parts, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+    return parts["embeddings"](input_ids=ids, position_ids=positions, token_type_ids=types)
 
 
 _ROTARY: dict[str, Any] = {

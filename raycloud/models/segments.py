@@ -72,23 +72,26 @@ class Segment(nn.Module):
         rows = self.rows(x, valid=valid, cache=cache)
         return self.logits(rows) if self.head is not None else rows
 
-    def rows(self, x: Tensor, *, valid: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def rows(
+        self, x: Tensor, *, valid: Tensor | None = None, cache: KVCache | None = None, types: Tensor | None = None
+    ) -> Tensor:
         """The rows (B, T, d) that leave block ``hi - 1``, after the final norm if this is the last segment.
 
         Args:
             x: token ids (B, T) if it holds the embedding, rows (B, T, d) entering block ``lo`` otherwise.
             valid: (B, T), False for padding on either side; None if there is none.
             cache: remembers these tokens for the next call; inference only.
+            types: (B, T) of token ids, see :data:`~raycloud.models.anatomy.Embed`.
         """
         store = KVCache() if cache is None else cache
         past = store.length
         store.extend(x.shape[0], x.shape[1], valid, x.device)
-        rows = self.embed(x, store.positions(past, store.length)) if self.is_first else x
+        rows = self.embed(x, store.positions(past, store.length), types) if self.is_first else x
         return self.finish(self._through(rows, store, past, self.lo, self.hi, remember=cache is not None))
 
-    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Rows (B, T, d) entering block 0 for token ids (B, T) at positions (B, T)."""
-        return self.anatomy.embed(self._embedding, ids, positions)
+    def embed(self, ids: Tensor, positions: Tensor, types: Tensor | None = None) -> Tensor:
+        """Rows (B, T, d) entering block 0 for token ids (B, T) of some types (B, T) at positions (B, T)."""
+        return self.anatomy.embed(self._embedding, ids, positions, types)
 
     def through(self, rows: Tensor, cache: KVCache, start: int, lo: int, hi: int) -> Tensor:
         """Blocks ``[lo, hi)`` of this segment on the rows (B, T, d) of the tokens ``[start, start + T)`` of ``cache``.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol, TypeVar
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from raycloud.errors import TrainingError
 from raycloud.recipe import Recipe
+from raycloud.training.draws import drawing
 from raycloud.training.precision import computing_in
 from raycloud.training.schedule import Schedule, lr_factor
 
@@ -72,6 +73,24 @@ class Step:
     lr: float
     tokens: int
     skipped: bool
+
+
+@dataclass
+class Sums:
+    """The losses of a step, added up over its micro-batches."""
+
+    tokens: int
+    """Of all micro-batches, those to come as well."""
+    total: float = 0.0
+    terms: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def add(self, loss: Loss) -> None:
+        """Add a micro-batch's."""
+        self.total += float(loss.sum.detach())
+        for name, value in loss.terms.items():
+            self.terms[name] = self.terms.get(name, 0.0) + float(value.detach())
+        self.weights |= loss.weights
 
 
 Batch = TypeVar("Batch", bound=MicroBatch)
@@ -138,51 +157,89 @@ class Trainer:
         Raises:
             TrainingError: the gradients were not finite ``MAX_SKIPPED`` times in a row, or no token is labelled.
         """
+        sums = self.begin(batches)
+        for micro, batch in enumerate(batches):
+            with drawing({}, self.seed, self.step_index, micro), computing_in(self.autocast, self.device):
+                loss = loss_of(batch)
+            (loss.sum / sums.tokens).backward()
+            sums.add(loss)
+        return self.finish(sums, self.gradient_norm())
+
+    def begin(self, batches: Sequence[Batch]) -> Sums:
+        """Forget the gradients of a step that was broken off; what the micro-batches' losses are to be added to.
+
+        For those who compute gradients in another way than :meth:`step`, as does whoever holds only a part of a model.
+
+        Raises:
+            TrainingError: no token is labelled.
+        """
         tokens = sum(batch.targets for batch in batches)
         if tokens == 0:
             raise TrainingError(f"step {self.step_index}: no labelled token in its {len(batches)} micro-batches")
-        self.optimizer.zero_grad(set_to_none=True)  # of a step that was broken off
-        total, terms, weights = 0.0, dict[str, float](), dict[str, float]()
-        for micro, batch in enumerate(batches):
-            with self._seeded(micro), computing_in(self.autocast, self.device):
-                loss = loss_of(batch)
-            (loss.sum / tokens).backward()
-            total += float(loss.sum.detach())
-            for name, value in loss.terms.items():
-                terms[name] = terms.get(name, 0.0) + float(value.detach())
-            weights |= loss.weights
-        norm = float(nn.utils.clip_grad_norm_(list(self._named.values()), self.recipe.clip))
-        lr = self._set_lr()
-        skipped = not torch.isfinite(torch.tensor(norm))
-        if skipped:
+        self.optimizer.zero_grad(set_to_none=True)
+        return Sums(tokens)
+
+    def gradient_norm(self) -> float:
+        """Of all gradients of this trainer's parameters, taken as one vector."""
+        found = [parameter.grad for parameter in self._named.values() if parameter.grad is not None]
+        return float(nn.utils.get_total_norm(found))
+
+    def finish(self, sums: Sums, norm: float) -> Step:
+        """Make the step from the gradients that are there.
+
+        Args:
+            sums: what :meth:`begin` gave, with all losses.
+            norm: of the gradients of the whole model, by which they are clipped; larger than :meth:`gradient_norm`
+                where others hold some of them.
+
+        Raises:
+            TrainingError: the norm was not finite ``MAX_SKIPPED`` times in a row.
+        """
+        done, lr = self.step_index, self.lr
+        skipped = not self.apply(norm)
+        means = {name: value / sums.tokens for name, value in sums.terms.items()}
+        weighted = {name: weight * means[name] for name, weight in sums.weights.items()}
+        return Step(done, sums.total / sums.tokens, means, weighted, norm, lr, sums.tokens, skipped)
+
+    def apply(self, norm: float) -> bool:
+        """Clip the gradients and change the parameters by them, unless the norm is not finite.
+
+        Args:
+            norm: see :meth:`finish`.
+
+        Returns:
+            Whether the parameters were changed.
+
+        Raises:
+            TrainingError: the norm was not finite ``MAX_SKIPPED`` times in a row.
+        """
+        sound = math.isfinite(norm)
+        if sound:
+            self._skipped_in_a_row = 0
+            exact = torch.tensor(norm, dtype=torch.float64)
+            nn.utils.clip_grads_with_norm_(list(self._named.values()), self.recipe.clip, exact)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * self._factor
+            self.optimizer.step()
+        else:
             self._skipped_in_a_row += 1
             if self._skipped_in_a_row >= self.MAX_SKIPPED:
                 raise TrainingError(
                     f"gradients were not finite in {self.MAX_SKIPPED} steps up to step {self.step_index}"
                 )
-        else:
-            self._skipped_in_a_row = 0
-            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        done = self.step_index
         self.step_index += 1
-        means = {name: value / tokens for name, value in terms.items()}
-        weighted = {name: weight * means[name] for name, weight in weights.items()}
-        return Step(done, total / tokens, means, weighted, norm, lr, tokens, skipped)
+        return sound
 
-    def _set_lr(self) -> float:
+    @property
+    def lr(self) -> float:
+        """Of the next step, for groups without a rate of their own."""
+        return self.recipe.lr * self._factor
+
+    @property
+    def _factor(self) -> float:
         recipe = self.recipe
-        factor = lr_factor(self.step_index, self.total_steps, recipe.warmup_steps, recipe.schedule, recipe.lr_floor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        return recipe.lr * factor
-
-    @contextlib.contextmanager
-    def _seeded(self, micro: int) -> Iterator[None]:
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(hash((self.seed, self.step_index, micro)) & 0x7FFF_FFFF_FFFF_FFFF)
-            yield
+        return lr_factor(self.step_index, self.total_steps, recipe.warmup_steps, recipe.schedule, recipe.lr_floor)
 
     def state(self) -> dict[str, Tensor]:
         """Everything but the weights that the next step depends on, as plain tensors (for safetensors)."""

@@ -66,12 +66,21 @@ class Int8:
         check_width(self.name, self.width, width)
         return self._groups * _SCALE_BYTES + width
 
-    def encode(self, rows: Tensor) -> Tensor:
-        """(n, width) numbers to (n, bytes per row) uint8."""
+    def encode(self, rows: Tensor, dither: Tensor | None = None) -> Tensor:
+        """(n, width) numbers to (n, bytes per row) uint8.
+
+        Args:
+            rows: the numbers.
+            dither: (n, width) from -1/2 to 1/2, added in units of a step before rounding to the nearest: uniform
+                numbers make the rounding unbiased.
+        """
         check_width(self.name, self.width, rows.shape[1])
         groups = grouped(rows, self.group)
         scales = _FLOAT16.encode(groups.abs().amax(dim=-1) / 127)
-        codes = (groups / _divisor(scales)).round_().clamp_(-127, 127).to(torch.int8)
+        steps = groups / _divisor(scales)
+        if dither is not None:
+            steps += grouped(dither, self.group)
+        codes = steps.round_().clamp_(-127, 127).to(torch.int8)
         return torch.cat([scales, codes.flatten(1)[:, : self.width].view(torch.uint8)], dim=1)
 
     def decode(self, payload: Tensor) -> Tensor:

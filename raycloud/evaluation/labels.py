@@ -1,0 +1,63 @@
+"""How well predicted classes and numbers agree with the true ones; the metrics of GLUE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+
+
+def accuracy(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Share of equal ones."""
+    return float((predicted == true).mean())
+
+
+def f1(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Of class 1: the harmonic mean of precision and recall."""
+    both = float(((predicted == 1) & (true == 1)).sum())
+    either = float((predicted == 1).sum() + (true == 1).sum())
+    return 2 * both / either if either else 0.0
+
+
+def matthews(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Matthews' correlation of two classes; 0 where one of them never occurs."""
+    return _correlation(predicted, true)
+
+
+def pearson(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Of two numbers; 0 where one of them never changes."""
+    return _correlation(predicted, true)
+
+
+def spearman(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Pearson's of the ranks."""
+    return _correlation(stats.rankdata(predicted), stats.rankdata(true))
+
+
+def _correlation(one: np.ndarray, other: np.ndarray) -> float:
+    if len(one) < 2 or not np.ptp(one) or not np.ptp(other):
+        return 0.0
+    return float(np.corrcoef(one.astype(float), other.astype(float))[0, 1])
+
+
+METRICS: dict[Metric, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "matthews": matthews,
+    "pearson": pearson,
+    "spearman": spearman,
+}
+
+
+def paired_standard_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Of the difference of two accuracies on the same texts: hits (n,) or (seeds, n), as booleans.
+
+    Texts are what is drawn; where there are several seeds, a text's hits are averaged over them first.
+    """
+    apart = np.atleast_2d(ours).astype(float).mean(axis=0) - np.atleast_2d(theirs).astype(float).mean(axis=0)
+    return float(apart.std(ddof=1) / math.sqrt(len(apart)))

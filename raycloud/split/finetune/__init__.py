@@ -1,0 +1,1 @@
+"""Split fine-tuning: edge and cloud train one model together, and only rows and their gradients cross."""

@@ -1,0 +1,165 @@
+"""The cloud's side of split fine-tuning: the middle of a model that learns from rows and gradients alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from raycloud.errors import LinkError
+from raycloud.link.frames import Frame, Kind, split_off, with_bytes
+from raycloud.models.segments import Segment
+from raycloud.split.finetune.messages import (
+    Backward,
+    Backwarded,
+    Forward,
+    Forwarded,
+    Optimise,
+    Optimised,
+)
+from raycloud.split.finetune.numbers import Coded, Packing
+from raycloud.split.finetune.tasks import Pooling, pooled
+from raycloud.training.draws import drawing, seed_of
+from raycloud.training.loop import Trainer
+
+
+class OutOfStep(LinkError):
+    """A message that does not follow on those before it."""
+
+
+@dataclass(frozen=True)
+class Packings:
+    """How numbers cross each cut, rows and gradients alike."""
+
+    first: Packing
+    second: Packing
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A micro-batch whose gradient is not there yet: the leaf its rows came in by, and what went out."""
+
+    numbers: Tensor
+    out: Tensor
+
+
+class CloudSide:
+    """The blocks between the cuts with their ends of both codes, and the optimiser of what of them is trained.
+
+    Args:
+        middle: blocks [first, second).
+        decoder: of the first cut.
+        encoder: of the second one.
+        packings: of both.
+        pooling: what of a text's rows leaves the second cut.
+        trainer: of everything here that learns; None if nothing does.
+        seed: of dropout and of rounding, the edge's.
+    """
+
+    def __init__(
+        self,
+        middle: Segment,
+        decoder: nn.Module,
+        encoder: nn.Module,
+        packings: Packings,
+        pooling: Pooling,
+        trainer: Trainer | None,
+        seed: int,
+    ) -> None:
+        self.middle, self.decoder, self.encoder = middle, decoder, encoder
+        self.packings, self.pooling, self.trainer, self.seed = packings, pooling, trainer, seed
+        self._parts = {f"block {middle.lo + place}": block for place, block in enumerate(middle.blocks)}
+        self._parts["decoder"] = decoder
+        self._passes: dict[int, _Pass] = {}
+        self.step = 0
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """By the names that their parameters are saved under."""
+        return {"middle": self.middle, "decoder": self.decoder, "encoder": self.encoder}
+
+    def answer(self, request: Frame) -> Frame:
+        """What one message leads to.
+
+        Raises:
+            OutOfStep: it does not follow on those before it.
+            FrameError: it does not fit its schema.
+            ValueError: its numbers are too few, too many or not finite.
+        """
+        started = time.perf_counter()
+        match request.kind:
+            case Kind.FWD:
+                return self._forward(*split_off(request, Forward), started)
+            case Kind.BWD:
+                return self._backward(*split_off(request, Backward), started)
+            case Kind.OPT:
+                return self._optimise(split_off(request, Optimise)[0], started)
+            case _:
+                raise OutOfStep(f"{request.kind.name} has no place within a step")
+
+    def _forward(self, asked: Forward, payload: bytes, started: float) -> Frame:
+        if asked.training and (asked.step != self.step or asked.micro in self._passes):
+            raise OutOfStep(f"rows of step {asked.step}, micro-batch {asked.micro} came in step {self.step}")
+        numbers = self.packings.first.unpack(Coded(asked.unit, payload), sum(asked.lengths)).to(self._device)
+        numbers.requires_grad_(asked.training)
+        lengths = torch.tensor(asked.lengths, device=self._device)
+        with torch.set_grad_enabled(asked.training), self._mode(asked):
+            out = self._through(numbers, lengths)
+        if asked.training:
+            self._passes[asked.micro] = _Pass(numbers, out)
+        coded = self.packings.second.pack(out)
+        told = Forwarded(unit=coded.unit, seconds=time.perf_counter() - started)
+        return with_bytes(Kind.FWD_OK, told, coded.payload, rows=len(out))
+
+    def _through(self, numbers: Tensor, lengths: Tensor) -> Tensor:
+        """Numbers (n, width) at the second cut."""
+        valid = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+        decoded = self.decoder(numbers)
+        rows = decoded.new_zeros(*valid.shape, decoded.shape[-1])
+        rows[valid] = decoded
+        rows = self.middle.rows(rows, valid=None if bool(valid.all()) else valid)
+        return self.encoder(rows[valid] if self.pooling == "rows" else pooled(rows, valid, self.pooling))
+
+    def _backward(self, asked: Backward, payload: bytes, started: float) -> Frame:
+        found = self._passes.pop(asked.micro, None)
+        if asked.step != self.step or found is None:
+            raise OutOfStep(f"a gradient of step {asked.step}, micro-batch {asked.micro} came in step {self.step}")
+        gradient = self.packings.second.unpack(Coded(asked.unit, payload), len(found.out)).to(found.out)
+        found.out.backward(gradient)
+        rows, coded = 0, Coded(1.0, b"")
+        if asked.back:
+            assert found.numbers.grad is not None
+            chance = torch.Generator().manual_seed(seed_of(self.seed, asked.step, asked.micro, "first"))
+            rows, coded = len(found.numbers), self.packings.first.pack(found.numbers.grad, chance)
+        norm = self.trainer.gradient_norm() if self.trainer is not None and asked.last else 0.0
+        told = Backwarded(
+            unit=coded.unit,
+            norm=norm if math.isfinite(norm) else math.inf,
+            seconds=time.perf_counter() - started,
+        )
+        return with_bytes(Kind.BWD_OK, told, coded.payload, rows=rows)
+
+    def _optimise(self, asked: Optimise, started: float) -> Frame:
+        if asked.step != self.step or self._passes:
+            raise OutOfStep(f"the end of step {asked.step} came in step {self.step}")
+        if self.trainer is not None:
+            self.trainer.apply(asked.norm)
+        self.step += 1
+        return with_bytes(Kind.OPT_OK, Optimised(step=self.step, seconds=time.perf_counter() - started))
+
+    @contextmanager
+    def _mode(self, asked: Forward) -> Iterator[None]:
+        """Dropout on or off as the edge says, with masks that are a function of the micro-batch."""
+        for module in self.modules.values():
+            module.train(asked.training)
+        with drawing(self._parts, self.seed, asked.step, asked.micro):
+            yield
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.middle.parameters()).device

@@ -1,0 +1,73 @@
+"""What edge and cloud say to each other while they train. No text, token id, label or mask is in any of it.
+
+A step is FWD and BWD for each of its micro-batches, then OPT. Each has one answer, in the order of the requests.
+Payloads are a MessagePack map followed by coded numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from raycloud.link.frames import Body
+
+Unit = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""See :class:`~raycloud.split.finetune.numbers.Coded`."""
+
+
+class Forward(Body):
+    """FWD: rows at the first cut, of the valid tokens only, text after text."""
+
+    step: int = Field(ge=0)
+    micro: int = Field(ge=0)
+    training: bool
+    """Whether dropout is on and a BWD follows."""
+    lengths: list[Annotated[int, Field(ge=1, le=2**20)]] = Field(min_length=1, max_length=8192)
+    """Tokens of each text."""
+    unit: Unit
+
+
+class Forwarded(Body):
+    """FWD_OK: rows at the second cut, or one row a text where they are pooled there."""
+
+    unit: Unit
+    seconds: float = Field(ge=0)
+    """That the cloud computed."""
+
+
+class Backward(Body):
+    """BWD: the gradient of what FWD_OK carried."""
+
+    step: int = Field(ge=0)
+    micro: int = Field(ge=0)
+    last: bool
+    """Whether it is the step's last one: the answer then tells the gradients' norm."""
+    back: bool
+    """Whether the edge learns ahead of the cloud and wants the gradient of its rows."""
+    unit: Unit
+
+
+class Backwarded(Body):
+    """BWD_OK: the gradient of what FWD carried, if it was wanted."""
+
+    unit: Unit
+    norm: float = Field(ge=0)
+    """Of the cloud's gradients so far, where it was the last one; infinite if they are not finite."""
+    seconds: float = Field(ge=0)
+
+
+class Optimise(Body):
+    """OPT: make the step."""
+
+    step: int = Field(ge=0)
+    norm: float = Field(ge=0)
+    """Of both sides' gradients together; infinite for a step that both must skip."""
+
+
+class Optimised(Body):
+    """OPT_OK."""
+
+    step: int = Field(ge=0)
+    """Of the next one."""
+    seconds: float = Field(ge=0)

@@ -1,0 +1,103 @@
+"""Numbers as bytes: activations rounded to the nearest, gradients by chance, so that they are right on average.
+
+Whoever receives them takes them for what was sent: the rounding is left out of the gradient (a straight-through
+estimator), since each side differentiates only what it computes itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from raycloud.link.codecs.floats import CODECS
+from raycloud.link.codecs.quantised import Int8
+
+Form = Literal["float32", "bfloat16", "float16", "int8"]
+"""int8 has a float16 scale for each row, in units of the largest number of all."""
+
+_FLOAT16 = CODECS["float16"]
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Numbers on their way."""
+
+    unit: float
+    """What the coded numbers are multiples of."""
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How rows of numbers cross.
+
+    Args:
+        form: of ordinary numbers.
+        width: numbers of a row.
+        apart: of these the first so many are sent as float16, as they would spoil the scale of the others.
+    """
+
+    form: Form
+    width: int
+    apart: int = 0
+
+    @property
+    def _apart(self) -> int:
+        return self.apart if self.form == "int8" else 0
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Payload bytes of a row."""
+        if self.form != "int8":
+            return CODECS[self.form].bytes_per_row(self.width)
+        rest = self.width - self._apart
+        return _FLOAT16.bytes_per_row(self._apart) + (Int8(rest, rest).bytes_per_row(rest) if rest else 0)
+
+    def pack(self, numbers: Tensor, chance: torch.Generator | None = None) -> Coded:
+        """Code (n, width) numbers.
+
+        Args:
+            numbers: on any device.
+            chance: rounds int8 up or down by chance, right on average; to the nearest if None.
+        """
+        numbers = numbers.detach().to("cpu", torch.float32)
+        if self.form in ("float32", "bfloat16"):
+            return Coded(1.0, CODECS[self.form].encode(numbers).numpy().tobytes())
+        # float16 has no room for the small numbers that gradients are.
+        unit = float(numbers.abs().max()) if numbers.numel() else 0.0
+        numbers = numbers / (unit or 1.0)
+        if self.form == "float16":
+            return Coded(unit, _FLOAT16.encode(numbers).numpy().tobytes())
+        parts = [_FLOAT16.encode(numbers[:, : self._apart])]
+        if rest := self.width - self._apart:
+            dither = None if chance is None else torch.rand(len(numbers), rest, generator=chance) - 0.5
+            parts.append(Int8(rest, rest).encode(numbers[:, self._apart :], dither))
+        return Coded(unit, torch.cat(parts, dim=1).numpy().tobytes())
+
+    def unpack(self, coded: Coded, rows: int) -> Tensor:
+        """(rows, width) float32 numbers on the CPU.
+
+        Raises:
+            ValueError: the payload has another length, or holds what is no finite number.
+        """
+        expected = rows * self.bytes_per_row
+        if len(coded.payload) != expected:
+            raise ValueError(f"{rows} rows of {self.bytes_per_row} bytes have {expected}, got {len(coded.payload)}")
+        if rows == 0:
+            return torch.empty(0, self.width)
+        raw = torch.frombuffer(bytearray(coded.payload), dtype=torch.uint8).view(rows, -1)
+        if self.form != "int8":
+            numbers = CODECS[self.form].decode(raw)
+        else:
+            head = _FLOAT16.bytes_per_row(self._apart)
+            parts = [_FLOAT16.decode(raw[:, :head])]
+            if rest := self.width - self._apart:
+                parts.append(Int8(rest, rest).decode(raw[:, head:]))
+            numbers = torch.cat(parts, dim=1)
+        numbers = numbers * coded.unit
+        if not bool(numbers.isfinite().all()):
+            raise ValueError("the numbers are not all finite")
+        return numbers

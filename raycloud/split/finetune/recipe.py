@@ -1,0 +1,136 @@
+"""The recipe of split fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from raycloud.data.prompts import Format
+from raycloud.evaluation.labels import Metric
+from raycloud.models.loading import Device, DType
+from raycloud.recipe import Recipe
+from raycloud.split.finetune.numbers import Form
+from raycloud.training.loop import TrainingRecipe
+from raycloud.training.lora import LoraRecipe
+
+Column = Annotated[str, Field(min_length=1)]
+
+
+class TextsRecipe(Recipe):
+    """Texts with labels."""
+
+    source: str = "builtin:reviews"
+    """``builtin:reviews``, a JSONL or Parquet file, or a hub id."""
+    where: dict[str, list[Any]] = {}
+    """Only rows whose columns hold one of these values."""
+    max_length: int = Field(128, gt=1)
+    """Tokens of a text."""
+    limit: int | None = Field(None, gt=0)
+    """So many rows of the training split, evenly spread over it; None for all."""
+    held_out: int | None = Field(None, gt=0)
+    """So many rows of the test split; None for all."""
+
+
+class ClassificationRecipe(Recipe):
+    """One of several classes for a text or a pair of texts."""
+
+    kind: Literal["classification"] = "classification"
+    text: Column = "text"
+    """Column of the text."""
+    pair: Column | None = None
+    """Column of a second text."""
+    label: Column = "label"
+    classes: list[Any] | None = Field(None, min_length=2)
+    """Values of the label, in the order of the classes; rows with others are left out. None for all, sorted."""
+    pooling: Literal["mean", "first"] = "mean"
+    """What the head reads of a text: the mean of its rows, or the first one, through the model's own pooler."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Ahead of the classifier."""
+    metrics: list[Metric] = Field(["accuracy"], min_length=1)
+
+
+class RegressionRecipe(Recipe):
+    """One number for a text or a pair of texts."""
+
+    kind: Literal["regression"] = "regression"
+    text: Column = "text"
+    pair: Column | None = None
+    label: Column = "score"
+    pooling: Literal["mean", "first"] = "mean"
+    dropout: float = Field(0.1, ge=0, lt=1)
+    metrics: list[Metric] = Field(["pearson", "spearman"], min_length=1)
+
+
+class LanguageRecipe(Recipe):
+    """The next token of a response."""
+
+    kind: Literal["language"] = "language"
+    format: Format = "alpaca"
+    max_prompt: int = Field(112, gt=0)
+
+
+TaskRecipe = Annotated[ClassificationRecipe | RegressionRecipe | LanguageRecipe, Field(discriminator="kind")]
+
+
+class CutRecipe(Recipe):
+    """What crosses the first cut."""
+
+    kind: Literal["narrow", "plain", "sft"] = "narrow"
+    """``narrow`` keeps the residual stream and trains its maps; ``plain`` sends rows as they are; ``sft`` is the
+    published cut inside the last block of the edge's first part, which drops the residual."""
+    rank: int = Field(32, gt=0)
+    """Numbers for each token; of no meaning for ``plain``."""
+    outliers: int = Field(0, ge=0)
+    """Coordinates that cross beside them as they are; ``narrow`` only."""
+    trained: bool = True
+    """Whether the maps of ``narrow`` learn with the model."""
+    form: Form = "int8"
+    """How a number crosses, and its gradient on the way back."""
+
+
+class SplitTuneRecipe(Recipe):
+    """An edge that holds the text and a cloud that holds the middle fine-tune one model together."""
+
+    job: Literal["split_tune"] = "split_tune"
+    output: str = "results/split-tune"
+    """The result directory."""
+    seed: int = 10
+    """Of the head, the order of samples, dropout and rounding."""
+    model: str = "builtin:minilm-l6"
+    """A hub id, a directory, a GGUF file or a built-in name."""
+    split: int = Field(3, ge=0)
+    """Blocks that the edge runs ahead of the cloud."""
+    second: int | None = Field(None, gt=0)
+    """The first block after those that the cloud runs; None for no more blocks."""
+    task: TaskRecipe = ClassificationRecipe()
+    data: TextsRecipe = TextsRecipe()
+    cut: CutRecipe = CutRecipe()
+    back: Form = "float32"
+    """How a number crosses the second cut, and its gradient."""
+    lora: LoraRecipe | None = None
+    """Adapters instead of all weights."""
+    learning: Literal["all", "last+middle", "last"] = "all"
+    """Which parts learn. With ``last`` no gradient crosses at all, with ``last+middle`` only at the second cut."""
+    training: TrainingRecipe = TrainingRecipe(
+        lr=1e-4, schedule="linear", warmup_steps=25, weight_decay=0.01, batch_size=16
+    )
+    epochs: int = Field(2, gt=0)
+    depth: int = Field(2, gt=0)
+    """Micro-batches that may be on their way at once."""
+    threads: int = Field(0, ge=0)
+    """CPU threads to compute with; 0 for as many as there are cores."""
+    device: Device = "auto"
+    dtype: DType = "auto"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.second is not None and self.second <= self.split:
+            raise ValueError(f"split={self.split} and second={self.second}; allowed: split < second")
+        if self.cut.kind == "sft" and self.split == 0:
+            raise ValueError("split=0 leaves no block for the published cut (cut.kind=sft); allowed: 1 or more")
+        if self.learning != "all" and self.cut.kind == "narrow" and self.cut.trained:
+            raise ValueError(
+                f"learning={self.learning} sends no gradient to the first cut; allowed: cut.trained=false, or all"
+            )
+        return self

@@ -1,0 +1,43 @@
+"""Random numbers that are a function of a key, such as (seed, step, micro-batch), and of who draws them.
+
+Dropout that draws from one generator in the order of the layers can only be repeated by whoever runs all of them. Where
+each part of a model has a seed of its own, its masks are the same wherever the part runs and whatever ran before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def seed_of(*key: int | str) -> int:
+    """63 bits that are a function of the key alone, in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest()) >> 1
+
+
+@contextmanager
+def drawing(parts: Mapping[str, nn.Module], *key: int) -> Iterator[None]:
+    """Within it, random numbers are a function of the key; afterwards all generators are as they were before.
+
+    Args:
+        parts: modules that draw from a seed of (key, name) each time they are called; the rest draws from the key's.
+        key: of these numbers.
+    """
+
+    def seeded(name: str) -> Any:
+        return lambda module, arguments: torch.manual_seed(seed_of(*key, name)) and None
+
+    hooks = [module.register_forward_pre_hook(seeded(name)) for name, module in parts.items()]
+    devices = list(range(torch.cuda.device_count()))
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed_of(*key))
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()

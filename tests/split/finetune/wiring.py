@@ -1,0 +1,196 @@
+"""A tiny model trained whole and cut in three, by the same recipe."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from raycloud.data.batches import IGNORE, Batch
+from raycloud.link.meter import Meter
+from raycloud.models.anatomy import base_of, blocks_of
+from raycloud.models.segments import Segment
+from raycloud.split.finetune.cloud import CloudSide, Packings
+from raycloud.split.finetune.code import Code, plain
+from raycloud.split.finetune.edge import EdgeSide, Learning, LocalCloud
+from raycloud.split.finetune.numbers import Form, Packing
+from raycloud.split.finetune.tasks import Classification, Language, Pooling, Task, TextHead, pooled
+from raycloud.training.draws import drawing
+from raycloud.training.loop import Loss, Step, Trainer, TrainingRecipe
+from tests.models.families import tiny
+
+TRAINING = TrainingRecipe(lr=2e-3, warmup_steps=4, clip=0.5, weight_decay=0.05)
+STEPS, SEED, WIDTH, CLASSES = 20, 3, 32, 3
+
+
+def model_of(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+    """A model whose every parameter has a gradient worth the name.
+
+    The bias of the keys has none, as softmax takes no notice of it: what rounding leaves is noise, which Adam would
+    blow up to steps of full size.
+    """
+    model = tiny(family, dtype=dtype, **changes)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("key.bias", "k_proj.bias")):
+            parameter.requires_grad_(False)
+        if name.endswith("c_attn.bias"):
+            nn.init.zeros_(parameter)
+            parameter.requires_grad_(False)
+    return model
+
+
+def batches(step: int, micros: int = 2, *, language: bool) -> list[Batch]:
+    """Texts of uneven lengths, padded on the right."""
+    chance = torch.Generator().manual_seed(1000 + step)
+    made = []
+    for _ in range(micros):
+        lengths = torch.randint(3, 12, (4,), generator=chance)
+        valid = torch.arange(int(lengths.max())) < lengths[:, None]
+        ids = torch.randint(3, 97, valid.shape, generator=chance).masked_fill(~valid, 0)
+        if language:
+            follows = torch.zeros_like(valid)
+            follows[:, :-1] = valid[:, 1:]
+            labels = ids.roll(-1, dims=1).masked_fill(~follows, IGNORE)
+        else:
+            labels = torch.randint(0, CLASSES, (4,), generator=chance)
+        made.append(Batch(ids, valid, labels))
+    return made
+
+
+def head_of(dtype: torch.dtype = torch.float32) -> TextHead:
+    return TextHead(WIDTH, CLASSES, dropout=0.1, seed=SEED).to(dtype)
+
+
+@dataclass
+class Whole:
+    """The stock model with its own forward pass, trained in one piece."""
+
+    model: Any
+    head: nn.Module | None
+
+    def __post_init__(self) -> None:
+        groups = {"model": self.model, **({"head": self.head} if self.head is not None else {})}
+        self.trainer = Trainer(groups, TRAINING, total_steps=STEPS, seed=SEED)
+        self._parts = {f"block {place}": block for place, block in enumerate(blocks_of(self.model))}
+        if self.head is not None:
+            self._parts["head"] = self.head
+
+    def loss(self, batch: Batch) -> Loss:
+        if self.head is None:
+            logits = self.model(input_ids=batch.ids, attention_mask=batch.valid.long()).logits
+            wanted = batch.labels != IGNORE
+            total = F.cross_entropy(logits[wanted].float(), batch.labels[wanted], reduction="sum")
+        else:
+            rows = base_of(self.model)(input_ids=batch.ids, attention_mask=batch.valid.long()).last_hidden_state
+            total = F.cross_entropy(self.head(pooled(rows, batch.valid, "mean")).float(), batch.labels, reduction="sum")
+        return Loss(total, batch.targets, {"cross_entropy": total})
+
+    def step(self, micros: Sequence[Batch]) -> Step:
+        self.model.train()
+        numbers = itertools.count()
+
+        def loss_of(batch: Batch) -> Loss:
+            with drawing(self._parts, SEED, self.trainer.step_index, next(numbers)):
+                return self.loss(batch)
+
+        return self.trainer.step(micros, loss_of)
+
+
+def split(
+    model: Any,
+    first: int,
+    second: int,
+    *,
+    head: TextHead | None = None,
+    code: Callable[[Segment], Code] | None = None,
+    form: Form = "float32",
+    depth: int = 1,
+    meter: Meter | None = None,
+) -> EdgeSide:
+    """The two sides of a copy of a model in one process."""
+    model, head = copy.deepcopy((model, head))
+    ahead, last = Segment(model, 0, first, head=False), Segment(model, second, embed=False)
+    middle = Segment(model, first, second, embed=False, head=False)
+    cut, back = (code or (lambda _: plain(WIDTH)))(ahead), plain(WIDTH)
+    task: Task = Classification(head, "mean") if head is not None else Language(last)
+    pooling: Pooling = task.pooling if second == len(blocks_of(model)) else "rows"
+    packings = Packings(Packing(form, cut.width, cut.apart), Packing("float32", WIDTH))
+    cloud = CloudSide(
+        middle,
+        cut.decoder,
+        back.encoder,
+        packings,
+        pooling,
+        Trainer({"middle": middle, "decoder": cut.decoder}, TRAINING, total_steps=STEPS, seed=SEED),
+        SEED,
+    )
+    groups = {"first": ahead, "encoder": cut.encoder, "last": last, "head": task.head}
+    return EdgeSide(
+        ahead,
+        cut.encoder,
+        back.decoder,
+        last,
+        task,
+        packings,
+        pooling,
+        LocalCloud(cloud, meter),
+        Trainer(groups, TRAINING, total_steps=STEPS, seed=SEED),
+        learning=Learning(),
+        seed=SEED,
+        depth=depth,
+    )
+
+
+def sides(edge: EdgeSide) -> dict[str, nn.Module]:
+    """The modules of both sides, by the part of the whole model that they are."""
+    cloud = edge._cloud.side  # type: ignore[attr-defined]
+    modules = {**edge.modules, "middle": cloud.middle}
+    return {name: modules[name] for name in ("first", "middle", "last", "head")}
+
+
+def parts_of(whole: Whole, first: int, second: int) -> dict[str, nn.Module]:
+    """Likewise, of a model in one piece."""
+    return {
+        "first": Segment(whole.model, 0, first, head=False),
+        "middle": Segment(whole.model, first, second, embed=False, head=False),
+        "last": Segment(whole.model, second, embed=False),
+        "head": whole.head or nn.Identity(),
+    }
+
+
+def named(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters of several modules."""
+    return {f"{side}.{name}": p for side, module in modules.items() for name, p in module.named_parameters()}
+
+
+def values(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """What they are."""
+    return {name: parameter.detach().clone() for name, parameter in named(modules).items()}
+
+
+def caught(modules: dict[str, nn.Module], trainers: list[Trainer], step: Callable[[], Step]) -> dict[str, Tensor]:
+    """The gradients of a step that is made, but for the change of the parameters."""
+    found: dict[str, Tensor] = {}
+    for trainer in trainers:
+
+        def keep(norm: float, trainer: Trainer = trainer) -> bool:
+            mine = set(map(id, trainer._named.values()))
+            found.update({n: p.grad.clone() for n, p in named(modules).items() if id(p) in mine and p.grad is not None})
+            return True
+
+        trainer.apply = keep  # type: ignore[method-assign]
+    step()
+    return found
+
+
+def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The relative norm of all differences taken as one vector."""
+    assert ours.keys() == theirs.keys()
+    apart = torch.cat([(ours[name] - theirs[name]).flatten().double() for name in ours])
+    return float(apart.norm() / torch.cat([theirs[name].flatten().double() for name in ours]).norm())
