@@ -194,7 +194,8 @@ class Opened(Body):
 class Resumed(Body):
     """What the cloud still has of a session."""
 
-    tokens: int = Field(ge=0)
+    tokens: int = Field(default=0, ge=0)
+    """Where they are what it is made of."""
     next_seq: int = Field(ge=1)
 
 
