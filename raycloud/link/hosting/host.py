@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
 from raycloud.link.channel import Connection
-from raycloud.link.frames import Body, Frame, FrameError, Kind, Resumed
+from raycloud.link.frames import Frame, FrameError, Granted, Kind, Resumed
 from raycloud.link.hosting.answers import Refused, TooBusy, ready, refusal
 from raycloud.link.hosting.limits import SessionLimits
 from raycloud.link.hosting.line import Line, attended, converse
@@ -79,10 +79,10 @@ class SessionHost(ABC, Generic[S]):
         """
 
     @abstractmethod
-    def granted(self, session: S) -> Body:
+    def granted(self, session: S) -> Granted:
         """What OPEN_OK says of a new session."""
 
-    def resumed(self, session: S) -> Body:
+    def resumed(self, session: S) -> Resumed:
         """What RESUMED says of a session."""
         return Resumed(next_seq=session.next_seq)
 
@@ -150,10 +150,10 @@ class SessionHost(ABC, Generic[S]):
             try:
                 if frame.kind is Kind.OPEN:
                     session = self._open(frame, principal)
-                    reply, content = Kind.OPEN_OK, self.granted(session)
+                    reply, content = Kind.OPEN_OK, self.granted(session).pack()
                 elif frame.kind is Kind.RESUME:
                     session = self._resume(frame, principal)
-                    reply, content = Kind.RESUMED, self.resumed(session)
+                    reply, content = Kind.RESUMED, self.resumed(session).pack()
                 else:
                     raise Refused("handshake", f"{frame.kind.name} came where OPEN or RESUME should have")
             except (Refused, TooBusy) as error:
@@ -162,7 +162,7 @@ class SessionHost(ABC, Generic[S]):
             session.renew(time.monotonic())
             self._attached[session.id] = _Attached(session, line)
             self._metrics.level("sessions", len(self._attached))
-            await line.send(Frame(reply, session.id, session.epoch, payload=content.pack()))
+            await line.send(Frame(reply, session.id, session.epoch, payload=content))
             return session
         return None
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-from raycloud.link.frames import Body, Frame, Kind, Open, Opened, Resumed, body
+from raycloud.link.frames import Frame, Kind, Open, Opened, Resumed, body
 from raycloud.link.hosting import Refused, SessionHost, TooBusy
 from raycloud.split.cloud.engine import Engine, Expired, Job, NonFinite
 from raycloud.split.cloud.limits import Limits
@@ -78,7 +78,7 @@ class Host(SessionHost[Session]):
             max_tokens=min(asked.max_tokens, self._limits.tokens, part.config.max_position_embeddings),
         )
 
-    def granted(self, session: Session) -> Body:
+    def granted(self, session: Session) -> Opened:
         """Lease, sizes and credit."""
         return Opened(
             lease_s=self._limits.lease_s,
@@ -88,7 +88,7 @@ class Host(SessionHost[Session]):
             replica=self._replica,
         )
 
-    def resumed(self, session: Session) -> Body:
+    def resumed(self, session: Session) -> Resumed:
         """How much of the text is known."""
         return Resumed(tokens=session.tokens, next_seq=session.next_seq)
 
