@@ -335,7 +335,7 @@ def test_a_full_house_says_so(model: PreTrainedModel) -> None:
     host = SignalHost(model, "t", "w", SignalLimits(connections=1))
     service = Loopback(host.serve)
     link = TeacherLink(service.connect, timeout_s=20)
-    with pytest.raises(LinkError, match=r"within 0\.3 s: the teacher has as many connections as it takes"):
+    with pytest.raises(LinkError, match=r"within 0\.3 s: the teacher has as many edges as it takes"):
         TeacherLink(service.connect, timeout_s=0.3)
     link.close()
     assert TeacherLink(service.connect, timeout_s=20).offer == host.offer
