@@ -211,21 +211,27 @@ class Open(Body):
     max_tokens: int = Field(ge=1)
 
 
-class Opened(Body):
-    """What the cloud grants."""
+class Granted(Body):
+    """What the cloud grants to any session."""
 
     lease_s: float = Field(gt=0)
+    credit: int = Field(ge=1)
+    """Requests that may be on their way at once."""
+    replica: str = Field(default="", max_length=128)
+
+
+class Opened(Granted):
+    """What the cloud grants to a generation."""
+
     max_tokens: int = Field(ge=1)
     max_rows: int = Field(ge=1)
-    credit: int = Field(ge=1)
-    """Steps that may be on their way at once."""
-    replica: str = Field(default="", max_length=128)
 
 
 class Resumed(Body):
     """What the cloud still has of a session."""
 
-    tokens: int = Field(ge=0)
+    tokens: int = Field(default=0, ge=0)
+    """Where they are what it is made of."""
     next_seq: int = Field(ge=1)
 
 

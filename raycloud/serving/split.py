@@ -1,21 +1,19 @@
 """The cloud's part of a split model on Ray Serve: sessions over one WebSocket each."""
 
 # No postponed annotations: Serve and FastAPI read those of the handlers and of the builder's argument.
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from fastapi import FastAPI, HTTPException, Request, Response, WebSocket
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
 from raycloud.cluster.metrics import RayMetrics
 from raycloud.errors import RecipeError
-from raycloud.models.loading import Device, DType
-from raycloud.serving.door import Doorkeeper, SocketConnection, tokens_of
+from raycloud.serving.door import Doorkeeper, SocketConnection
+from raycloud.serving.replicas import ReplicaSettings, api_of, replicated
 from raycloud.split.calibration import Calibration
 from raycloud.split.cloud.engine import Engine
 from raycloud.split.cloud.host import Host
@@ -29,10 +27,8 @@ _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _IDLE_SOCKETS = 256
 
 
-class SplitSettings(BaseModel):
+class SplitSettings(ReplicaSettings):
     """The arguments of the application; on the command line as ``key=value``, in a config file under ``args``."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str
     """A whole model, or an exported ``cloud`` directory that every node can read."""
@@ -44,29 +40,7 @@ class SplitSettings(BaseModel):
     """The block after the cloud's last one; as exported if left out."""
     calibration: str | None = None
     """A file of ``raycloud split calibrate``; without it only float codecs are offered."""
-    token: str | None = None
-    """What edges must bring; several separated by commas. The variable RAYCLOUD_TOKEN if left out."""
     limits: Limits = Limits()
-    device: Device = "auto"
-    dtype: DType = "auto"
-    threads: int | None = Field(None, ge=1)
-    """Of torch, in each replica; torch's own choice if left out."""
-    min_replicas: int = Field(1, ge=1)
-    max_replicas: int = Field(1, ge=1)
-    num_cpus: float = Field(0.5, gt=0)
-    """What each replica claims of Ray's CPUs."""
-    num_gpus: float = Field(0.0, ge=0)
-    resources: dict[str, float] = {}
-    """Custom resources each replica claims, such as ``{"cloud": 1}``."""
-
-    @property
-    def tokens(self) -> list[str]:
-        """The tokens let in.
-
-        Raises:
-            RecipeError: there is none.
-        """
-        return tokens_of(self.token)
 
     @property
     def plans(self) -> PlanSet | None:
@@ -82,13 +56,7 @@ def build_api(
     name: str, part: CloudPart, host: Host, offer: Offer, calibration: bytes | None, door: Doorkeeper
 ) -> FastAPI:
     """The HTTP and WebSocket face of one replica."""
-
-    @asynccontextmanager
-    async def lifespan(api: FastAPI) -> AsyncIterator[None]:
-        yield
-        await host.leave()
-
-    api = FastAPI(title="raycloud split", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    api = api_of("raycloud split", host.leave)
 
     def check(request: Request) -> None:
         if door.principal(request.headers.get("authorization")) is None:
@@ -138,23 +106,7 @@ def app(settings: SplitSettings) -> Application:
         host = Host(engine, codecs, settings.limits, metrics, replica)
         return build_api(name, part, host, Offer.of(part, codecs, settings.limits), calibration, Doorkeeper(tokens))
 
-    sockets = settings.limits.sessions + _IDLE_SOCKETS
-    deployment = serve.deployment(
-        name="split",
-        # A WebSocket counts for its whole life.
-        max_ongoing_requests=sockets,
-        max_queued_requests=sockets,
-        autoscaling_config={
-            "min_replicas": settings.min_replicas,
-            "max_replicas": settings.max_replicas,
-            "target_ongoing_requests": max(1, settings.limits.sessions // 2),
-        },
-        # A session returns to its replica; where that is gone it is rebuilt from what the edge kept.
-        request_router_config={"request_router_class": _ROUTER},
-        ray_actor_options={
-            "num_cpus": settings.num_cpus,
-            "num_gpus": settings.num_gpus,
-            "resources": settings.resources,
-        },
-    )
-    return deployment(serve.ingress(build)()).bind()
+    # A session returns to its replica; where that is gone it is rebuilt from what the edge kept.
+    router = {"request_router_class": _ROUTER}
+    edges = settings.limits.sessions
+    return replicated("split", build, settings, edges=edges, idle=_IDLE_SOCKETS, request_router_config=router)

@@ -135,7 +135,7 @@ def test_another_model_is_refused(cloud: Cloud) -> None:
 def test_a_session_belongs_to_who_opened_it(edge: TextModel, cloud: Cloud) -> None:
     triad = edge.source.open()  # type: ignore[attr-defined]
     triad.advance(torch.tensor([[5, 6]]))
-    session = triad._middle._session
+    session = triad._middle._caller.session
     for token, code in (("other", "unknown-session"), (TOKEN, "epoch")):
         channel = WebSocketChannel(cloud.url, token=token)
         channel.send(Frame(Kind.RESUME, session).pack())
@@ -148,7 +148,7 @@ def test_a_session_belongs_to_who_opened_it(edge: TextModel, cloud: Cloud) -> No
 def test_an_abandoned_session_ends_with_its_lease(edge: TextModel, cloud: Cloud) -> None:
     triad = edge.source.open()  # type: ignore[attr-defined]
     triad.advance(torch.tensor([[5, 6]]))
-    triad._middle._channel.close()
+    triad._middle._caller._channel.close()
     assert sessions(cloud) == 1
     assert until(lambda: sessions(cloud) == 0)
 

@@ -21,8 +21,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raycloud.split.remote._FIRST_WAIT_S", 0.005)
-    monkeypatch.setattr("raycloud.split.remote._FAREWELL_S", 0.1)
+    monkeypatch.setattr("raycloud.link.caller._FIRST_WAIT_S", 0.005)
+    monkeypatch.setattr("raycloud.link.caller._FAREWELL_S", 0.1)
 
 
 @pytest.fixture(scope="module")

@@ -148,7 +148,7 @@ def test_a_constructor_that_fails_leaves_no_channel_open(there: Cloud) -> None:
 @pytest.mark.parametrize("code", ["credit", "non-finite", "internal", "position", "payload"])
 def test_a_refused_step_is_an_error_at_once(there: Cloud, code: str) -> None:
     actor = Actor(lambda frame: [GRANT if frame.kind is Kind.OPEN else refusal(code, frame.seq)])
-    with pytest.raises(LinkError, match=f"the cloud refused a step: because of {code}") as caught:
+    with pytest.raises(LinkError, match=f"the cloud refused a request: because of {code}") as caught:
         list(there.edge(FIXED, actor).stream(PROMPT[:4], 2))
     one_line(caught)
     assert actor.connections == 1

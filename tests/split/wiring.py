@@ -59,8 +59,8 @@ class Cloud:
         """Lose all sessions at once, as a replica that is replaced does."""
 
         async def forget() -> None:
-            for attached in list(self.host._attached.values()):
-                self.host._free(attached.session)
+            for session in self.host.held():
+                self.host._free(session)
 
         asyncio.run_coroutine_threadsafe(forget(), self.loopback.loop).result(20)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import random
 import threading
 import time
 from collections import OrderedDict
@@ -31,13 +29,11 @@ from raycloud.distill.signals import FrozenHead, Signal, SignalCodec, SignalReci
 from raycloud.distill.signals.keys import joined
 from raycloud.distill.signals.layout import Layout, check, layout, most_bytes
 from raycloud.errors import LinkError
+from raycloud.link.caller import Patience, asked_to_wait, reconnect, refused
 from raycloud.link.channel import Channel, LinkDown
-from raycloud.link.frames import Body, Busy, Frame, FrameError, Kind, Refusal, body, unpack
+from raycloud.link.frames import Body, Frame, FrameError, Kind, Refusal, body, unpack
 from raycloud.link.meter import Meter
 
-log = logging.getLogger(__name__)
-
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 2.0
 _TRIES = 8
 """Connections that may break over one request before it is given up."""
 _AHEAD = 4
@@ -93,7 +89,7 @@ class TeacherLink:
     """
 
     def __init__(self, connect: Callable[[], Channel], *, meter: Meter | None = None, timeout_s: float = 300.0) -> None:
-        self._connect, self._timeout = connect, timeout_s
+        self._connect, self._patience = connect, Patience("the teacher", timeout_s)
         self.meter = meter if meter is not None else Meter()
         self._requests: dict[int, _Request] = {}
         self._seq = 0
@@ -101,10 +97,9 @@ class TeacherLink:
         self._awake = threading.Event()
         self._closed = False
         self._channel: Channel | None = None
-        self._progress = time.monotonic()
         self.offer: Offer
         """Of the teacher, as it was when last connected."""
-        self._recover(None)
+        reconnect(self._patience, self._attempt)
         self._thread = threading.Thread(target=self._run, name="teacher-link", daemon=True)
         self._thread.start()
 
@@ -166,7 +161,7 @@ class TeacherLink:
             if self._closed:
                 raise LinkDown("the link to the teacher is closed")
             if not self._requests:
-                self._progress = time.monotonic()
+                self._patience.renew()
             self._requests[self._seq] = request
             channel = self._channel
             if channel is not None:
@@ -190,7 +185,7 @@ class TeacherLink:
                 continue
             try:
                 if self._channel is None:
-                    self._recover(None)
+                    reconnect(self._patience, self._attempt)
                 self._receive()
             except (LinkDown, FrameError) as error:
                 self._mend(error)
@@ -203,18 +198,17 @@ class TeacherLink:
         if self._closed:
             return
         try:
-            self._recover(cause)
+            reconnect(self._patience, self._attempt, cause)
         except LinkError as error:
             self._fail(error)
 
     def _receive(self) -> None:
         assert self._channel is not None
-        left = self._progress + self._timeout - time.monotonic()
         try:
-            data = self._channel.receive(max(0.0, left))
+            data = self._channel.receive(self._patience.left)
         except TimeoutError:
-            if time.monotonic() >= self._progress + self._timeout:
-                raise LinkError(f"no answer from the teacher within {self._timeout:g} s") from None
+            if not self._patience.left:
+                raise self._patience.over() from None
             return
         try:
             frame = unpack(data)
@@ -233,7 +227,7 @@ class TeacherLink:
         if part:
             self._take(frame, request)
         elif frame.kind is Kind.BUSY:
-            time.sleep(min(body(frame, Busy).retry_after_s, _LONGEST_WAIT_S))
+            time.sleep(asked_to_wait(frame))
             with self._sending:
                 self._send(self._channel, request.up, request.message)
         elif frame.kind is Kind.ERROR:
@@ -257,7 +251,7 @@ class TeacherLink:
                 LinkError(f"the teacher's answer is larger than the {request.most} bytes it can have")
             )
             return
-        self._progress = time.monotonic()
+        self._patience.renew()
         if len(answer.content) == answer.head.nbytes:
             del self._requests[frame.seq]
             request.done.set_result(answer)
@@ -268,33 +262,18 @@ class TeacherLink:
         for request in failed:
             request.done.set_exception(error)
 
-    def _recover(self, cause: LinkError | None) -> None:
-        """Connect, and ask again what was not answered.
-
-        Raises:
-            LinkError: it takes too long, the teacher refuses, or connections break again and again.
-        """
-        wait = 0.0
-        while True:
-            if cause is not None:
-                log.info("reconnecting: %s", cause)
-                if time.monotonic() + wait > self._progress + self._timeout or self._closed:
-                    raise LinkError(f"no answer from the teacher within {self._timeout:g} s: {cause}")
-                time.sleep(wait * random.uniform(0.5, 1.0))
-                wait = min(max(_FIRST_WAIT_S, 2 * wait), _LONGEST_WAIT_S)
-            self._drop()
-            channel = None
-            try:
-                channel = self._connect()
-                self._greet(channel)
-                self._ask_again(channel, cause)
-                return
-            except BaseException as error:
-                if channel is not None:
-                    channel.close()
-                if not isinstance(error, (LinkDown, FrameError, TimeoutError)):
-                    raise
-                cause = LinkDown(str(error) or "no reply in time")
+    def _attempt(self, why: str) -> None:
+        """Connect, and ask again what was not answered."""
+        if self._closed:
+            raise LinkError("the link to the teacher was closed")
+        self._drop()
+        channel = self._connect()
+        try:
+            self._greet(channel)
+            self._ask_again(channel, why)
+        except BaseException:
+            channel.close()
+            raise
 
     def _drop(self) -> None:
         if self._channel is not None:
@@ -304,22 +283,20 @@ class TeacherLink:
     def _greet(self, channel: Channel) -> None:
         with self._sending:
             self._send(channel, "asks", Frame(Kind.OPEN).pack())
-        data = channel.receive(max(0.0, self._progress + self._timeout - time.monotonic()))
+        data = channel.receive(self._patience.left)
         self.meter.add("replies", len(data))
         frame = unpack(data)
-        if frame.kind is Kind.BUSY:
-            raise LinkDown("the teacher has as many connections as it takes")
         if frame.kind is not Kind.OPEN_OK:
-            raise LinkError(f"the teacher answered {frame.kind.name} where it should have opened")
+            raise refused(frame, self._patience.peer)
         self.offer = body(frame, Offer)
 
-    def _ask_again(self, channel: Channel, cause: LinkError | None) -> None:
+    def _ask_again(self, channel: Channel, why: str) -> None:
         with self._sending:
             self._channel = channel
             for request in self._requests.values():
                 request.answer, request.tries = None, request.tries + 1
                 if request.tries > _TRIES:
-                    raise LinkError(f"the link to the teacher broke {_TRIES} times over one request: {cause}")
+                    raise LinkError(f"the link to the teacher broke {_TRIES} times over one request: {why}")
                 self._send(channel, request.up, request.message)
 
 

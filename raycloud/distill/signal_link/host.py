@@ -22,25 +22,14 @@ from raycloud.distill.signal_link.messages import Ask, AskTable, Offer, Told, sp
 from raycloud.distill.signals import frozen_head, observe, signal_key
 from raycloud.distill.signals.layout import layout, most_bytes
 from raycloud.errors import ModelError
-from raycloud.link.channel import Connection, LinkDown
-from raycloud.link.frames import Body, Busy, Frame, FrameError, Kind, Refusal, unpack
+from raycloud.link.channel import Connection
+from raycloud.link.frames import Frame, FrameError, Kind
+from raycloud.link.hosting import Line, Refused, TooBusy, attended, converse, refusal
 from raycloud.models.segments import Segment
 
 log = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
-
-
-class Refused(Exception):
-    """A request that is understood and not granted."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class _TooBusy(Exception):
-    pass
 
 
 @dataclass(frozen=True)
@@ -84,76 +73,48 @@ class SignalHost:
         self._pending: dict[str, asyncio.Task[_Answer]] = {}
         self._kept: OrderedDict[str, _Answer] = OrderedDict()
         self._kept_bytes = 0
-        self._connections: set[Connection] = set()
+        self._lines: set[Line] = set()
 
     @property
     def connections(self) -> int:
         """Edges connected."""
-        return len(self._connections)
+        return len(self._lines)
 
     async def serve(self, connection: Connection) -> None:
         """Answer one connection until it ends."""
-        reason = "closed"
-        try:
+        async with attended(connection, self._limits) as line:
             async with asyncio.timeout(self._limits.handshake_s):
-                frame = unpack(await connection.receive())
+                frame = await line.receive()
             if frame.kind is not Kind.OPEN:
                 raise FrameError(f"{frame.kind.name} came where OPEN should have")
-            if len(self._connections) >= self._limits.connections:
-                await self._send(connection, _answer(Kind.BUSY, frame, Busy(retry_after_s=_RETRY_S)))
+            if len(self._lines) >= self._limits.connections:
+                await line.send(refusal(frame, TooBusy(_RETRY_S)))
                 return
-            self._connections.add(connection)
-            await self._send(connection, _answer(Kind.OPEN_OK, frame, self.offer))
-            await self._converse(connection)
-        except TimeoutError:
-            reason = f"nothing was opened within {self._limits.handshake_s:g} s"
-        except FrameError as error:
-            # What such a peer sends cannot be trusted any further.
-            reason = str(error)
-            await self._try_to_send(connection, _refusal(Frame(Kind.ERROR), "frame", reason))
-        except LinkDown:
-            pass
-        finally:
-            self._connections.discard(connection)
-            await connection.close(reason)
+            self._lines.add(line)
+            try:
+                await line.send(Frame(Kind.OPEN_OK, seq=frame.seq, payload=self.offer.pack()))
+                await self._converse(line)
+            finally:
+                self._lines.discard(line)
 
     async def leave(self) -> None:
         """Tell every edge to ask elsewhere, and stop."""
         self._worker.shutdown(wait=False, cancel_futures=True)
-        for connection in list(self._connections):
-            await self._try_to_send(connection, Frame(Kind.GOAWAY))
-            await connection.close("the teacher leaves")
+        for line in list(self._lines):
+            await line.close("the teacher leaves", Frame(Kind.GOAWAY))
 
-    async def _converse(self, connection: Connection) -> None:
+    async def _converse(self, line: Line) -> None:
         """Compute the next answer while one is sent."""
-        outbox: asyncio.Queue[asyncio.Task[Iterator[Frame]]] = asyncio.Queue()
-        both = {
-            asyncio.create_task(self._read(connection, outbox)),
-            asyncio.create_task(self._write(connection, outbox)),
-        }
-        try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in both:
-                task.cancel()
-            results = await asyncio.gather(*both, return_exceptions=True)
-            while not outbox.empty():
-                outbox.get_nowait().cancel()
-        for error in results:
-            if isinstance(error, Exception):
-                raise error
 
-    async def _read(self, connection: Connection, outbox: asyncio.Queue[asyncio.Task[Iterator[Frame]]]) -> None:
-        while True:
-            frame = unpack(await connection.receive())
-            if outbox.qsize() >= self._limits.unanswered:
-                raise FrameError(f"{outbox.qsize()} requests are unanswered, {self._limits.unanswered} are allowed")
-            outbox.put_nowait(asyncio.create_task(self._reply(frame)))
+        async def tell(frames: Iterator[Frame]) -> bool:
+            for frame in frames:
+                await line.send(frame)
+            return True
 
-    async def _write(self, connection: Connection, outbox: asyncio.Queue[asyncio.Task[Iterator[Frame]]]) -> None:
-        while True:
-            for frame in await (await outbox.get()):
-                await self._send(connection, frame)
+        def reply(frame: Frame) -> asyncio.Future[Iterator[Frame]]:
+            return asyncio.create_task(self._reply(frame))
+
+        await converse(line.receive, reply, tell, self._limits.unanswered)
 
     async def _reply(self, frame: Frame) -> Iterator[Frame]:
         """The frames of the reply, once it is computed."""
@@ -166,15 +127,13 @@ class SignalHost:
                 raise Refused("kind", f"{frame.kind.name} has no place here")
             answer = await self._computed(key, compute)
             return told(frame.seq, answer.head, answer.content)
-        except Refused as error:
-            return iter([_refusal(frame, error.code, str(error))])
+        except (Refused, TooBusy) as error:
+            return iter([refusal(frame, error)])
         except FrameError as error:
-            return iter([_refusal(frame, "request", str(error))])
-        except _TooBusy:
-            return iter([_answer(Kind.BUSY, frame, Busy(retry_after_s=_RETRY_S))])
+            return iter([refusal(frame, Refused("request", str(error)))])
         except Exception as error:
             log.exception("request %d failed", frame.seq)
-            return iter([_refusal(frame, "internal", f"the teacher failed: {type(error).__name__}")])
+            return iter([refusal(frame, Refused("internal", f"the teacher failed: {type(error).__name__}"))])
 
     def _asked(self, frame: Frame) -> tuple[str, Callable[[], _Answer]]:
         ask, raw = split_off(frame, Ask)
@@ -221,7 +180,7 @@ class SignalHost:
             return self._kept[key]
         if key not in self._pending:
             if len(self._pending) >= self._limits.queue:
-                raise _TooBusy
+                raise TooBusy(_RETRY_S)
             self._pending[key] = asyncio.create_task(self._compute(key, compute))
         # Who asked may leave; others wait for it too, and it is there when the edge comes back.
         return await asyncio.shield(self._pending[key])
@@ -255,28 +214,7 @@ class SignalHost:
         content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         return _Answer(Told(key=ask.key, nbytes=len(content), softcap=softcap), content)
 
-    async def _send(self, connection: Connection, frame: Frame) -> None:
-        try:
-            async with asyncio.timeout(self._limits.send_s):
-                await connection.send(frame.pack())
-        except TimeoutError:
-            raise LinkDown("the peer does not take its replies") from None
-
-    async def _try_to_send(self, connection: Connection, frame: Frame) -> None:
-        try:
-            await self._send(connection, frame)
-        except LinkDown:
-            log.debug("a peer left before its last frame")
-
 
 def _begin(threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def _answer(kind: Kind, frame: Frame, content: Body) -> Frame:
-    return Frame(kind, seq=frame.seq, payload=content.pack())
-
-
-def _refusal(frame: Frame, code: str, message: str) -> Frame:
-    return _answer(Kind.ERROR, frame, Refusal(code=code, message=message[:500]))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from raycloud.link.hosting import ConnectionLimits
 
 
-class SignalLimits(BaseModel):
+class SignalLimits(ConnectionLimits):
     """Checked before anything is allocated or computed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     connections: int = Field(default=64, ge=1)
     """At the same time."""
@@ -24,9 +24,5 @@ class SignalLimits(BaseModel):
     """Answers being computed or waiting to be."""
     kept_bytes: int = Field(default=512 * 2**20, ge=0)
     """Answers kept for other students, other epochs, and whoever asks again after a broken connection."""
-    handshake_s: float = Field(default=5.0, gt=0)
-    """A connection must open within this time."""
     send_s: float = Field(default=60.0, gt=0)
     """A peer must take each part of an answer within this time, or loses its connection."""
-    unanswered: int = Field(default=16, ge=1, le=1024)
-    """Requests one connection may have unanswered; who goes beyond is cut off."""

@@ -2,74 +2,30 @@
 
 from __future__ import annotations
 
-from asyncio import Future
-from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from raycloud.errors import LinkError
+from raycloud.link import hosting
 from raycloud.link.codecs.boundary import Boundary
 from raycloud.link.frames import HEADER_BYTES, MAX_FRAME, Frame, Kind
+from raycloud.link.hosting import Refused
 from raycloud.split.cloud.limits import Limits
 from raycloud.split.middle import MiddleState
 from raycloud.split.plan import PlanSet, SplitPlan
 
 
-class Refused(LinkError):
-    """A frame that is not accepted; the session is as it was.
-
-    Args:
-        code: a word for programs.
-        message: a line for people.
-        expected: the seq that should have come, for the code ``gap``.
-    """
-
-    def __init__(self, code: str, message: str, expected: int = 0) -> None:
-        super().__init__(message)
-        self.code, self.expected = code, expected
-
-
-@dataclass
-class Session:
+@dataclass(kw_only=True)
+class Session(hosting.Session):
     """One generation of one edge."""
 
-    id: bytes
-    principal: str
-    """Who opened it; nobody else may resume it, whatever id they guess."""
+    limits: Limits
     state: MiddleState
     plans: PlanSet
     boundaries: dict[int, Boundary]
     """The codec at each cut."""
     codec: int
     max_tokens: int
-    limits: Limits
-    expires: float
-    """On the monotonic clock."""
-    epoch: int = 0
     tokens: int = 0
     """Known after the last accepted step."""
-    next_seq: int = 1
-    pending: dict[int, Future[Frame]] = field(default_factory=dict)
-    """Replies that are not computed yet."""
-    replies: OrderedDict[int, Frame] = field(default_factory=OrderedDict)
-    """The latest replies."""
-
-    def renew(self, now: float) -> None:
-        """Any frame renews the lease."""
-        self.expires = now + self.limits.lease_s
-
-    def repeated(self, frame: Frame) -> bool:
-        """Whether the step was accepted before.
-
-        Raises:
-            Refused: steps are missing between it and the last one, or its reply is no longer kept.
-        """
-        if frame.seq > self.next_seq or frame.seq < 1:
-            raise Refused("gap", f"step {frame.seq} came where {self.next_seq} should have", self.next_seq)
-        if frame.seq == self.next_seq:
-            return False
-        if frame.seq not in self.pending and frame.seq not in self.replies:
-            raise Refused("gone", f"the reply to step {frame.seq} is no longer kept", self.next_seq)
-        return True
 
     def check(self, frame: Frame) -> SplitPlan:
         """The plan of a new step, if all its numbers are within what was granted.
@@ -100,13 +56,6 @@ class Session:
             raise Refused("payload", f"{frame.rows} rows have {implied} bytes, got {len(frame.payload)}")
         return SplitPlan(frame.first, frame.second)
 
-    def accept(self, frame: Frame) -> None:
-        """Count a step that :meth:`check` let through."""
+    def extend(self, frame: Frame) -> None:
+        """Count the tokens of a step that :meth:`check` let through."""
         self.tokens = max(frame.keep, frame.pos + frame.rows)
-        self.next_seq = frame.seq + 1
-
-    def keep_reply(self, reply: Frame) -> None:
-        """Remember a reply, and forget the oldest."""
-        self.replies[reply.seq] = reply
-        while len(self.replies) > self.limits.replies:
-            self.replies.popitem(last=False)

@@ -1,8 +1,7 @@
-"""Which steps a session accepts: order, repeats, and every number of a header against what was granted."""
+"""Which steps a session accepts: every number of a header against what was granted."""
 
 from __future__ import annotations
 
-from asyncio import Future
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +9,9 @@ import pytest
 
 from raycloud.link.codecs.boundary import plain_boundary
 from raycloud.link.frames import HEADER_BYTES, MAX_FRAME, Frame, Kind
+from raycloud.link.hosting import Refused
 from raycloud.split.cloud.limits import Limits
-from raycloud.split.cloud.session import Refused, Session
+from raycloud.split.cloud.session import Session
 from raycloud.split.middle import middle_state
 from raycloud.split.plan import PlanSet, SplitPlan
 from tests.split.cloud.peers import BLOCKS, MIDDLE
@@ -23,15 +23,14 @@ PLANS = PlanSet((1, 2, 4), (2, 4, 6))
 def session(**limits: Any) -> Session:
     """One that knows 10 tokens after 3 steps."""
     return Session(
-        b"s" * 16,
-        "me",
-        middle_state(MIDDLE, PLANS, BLOCKS),
-        PLANS,
-        {cut: plain_boundary("float32", WIDTH) for cut in PLANS.cuts},
+        id=b"s" * 16,
+        principal="me",
+        state=middle_state(MIDDLE, PLANS, BLOCKS),
+        plans=PLANS,
+        boundaries={cut: plain_boundary("float32", WIDTH) for cut in PLANS.cuts},
         codec=0,
         max_tokens=40,
         limits=Limits(**{"rows": 16, **limits}),
-        expires=5.0,
         tokens=10,
         next_seq=4,
     )
@@ -111,35 +110,9 @@ def test_replies_that_no_frame_can_hold_are_refused_before_they_are_computed() -
 
 def test_accepted_steps_move_the_session_on() -> None:
     held = session()
-    held.accept(step())
-    assert (held.tokens, held.next_seq) == (13, 5)
-    held.accept(step(seq=5, pos=2, keep=13, rows=3))  # catches up below what is known
-    assert (held.tokens, held.next_seq) == (13, 6)
-    held.accept(step(seq=6, pos=4, keep=4, rows=2))  # and this one forgets
-    assert (held.tokens, held.next_seq) == (6, 7)
-
-
-def test_only_known_steps_are_repeats() -> None:
-    held = session()
-    held.replies[3] = Frame(Kind.STEP_OK, seq=3)
-    held.pending[2] = Future.__new__(Future)
-    assert not held.repeated(step(seq=4))
-    assert held.repeated(step(seq=3))
-    assert held.repeated(step(seq=2))
-    for seq, code in ((0, "gap"), (5, "gap"), (2**64 - 1, "gap"), (1, "gone")):
-        with pytest.raises(Refused) as caught:
-            held.repeated(step(seq=seq))
-        assert (caught.value.code, caught.value.expected) == (code, 4)
-
-
-def test_only_the_latest_replies_are_kept() -> None:
-    held = session(replies=3)
-    for seq in range(1, 8):
-        held.keep_reply(Frame(Kind.STEP_OK, seq=seq))
-    assert list(held.replies) == [5, 6, 7]
-
-
-def test_any_frame_renews_the_lease() -> None:
-    held = session(lease_s=30)
-    held.renew(100.0)
-    assert held.expires == 130.0
+    held.extend(step())
+    assert held.tokens == 13
+    held.extend(step(pos=2, keep=13, rows=3))  # catches up below what is known
+    assert held.tokens == 13
+    held.extend(step(pos=4, keep=4, rows=2))  # and this one forgets
+    assert held.tokens == 6

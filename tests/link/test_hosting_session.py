@@ -1,0 +1,56 @@
+"""What a session keeps of its requests: order, repeats, the latest replies, and its lease."""
+
+from __future__ import annotations
+
+from asyncio import Future
+from typing import Any
+
+import pytest
+
+from raycloud.link.frames import Frame, Kind
+from raycloud.link.hosting import Refused, Session, SessionLimits
+
+
+def session(**limits: Any) -> Session:
+    """One that accepted 3 requests."""
+    return Session(id=b"s" * 16, principal="me", limits=SessionLimits(**limits), next_seq=4)
+
+
+def request(seq: int) -> Frame:
+    return Frame(Kind.STEP, b"s" * 16, seq=seq)
+
+
+def test_only_known_requests_are_repeats() -> None:
+    held = session()
+    held.replies[3] = Frame(Kind.STEP_OK, seq=3)
+    held.pending[2] = Future.__new__(Future)
+    assert not held.repeated(request(4))
+    assert held.repeated(request(3))
+    assert held.repeated(request(2))
+    for seq, code in ((0, "gap"), (5, "gap"), (2**64 - 1, "gap"), (1, "gone")):
+        with pytest.raises(Refused) as caught:
+            held.repeated(request(seq))
+        assert (caught.value.code, caught.value.expected) == (code, 4)
+
+
+def test_accepted_requests_move_the_session_on() -> None:
+    held = session()
+    for seq in (4, 5):
+        held.accept(request(seq), Future.__new__(Future))
+    assert held.next_seq == 6 and list(held.pending) == [4, 5]
+    held.keep_reply(Frame(Kind.STEP_OK, seq=4))
+    assert list(held.pending) == [5] and list(held.replies) == [4]
+    assert held.repeated(request(4)) and held.repeated(request(5)) and not held.repeated(request(6))
+
+
+def test_only_the_latest_replies_are_kept() -> None:
+    held = session(replies=3)
+    for seq in range(1, 8):
+        held.keep_reply(Frame(Kind.STEP_OK, seq=seq))
+    assert list(held.replies) == [5, 6, 7]
+
+
+def test_any_frame_renews_the_lease() -> None:
+    held = session(lease_s=30)
+    held.renew(100.0)
+    assert held.expires == 130.0
