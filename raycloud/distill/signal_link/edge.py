@@ -22,8 +22,6 @@ from raycloud.distill.signal_link.messages import (
     Offer,
     Told,
     pack_batch,
-    split_off,
-    with_bytes,
 )
 from raycloud.distill.signals import FrozenHead, Signal, SignalCodec, SignalRecipe
 from raycloud.distill.signals.keys import joined
@@ -31,7 +29,7 @@ from raycloud.distill.signals.layout import Layout, check, layout, most_bytes
 from raycloud.errors import LinkError
 from raycloud.link.caller import Patience, asked_to_wait, reconnect, refused
 from raycloud.link.channel import Channel, LinkDown
-from raycloud.link.frames import Body, Frame, FrameError, Kind, Refusal, body, unpack
+from raycloud.link.frames import Body, Frame, FrameError, Kind, Refusal, body, split_off, unpack, with_bytes
 from raycloud.link.meter import Meter
 
 _TRIES = 8
@@ -156,7 +154,7 @@ class TeacherLink:
     def _put(self, kind: Kind, control: Body, raw: bytes, up: str, down: str, most: int) -> Future[Answer]:
         with self._sending:
             self._seq += 1
-            message = with_bytes(kind, self._seq, control, raw).pack()
+            message = with_bytes(kind, control, raw, seq=self._seq).pack()
             request = _Request(message, up, down, most + _HEADER_BYTES)
             if self._closed:
                 raise LinkDown("the link to the teacher is closed")

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 from raycloud.data.batches import Batch
 from raycloud.distill.signal_link.limits import SignalLimits
-from raycloud.distill.signal_link.messages import Ask, AskTable, Offer, Told, split_off, told, unpack_batch
+from raycloud.distill.signal_link.messages import Ask, AskTable, Offer, Told, told, unpack_batch
 from raycloud.distill.signals import frozen_head, observe, signal_key
 from raycloud.distill.signals.layout import layout, most_bytes
 from raycloud.errors import ModelError
 from raycloud.link.channel import Connection
-from raycloud.link.frames import Frame, FrameError, Kind
+from raycloud.link.frames import Frame, FrameError, Kind, split_off
 from raycloud.link.hosting import Line, Refused, TooBusy, attended, converse, refusal
 from raycloud.models.segments import Segment
 

@@ -7,8 +7,7 @@ which say type and shape of every tensor. An answer larger than a frame goes on 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from raycloud.data.batches import IGNORE, Batch
 from raycloud.distill.signals import SignalCodec, SignalRecipe
 from raycloud.distill.signals.coding import decode_ids, encode_ids, id_bytes
 from raycloud.errors import DataError
-from raycloud.link.frames import MAX_CONTROL, Body, Frame, FrameError, Kind, body
+from raycloud.link.frames import Body, Frame, Kind, with_bytes
 
 PART_BYTES = 2**20
 """Payload of a frame of an answer: far below what a WebSocket of Serve takes, and each one is a sign of life."""
@@ -83,36 +82,10 @@ class Told(Body):
     """Of a head."""
 
 
-B = TypeVar("B", bound=Body)
-
-
-def with_bytes(kind: Kind, seq: int, control: Body, raw: bytes) -> Frame:
-    """A frame of a map and raw bytes.
-
-    Raises:
-        FrameError: together they are too large.
-    """
-    packed = control.pack()
-    if len(packed) > MAX_CONTROL:
-        raise FrameError(f"a control body has at most {MAX_CONTROL} bytes, got {len(packed)}")
-    return Frame(kind, seq=seq, pos=len(packed), payload=packed + raw)
-
-
-def split_off(frame: Frame, schema: type[B]) -> tuple[B, bytes]:
-    """The map at the beginning of a frame's payload, and the raw bytes behind it.
-
-    Raises:
-        FrameError: there is no such map.
-    """
-    if frame.pos > len(frame.payload):
-        raise FrameError(f"{frame.kind.name}: a map of {frame.pos} bytes in a payload of {len(frame.payload)}")
-    return body(replace(frame, payload=frame.payload[: frame.pos]), schema), frame.payload[frame.pos :]
-
-
 def told(seq: int, head: Told, content: bytes) -> Iterator[Frame]:
     """The frames of an answer."""
     view = memoryview(content)
-    yield with_bytes(Kind.TOLD, seq, head, bytes(view[:PART_BYTES]))
+    yield with_bytes(Kind.TOLD, head, bytes(view[:PART_BYTES]), seq=seq)
     for at in range(PART_BYTES, len(content), PART_BYTES):
         yield Frame(Kind.PART, seq=seq, payload=bytes(view[at : at + PART_BYTES]))
 

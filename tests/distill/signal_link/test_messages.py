@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from raycloud.data.batches import IGNORE, Batch, Sample, collate
 from raycloud.distill.signal_link import TeacherLink
-from raycloud.distill.signal_link.messages import PART_BYTES, Told, pack_batch, split_off, told, unpack_batch
+from raycloud.distill.signal_link.messages import PART_BYTES, Told, pack_batch, told, unpack_batch
 from raycloud.errors import DataError
-from raycloud.link.frames import FrameError, unpack
+from raycloud.link.frames import FrameError, split_off, unpack
 from tests.distill.signal_link.wiring import asked
 
 

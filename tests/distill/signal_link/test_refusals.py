@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from raycloud.data.batches import Batch, collate
 from raycloud.distill.signal_link import LinkSignals, SignalHost, SignalLimits, TeacherLink
-from raycloud.distill.signal_link.messages import Ask, Offer, Told, split_off, told, with_bytes
+from raycloud.distill.signal_link.messages import Ask, Offer, Told, told
 from raycloud.errors import LinkError
 from raycloud.link.channel import Channel, LinkDown, Loopback
-from raycloud.link.frames import Frame, Kind, Refusal, body, unpack
+from raycloud.link.frames import Frame, Kind, Refusal, body, split_off, unpack, with_bytes
 from tests.distill.signal_link.wiring import SAMPLES, TAUS, asked, recipe
 
 
@@ -116,7 +116,7 @@ def test_requests_beyond_the_limits_are_refused_and_the_host_serves_on(
         ("signal.extra", {"signal": {"kind": "topk", "extra": 1}}, raw),
     ]:
         ask = good.model_copy(update=changes)  # not validated
-        message = refusal(channel, with_bytes(Kind.ASK, 7, ask, content))
+        message = refusal(channel, with_bytes(Kind.ASK, ask, content, seq=7))
         assert said in message and "\n" not in message, message
     for frame, said in [
         (Frame(Kind.STEP, seq=3), "STEP has no place here"),
@@ -126,7 +126,7 @@ def test_requests_beyond_the_limits_are_refused_and_the_host_serves_on(
         (Frame(Kind.TABLE, seq=6, pos=1, payload=b"\x80"), "TABLE: teacher: Field required"),
     ]:
         assert said in refusal(channel, frame)
-    channel.send(with_bytes(Kind.ASK, 9, good, raw).pack())
+    channel.send(with_bytes(Kind.ASK, good, raw, seq=9).pack())
     assert unpack(channel.receive(20)).kind is Kind.TOLD
     channel.close()
 
@@ -147,7 +147,7 @@ def test_bytes_that_are_no_frames_end_the_connection_and_nothing_else(
     garbage: bytes | str, loopback: Loopback, link: TeacherLink, batch: Batch
 ) -> None:
     channel = loopback.connect() if garbage == "early" else opened(loopback)
-    frame = with_bytes(Kind.ASK, 1, *asked(link, batch)).pack()
+    frame = with_bytes(Kind.ASK, *asked(link, batch), seq=1).pack()
     sent = {"cut": frame[:-3], "flipped": frame[:-3] + b"\0" + frame[-2:], "early": frame}.get(garbage, garbage)  # type: ignore[arg-type]
     channel.send(sent)  # type: ignore[arg-type]
     reply = unpack(channel.receive(20))
@@ -159,7 +159,7 @@ def test_bytes_that_are_no_frames_end_the_connection_and_nothing_else(
 
 def test_who_asks_and_does_not_wait_is_cut_off(loopback: Loopback, link: TeacherLink, batch: Batch) -> None:
     channel = opened(loopback)
-    frame = with_bytes(Kind.ASK, 1, *asked(link, batch)).pack()
+    frame = with_bytes(Kind.ASK, *asked(link, batch), seq=1).pack()
     with pytest.raises(LinkDown):  # noqa: PT012
         for _ in range(2000):
             channel.send(frame)
