@@ -57,6 +57,8 @@ class Kind(IntEnum):
     OPT_OK = 22
     SAVE = 23
     SAVE_OK = 24
+    CODE = 25
+    CODE_OK = 26
 
 
 class FrameError(LinkError):

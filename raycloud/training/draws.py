@@ -7,12 +7,16 @@ each part of a model has a seed of its own, its masks are the same wherever the 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def seed_of(*key: int | str) -> int:
@@ -23,6 +27,8 @@ def seed_of(*key: int | str) -> int:
 @contextmanager
 def drawing(parts: Mapping[str, nn.Module], *key: int) -> Iterator[None]:
     """Within it, random numbers are a function of the key; afterwards all generators are as they were before.
+
+    One thread of a process at a time: dropout draws from generators that all threads share.
 
     Args:
         parts: modules that draw from a seed of (key, name) each time they are called; the rest draws from the key's.
@@ -35,7 +41,7 @@ def drawing(parts: Mapping[str, nn.Module], *key: int) -> Iterator[None]:
     hooks = [module.register_forward_pre_hook(seeded(name)) for name, module in parts.items()]
     devices = list(range(torch.cuda.device_count()))
     try:
-        with torch.random.fork_rng(devices=devices):
+        with _ONE_AT_A_TIME, torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed_of(*key))
             yield
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from raycloud.split.finetune.messages import (
     Optimised,
 )
 from raycloud.split.finetune.numbers import Coded, Packing
+from raycloud.split.finetune.state import load_state, state_of
 from raycloud.split.finetune.tasks import Pooling, pooled
 from raycloud.training.draws import drawing, seed_of
 from raycloud.training.loop import Trainer
@@ -76,12 +77,31 @@ class CloudSide:
         self._parts = {f"block {middle.lo + place}": block for place, block in enumerate(middle.blocks)}
         self._parts["decoder"] = decoder
         self._passes: dict[int, _Pass] = {}
+        self._spoiled = False
         self.step = 0
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
         """By the names that their parameters are saved under."""
         return {"middle": self.middle, "decoder": self.decoder, "encoder": self.encoder}
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next step depends on, but for the edge's side of it."""
+        return state_of(self.modules, self.trainer)
+
+    def load(self, step: int, state: Mapping[str, Tensor]) -> None:
+        """Go on with a step where :meth:`state` was taken.
+
+        Raises:
+            TrainingError: it is of other parameters.
+        """
+        load_state(self.modules, self.trainer, state)
+        self.step = step
+
+    @property
+    def outstanding(self) -> int:
+        """Micro-batches whose gradient is not there yet."""
+        return len(self._passes)
 
     def answer(self, request: Frame) -> Frame:
         """What one message leads to.
@@ -135,11 +155,14 @@ class CloudSide:
         if asked.back:
             assert found.numbers.grad is not None
             chance = torch.Generator().manual_seed(seed_of(self.seed, asked.step, asked.micro, "first"))
-            rows, coded = len(found.numbers), self.packings.first.pack(found.numbers.grad, chance)
+            given = found.numbers.grad
+            # What is no number must not cross: the edge is told by the norm, and both sides skip the step.
+            self._spoiled |= not bool(given.isfinite().all())
+            rows, coded = len(given), self.packings.first.pack(given.nan_to_num(0.0, 0.0, 0.0), chance)
         norm = self.trainer.gradient_norm() if self.trainer is not None and asked.last else 0.0
         told = Backwarded(
             unit=coded.unit,
-            norm=norm if math.isfinite(norm) else math.inf,
+            norm=norm if math.isfinite(norm) and not self._spoiled else math.inf,
             seconds=time.perf_counter() - started,
         )
         return with_bytes(Kind.BWD_OK, told, coded.payload, rows=rows)
@@ -149,6 +172,7 @@ class CloudSide:
             raise OutOfStep(f"the end of step {asked.step} came in step {self.step}")
         if self.trainer is not None:
             self.trainer.apply(asked.norm)
+        self._spoiled = False
         self.step += 1
         return with_bytes(Kind.OPT_OK, Optimised(step=self.step, seconds=time.perf_counter() - started))
 
@@ -157,7 +181,7 @@ class CloudSide:
         """Dropout on or off as the edge says, with masks that are a function of the micro-batch."""
         for module in self.modules.values():
             module.train(asked.training)
-        with drawing(self._parts, self.seed, asked.step, asked.micro):
+        with drawing(self._parts, self.seed, asked.step, asked.micro) if asked.training else nullcontext():
             yield
 
     @property

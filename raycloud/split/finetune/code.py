@@ -70,6 +70,12 @@ class Decoder(nn.Module):
         return rows.index_add(1, self.apart, outliers)
 
 
+def blank_decoder(width: int, numbers: int, apart: int) -> nn.Module:
+    """A decoder that is still to be loaded, from ``numbers`` numbers of which the first ``apart`` are coordinates."""
+    basis = torch.zeros(width, numbers - apart)
+    return Decoder(basis, torch.zeros(width), torch.zeros(apart, dtype=torch.long))
+
+
 def plain(width: int) -> Code:
     """Rows as they are: plain split learning."""
     return Code(nn.Identity(), nn.Identity(), width)

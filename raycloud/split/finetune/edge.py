@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from raycloud.data.batches import Batch
+from raycloud.errors import LinkError
 from raycloud.link.frames import Frame, Kind, split_off, with_bytes
 from raycloud.link.meter import Meter
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.cloud import CloudSide, Packings
 from raycloud.split.finetune.messages import Backward, Backwarded, Forward, Forwarded, Optimise, Optimised
-from raycloud.split.finetune.numbers import Coded
+from raycloud.split.finetune.numbers import Coded, Packing
+from raycloud.split.finetune.state import Checkpoints, load_state, state_of
 from raycloud.split.finetune.tasks import Pooling, Task, pooled
 from raycloud.training.draws import drawing, seed_of
 from raycloud.training.loop import Step, Sums, Trainer
@@ -36,12 +38,20 @@ class Cloud(Protocol):
         """The answer to the oldest request that has none yet."""
         ...
 
+    def save(self, step: int) -> None:
+        """Have it keep what this step goes on from; it is kept when this returns."""
+        ...
+
+    def close(self) -> None:
+        """Let it go."""
+        ...
+
 
 class LocalCloud:
     """The other side in the same process; what would cross is counted by kind, headers included."""
 
-    def __init__(self, side: CloudSide, meter: Meter | None = None) -> None:
-        self.side, self.meter = side, meter or Meter()
+    def __init__(self, side: CloudSide, meter: Meter | None = None, kept: Checkpoints | None = None) -> None:
+        self.side, self.meter, self._kept = side, meter or Meter(), kept
         self._answers: deque[Frame] = deque()
 
     def send(self, request: Frame) -> None:
@@ -54,6 +64,14 @@ class LocalCloud:
     def receive(self) -> Frame:
         """The oldest answer."""
         return self._answers.popleft()
+
+    def save(self, step: int) -> None:
+        """Keep it, if there is where to."""
+        if self._kept is not None:
+            self._kept.save(step, self.side.state())
+
+    def close(self) -> None:
+        """Nothing outlives the object."""
 
 
 @dataclass
@@ -126,9 +144,10 @@ class EdgeSide:
         depth: int = 1,
     ) -> None:
         self.first, self.encoder, self.decoder, self.last, self.task = first, encoder, decoder, last, task
-        self.packings, self.back, self._cloud, self.trainer = packings, back, cloud, trainer
+        self.packings, self.back, self.cloud, self.trainer = packings, back, cloud, trainer
         self._learning, self.seed, self._depth = learning, seed, depth
         self.clock = Clock()
+        self._spoiled = False
         self._parts: dict[str, nn.Module] = {}
         for segment in (first, last):
             self._parts |= {f"block {segment.lo + place}": block for place, block in enumerate(segment.blocks)}
@@ -156,6 +175,7 @@ class EdgeSide:
         todo = deque(enumerate(batches))
         away: deque[tuple[Literal["forward", "backward"], _Micro]] = deque()
         theirs = 0.0
+        self._spoiled = False
         while todo or away:
             while todo and len(away) < self._depth:
                 number, batch = todo.popleft()
@@ -166,10 +186,10 @@ class EdgeSide:
                 theirs = max(theirs, self._end(micro, answer))
             elif self._turn(micro, answer, sums, last=micro.number == len(batches) - 1):
                 away.append(("backward", micro))
-        norm = math.hypot(self.trainer.gradient_norm(), theirs)
+        norm = math.inf if self._spoiled else math.hypot(self.trainer.gradient_norm(), theirs)
         if self._learning.cloud:
             ours = Optimise(step=self.trainer.step_index, norm=norm if math.isfinite(norm) else math.inf)
-            self._cloud.send(with_bytes(Kind.OPT, ours))
+            self.cloud.send(with_bytes(Kind.OPT, ours))
         with self._working():
             step = self.trainer.finish(sums, norm)
         if self._learning.cloud:
@@ -177,11 +197,23 @@ class EdgeSide:
             self.clock.cloud += told.seconds
         return step
 
+    def state(self) -> dict[str, Tensor]:
+        """What the next step depends on, but for the cloud's side of it."""
+        return state_of(self.modules, self.trainer)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where :meth:`state` was taken.
+
+        Raises:
+            TrainingError: it is of other parameters.
+        """
+        load_state(self.modules, self.trainer, state)
+
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
         """What the task's head says of a batch, dropout off."""
         numbers = self._ahead(batch, 0, training=False)
-        self._cloud.send(self._rows(batch, numbers, 0, training=False))
+        self.cloud.send(self._rows(batch, numbers, 0, training=False))
         told, payload = split_off(self._receive(), Forwarded)
         self.clock.cloud += told.seconds
         return self._behind(self._arrived(told.unit, payload, batch), batch, 0, training=False)
@@ -190,7 +222,7 @@ class EdgeSide:
         with self._working(), torch.set_grad_enabled(self._learning.ahead):
             numbers = self._ahead(batch, number, training=True)
             request = self._rows(batch, numbers, number, training=True)
-        self._cloud.send(request)
+        self.cloud.send(request)
         return _Micro(number, batch, numbers)
 
     def _turn(self, micro: _Micro, answer: Frame, sums: Sums, *, last: bool) -> bool:
@@ -206,7 +238,10 @@ class EdgeSide:
             if not (self._learning.cloud or self._learning.ahead):
                 return False
             assert leaf.grad is not None
-            coded = self.packings.second.pack(leaf.grad, self._chance(micro.number, "second"))
+            # What is no number must not cross: the norm tells both sides to skip the step.
+            self._spoiled |= not bool(leaf.grad.isfinite().all())
+            given = leaf.grad.nan_to_num(0.0, 0.0, 0.0)
+            coded = self.packings.second.pack(given, self._chance(micro.number, "second"))
             ours = Backward(
                 step=self.trainer.step_index,
                 micro=micro.number,
@@ -214,7 +249,7 @@ class EdgeSide:
                 back=self._learning.ahead,
                 unit=coded.unit,
             )
-        self._cloud.send(with_bytes(Kind.BWD, ours, coded.payload, rows=len(leaf)))
+        self.cloud.send(with_bytes(Kind.BWD, ours, coded.payload, rows=len(leaf)))
         return True
 
     def _end(self, micro: _Micro, answer: Frame) -> float:
@@ -223,9 +258,8 @@ class EdgeSide:
         self.clock.cloud += told.seconds
         if self._learning.ahead:
             with self._working():
-                coded = Coded(told.unit, payload)
-                gradient = self.packings.first.unpack(coded, len(micro.numbers)).to(micro.numbers)
-                micro.numbers.backward(gradient)
+                gradient = _unpacked(self.packings.first, Coded(told.unit, payload), len(micro.numbers))
+                micro.numbers.backward(gradient.to(micro.numbers))
         return told.norm
 
     def _ahead(self, batch: Batch, number: int, *, training: bool) -> Tensor:
@@ -260,7 +294,7 @@ class EdgeSide:
 
     def _arrived(self, unit: float, payload: bytes, batch: Batch) -> Tensor:
         count = int(batch.valid.sum()) if self.back == "rows" else len(batch.ids)
-        return self.packings.second.unpack(Coded(unit, payload), count).to(batch.ids.device)
+        return _unpacked(self.packings.second, Coded(unit, payload), count).to(batch.ids.device)
 
     def _chance(self, number: int, cut: str) -> torch.Generator:
         return torch.Generator().manual_seed(seed_of(self.seed, self.trainer.step_index, number, cut))
@@ -268,7 +302,7 @@ class EdgeSide:
     def _receive(self) -> Frame:
         started = time.perf_counter()
         try:
-            return self._cloud.receive()
+            return self.cloud.receive()
         finally:
             self.clock.waiting += time.perf_counter() - started
 
@@ -285,8 +319,15 @@ class EdgeSide:
         """Dropout on or off, with masks that are a function of the micro-batch."""
         for module in self.modules.values():
             module.train(training)
-        with drawing(self._parts, self.seed, self.trainer.step_index, number):
+        with drawing(self._parts, self.seed, self.trainer.step_index, number) if training else nullcontext():
             yield
+
+
+def _unpacked(packing: Packing, coded: Coded, rows: int) -> Tensor:
+    try:
+        return packing.unpack(coded, rows)
+    except ValueError as error:
+        raise LinkError(f"the cloud's numbers cannot be used: {error}") from None
 
 
 def _valid(batch: Batch) -> Tensor | None:

@@ -1,7 +1,8 @@
 """What edge and cloud say to each other while they train. No text, token id, label or mask is in any of it.
 
-A step is FWD and BWD for each of its micro-batches, then OPT. Each has one answer, in the order of the requests.
-Payloads are a MessagePack map followed by coded numbers.
+A session begins with OPEN and, unless it goes on from a checkpoint, CODE. A step is FWD and BWD for each of its
+micro-batches, then OPT; SAVE may follow. Each has one answer, in the order of the requests. Payloads are a MessagePack
+map followed by coded numbers.
 """
 
 from __future__ import annotations
@@ -11,9 +12,55 @@ from typing import Annotated
 from pydantic import Field
 
 from raycloud.link.frames import Body
+from raycloud.split.finetune.numbers import Form
+from raycloud.split.finetune.tasks import Pooling
+from raycloud.training.loop import TrainingRecipe
 
 Unit = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """See :class:`~raycloud.split.finetune.numbers.Coded`."""
+
+
+class Begin(Body):
+    """OPEN: what both sides must agree on."""
+
+    fingerprint: str = Field(max_length=128)
+    """Of the model both sides begin with."""
+    first: int = Field(ge=0, le=512)
+    second: int = Field(ge=1, le=512)
+    run: str = Field(pattern="^[0-9a-f]{32}$")
+    """Under which checkpoints are kept."""
+    restore: int | None = Field(None, ge=0)
+    """The step of the checkpoint to go on from."""
+    seed: int
+    """Of dropout and of rounding."""
+    total_steps: int = Field(ge=1)
+    training: TrainingRecipe
+    cloud: bool
+    """Whether the cloud's part learns."""
+    back: Pooling
+    """What of a text's rows is to come back."""
+    width: int = Field(ge=1, le=2**20)
+    """Numbers of a token at the first cut."""
+    apart: int = Field(0, ge=0, le=2**20)
+    """See :class:`~raycloud.split.finetune.numbers.Packing`."""
+    narrow: bool
+    """Whether they are a code that CODE brings the decoder of, and not rows as they are."""
+    trained: bool
+    """Whether that decoder learns."""
+    up: Form
+    """Of the first cut."""
+    down: Form
+    """Of the second one."""
+
+
+class Began(Body):
+    """CODE: the decoder's tensors follow as safetensors. CODE_OK likewise, without them."""
+
+
+class Saved(Body):
+    """SAVE: keep what the step goes on from, on disk. SAVE_OK: it is there."""
+
+    step: int = Field(ge=0)
 
 
 class Forward(Body):

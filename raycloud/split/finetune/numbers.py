@@ -62,8 +62,13 @@ class Packing:
         Args:
             numbers: on any device.
             chance: rounds int8 up or down by chance, right on average; to the nearest if None.
+
+        Raises:
+            ValueError: the numbers are not all finite.
         """
         numbers = numbers.detach().to("cpu", torch.float32)
+        if not bool(numbers.isfinite().all()):
+            raise ValueError("the numbers are not all finite")
         if self.form in ("float32", "bfloat16"):
             return Coded(1.0, CODECS[self.form].encode(numbers).numpy().tobytes())
         # float16 has no room for the small numbers that gradients are.

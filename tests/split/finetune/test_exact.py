@@ -48,7 +48,7 @@ def pair(family: str, first: int, second: int, **options: Any) -> tuple[Whole, E
 
 def gradients(whole: Whole, edge: EdgeSide, first: int, second: int, language: bool) -> tuple[dict, dict, float]:
     mine = batches(0, language=language)
-    cloud = edge._cloud.side  # type: ignore[attr-defined]
+    cloud = edge.cloud.side  # type: ignore[attr-defined]
     losses = []
     theirs = caught(parts_of(whole, first, second), [whole.trainer], lambda: losses.append(whole.step(mine).loss))
     ours = caught(sides(edge), [edge.trainer, cloud.trainer], lambda: losses.append(edge.step(mine).loss))
@@ -92,7 +92,7 @@ def test_dropout_is_on_in_every_part_and_off_in_prediction() -> None:
     """The loss differs from that of the same weights without dropout; two predictions do not differ."""
     _, edge = pair("bert", 2, 6)
     mine = batches(0, 1, language=False)
-    cloud = edge._cloud.side  # type: ignore[attr-defined]
+    cloud = edge.cloud.side  # type: ignore[attr-defined]
     loss = edge.step(mine).loss
     assert all(module.training for module in (edge.first, edge.last, edge.task.head, cloud.middle))
     _, quiet = pair("bert", 2, 6)

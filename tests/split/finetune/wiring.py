@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from raycloud.data.batches import IGNORE, Batch
+from raycloud.link.channel import Channel, Loopback
 from raycloud.link.meter import Meter
 from raycloud.models.anatomy import base_of, blocks_of
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.cloud import CloudSide, Packings
 from raycloud.split.finetune.code import Code, plain
 from raycloud.split.finetune.edge import EdgeSide, Learning, LocalCloud
+from raycloud.split.finetune.host import TuneHost, TuneLimits
+from raycloud.split.finetune.messages import Begin
 from raycloud.split.finetune.numbers import Form, Packing
+from raycloud.split.finetune.remote import RemoteCloud
 from raycloud.split.finetune.tasks import Classification, Language, Pooling, Task, TextHead, pooled
+from raycloud.split.parts import CloudPart
+from raycloud.split.plan import PlanSet, SplitPlan
 from raycloud.training.draws import drawing
 from raycloud.training.loop import Loss, Step, Trainer, TrainingRecipe
 from tests.models.families import tiny
@@ -147,11 +154,67 @@ def split(
     )
 
 
+class Service:
+    """A cloud that trains, behind channels that can be cut, and that can be killed as a whole."""
+
+    def __init__(self, edge: EdgeSide, folder: Path, limits: TuneLimits | None = None) -> None:
+        local = edge.cloud.side  # type: ignore[attr-defined]
+        middle = copy.deepcopy(local.middle)
+        plans = PlanSet.of(SplitPlan(middle.lo, middle.hi))
+        self._part, self._folder, self._limits = CloudPart(middle, plans, "tiny"), folder, limits
+        self.decoder = copy.deepcopy(local.decoder)
+        self.channels: list[Channel] = []
+        self.begin = Begin(
+            fingerprint="tiny",
+            first=middle.lo,
+            second=middle.hi,
+            run="0" * 32,
+            seed=SEED,
+            total_steps=STEPS,
+            training=TRAINING,
+            cloud=True,
+            back=local.pooling,
+            width=local.packings.first.width,
+            apart=local.packings.first.apart,
+            narrow=not isinstance(local.decoder, nn.Identity),
+            trained=True,
+            up=local.packings.first.form,
+            down=local.packings.second.form,
+        )
+        self._start()
+
+    def _start(self) -> None:
+        # Sums in more than one thread may round otherwise than in one, as the tests compute.
+        self.host = TuneHost(self._part, self._folder, self._limits, threads=1)
+        self.loopback = Loopback(lambda connection: self.host.serve(connection, "me"))
+
+    def connect(self, session: str) -> Channel:
+        channel = self.loopback.connect()
+        self.channels.append(channel)
+        return channel
+
+    def cut(self) -> None:
+        """Break the latest connection."""
+        self.channels[-1].close()
+
+    def kill(self) -> None:
+        """Lose everything but what is on disk."""
+        self.close()
+        self._start()
+
+    def close(self) -> None:
+        self.loopback.close()
+        self.host.close()
+
+    def at(self, step: int | None) -> RemoteCloud:
+        """The cloud as it begins, or as it was at a checkpoint."""
+        return RemoteCloud(self.connect, self.begin.model_copy(update={"restore": step}), self.decoder, patience_s=20)
+
+
 def sides(edge: EdgeSide) -> dict[str, nn.Module]:
     """The modules of both sides, by the part of the whole model that they are."""
-    cloud = edge._cloud.side  # type: ignore[attr-defined]
-    modules = {**edge.modules, "middle": cloud.middle}
-    return {name: modules[name] for name in ("first", "middle", "last", "head")}
+    cloud = edge.cloud.side  # type: ignore[attr-defined]
+    return {**{name: edge.modules[name] for name in ("first", "last", "head")}, "middle": cloud.middle}
 
 
 def parts_of(whole: Whole, first: int, second: int) -> dict[str, nn.Module]:

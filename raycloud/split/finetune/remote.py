@@ -1,0 +1,71 @@
+"""The cloud at the other end of a link: a session that outlives broken connections, and checkpoints of both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from safetensors.torch import save
+from torch import nn
+
+from raycloud.errors import LinkError
+from raycloud.link.caller import Caller
+from raycloud.link.channel import Channel
+from raycloud.link.frames import Frame, Granted, Kind, with_bytes
+from raycloud.split.finetune.messages import Began, Begin, Saved
+
+_REPLIES = (Kind.FWD_OK, Kind.BWD_OK, Kind.OPT_OK, Kind.SAVE_OK, Kind.CODE_OK)
+
+
+class SessionLost(LinkError):
+    """The cloud no longer has the session; both sides must go on from their last common checkpoint."""
+
+
+class RemoteCloud:
+    """A cloud behind a channel. Requests are answered once each, however often the channel breaks.
+
+    Args:
+        connect: opens a channel; called again whenever one breaks, with the session's id.
+        asked: what both sides agree on.
+        decoder: the cloud's end of the code, sent to it unless it goes on from a checkpoint.
+        patience_s: how long nothing may come back, reconnecting included; longer than any one request takes.
+
+    Raises:
+        LinkError: the cloud cannot be reached in time, or refuses.
+    """
+
+    def __init__(
+        self, connect: Callable[[str], Channel], asked: Begin, decoder: nn.Module, patience_s: float = 60.0
+    ) -> None:
+        self._caller: Caller[Frame, Granted] = Caller(
+            connect, asked, Granted, lambda frame: frame, _lost, _REPLIES, patience_s
+        )
+        if asked.narrow and asked.restore is None:
+            tensors = {name: tensor.contiguous() for name, tensor in decoder.state_dict().items()}
+            self.send(with_bytes(Kind.CODE, Began(), save(tensors)))
+            self.receive()
+
+    def send(self, request: Frame) -> None:
+        """Send it off, or keep it until the cloud has room."""
+        self._caller.send([request])
+
+    def receive(self) -> Frame:
+        """The answer to the oldest request that has none yet.
+
+        Raises:
+            SessionLost: the cloud has lost the session.
+            LinkError: the link cannot be mended, or the cloud refuses.
+        """
+        return self._caller.receive()[1]
+
+    def save(self, step: int) -> None:
+        """Have the cloud keep what this step goes on from."""
+        self.send(with_bytes(Kind.SAVE, Saved(step=step)))
+        self.receive()
+
+    def close(self) -> None:
+        """End the session."""
+        self._caller.close()
+
+
+def _lost(unanswered: list[Frame]) -> list[Frame]:
+    raise SessionLost("the cloud lost the session")

@@ -1,0 +1,103 @@
+"""What one side must keep to go on with the next step: what it learns, and its optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from raycloud.errors import TrainingError
+from raycloud.results import write_atomically
+from raycloud.training.loop import Trainer
+
+_OPTIMISER = "optimiser/"
+
+
+def learnt(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by module and name; those that modules share once."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for side, module in modules.items():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{side}.{name}"] = parameter
+    return found
+
+
+def _buffers(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Of the codes: which coordinates they send apart. A model's own are functions of its configuration."""
+    ends = {name: modules[name] for name in ("encoder", "decoder") if name in modules}
+    return {f"{side}.{name}": buffer for side, module in ends.items() for name, buffer in module.named_buffers()}
+
+
+def state_of(modules: Mapping[str, nn.Module], trainer: Trainer | None) -> dict[str, Tensor]:
+    """As plain tensors, for safetensors."""
+    optimiser = trainer.state() if trainer is not None else {}
+    return {
+        **{name: parameter.detach() for name, parameter in learnt(modules).items()},
+        **_buffers(modules),
+        **{_OPTIMISER + name: tensor for name, tensor in optimiser.items()},
+    }
+
+
+def load_state(modules: Mapping[str, nn.Module], trainer: Trainer | None, state: Mapping[str, Tensor]) -> None:
+    """Go on where :func:`state_of` was taken.
+
+    Raises:
+        TrainingError: the state is of other parameters.
+    """
+    mine = {**learnt(modules), **_buffers(modules)}
+    theirs = {name: tensor for name, tensor in state.items() if not name.startswith(_OPTIMISER)}
+    odd = sorted(mine.keys() ^ theirs.keys()) or [name for name in mine if mine[name].shape != theirs[name].shape]
+    if odd:
+        raise TrainingError(
+            f"the saved state does not fit this side: {len(odd)} tensors differ, the first is '{odd[0]}'"
+        )
+    with torch.no_grad():
+        for name, tensor in mine.items():
+            tensor.copy_(theirs[name])
+    if trainer is not None:
+        trainer.load_state({name.removeprefix(_OPTIMISER): t for name, t in state.items() if name not in theirs})
+
+
+class Checkpoints:
+    """One side's states by step. The edge's file is what makes a checkpoint count: the cloud writes its own before it.
+
+    Args:
+        folder: holds ``<step>.safetensors``.
+    """
+
+    KEPT = 2
+    """The cloud's latest may be one that the edge never wrote, and the edge's the one before."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def steps(self) -> list[int]:
+        """Those that are kept, ascending."""
+        return sorted(int(path.stem) for path in self._folder.glob("*.safetensors") if path.stem.isdecimal())
+
+    def save(self, step: int, state: Mapping[str, Tensor]) -> None:
+        """Write one as a whole or not at all, and forget the oldest."""
+        write_atomically(self._path(step), save({name: tensor.contiguous() for name, tensor in state.items()}))
+        for old in self.steps()[: -self.KEPT]:
+            self._path(old).unlink()
+
+    def load(self, step: int) -> dict[str, Tensor]:
+        """Read one.
+
+        Raises:
+            TrainingError: it is not there, or damaged.
+        """
+        try:
+            return load_file(self._path(step))
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"cannot read the checkpoint '{self._path(step)}': {error}") from None
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"{step}.safetensors"

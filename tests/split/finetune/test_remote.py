@@ -1,0 +1,217 @@
+"""Over a link both sides learn what they learn in one process, whatever happens to link, cloud and edge."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from raycloud.errors import LinkError
+from raycloud.link.channel import Channel
+from raycloud.link.frames import HEADER_BYTES
+from raycloud.models.segments import Segment
+from raycloud.split.finetune.code import Code, narrow
+from raycloud.split.finetune.edge import EdgeSide
+from raycloud.split.finetune.host import TuneLimits
+from raycloud.split.finetune.loop import train
+from raycloud.split.finetune.state import Checkpoints
+from tests.split.finetune.wiring import WIDTH, Service, batches, head_of, model_of, split, values
+
+N = 12
+
+
+def coded(ahead: Segment) -> Code:
+    chance = torch.Generator().manual_seed(5)
+    return narrow(torch.randn(200, WIDTH, generator=chance), 8, outliers=2)
+
+
+def fresh() -> EdgeSide:
+    return split(model_of("bert"), 2, 6, head=head_of(), code=coded, form="int8", depth=2)
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    with closing(Service(fresh(), tmp_path / "cloud")) as service:
+        yield service
+
+
+def run(edge: EdgeSide, service: Service, folder: Path, told: Callable[[int], None] = lambda step: None) -> None:
+    try:
+        train(
+            edge,
+            lambda step: batches(step, 3, language=False),
+            steps=N,
+            every=3,
+            kept=Checkpoints(folder),
+            cloud_at=service.at,
+            told=lambda step: told(step.step),
+        )
+    finally:
+        edge.cloud.close()
+
+
+def of_the_edge(edge: EdgeSide) -> dict[str, Tensor]:
+    return values(dict(edge.modules))
+
+
+def of_the_cloud(service: Service) -> dict[str, Tensor]:
+    [path] = service._folder.glob(f"*/*/{N}.safetensors")
+    return load_file(path)
+
+
+def undisturbed() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    edge = fresh()
+    cloud = edge.cloud.side  # type: ignore[attr-defined]
+    for step in range(N):
+        edge.step(batches(step, 3, language=False))
+    return of_the_edge(edge), cloud.state()
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_over_a_link_ends_with_the_weights_of_one_process(service: Service, tmp_path: Path) -> None:
+    edge = fresh()
+    run(edge, service, tmp_path / "edge")
+    ours, theirs = undisturbed()
+    assert_equal(of_the_edge(edge), ours)
+    assert_equal(of_the_cloud(service), theirs)
+
+
+class Killed(Exception):
+    """The edge dies."""
+
+
+def test_twenty_failures_of_link_cloud_and_edge_change_no_bit(service: Service, tmp_path: Path) -> None:
+    """Whatever breaks breaks at a random message, and each thing a few times."""
+    chance, happened = random.Random(7), list[str]()
+    planned = ["link"] * 10 + ["cloud"] * 5 + ["edge"] * 5
+    chance.shuffle(planned)
+    countdown = chance.randint(1, 8)
+
+    class Breaking:
+        """Passes messages on until something happens."""
+
+        def __init__(self, inner: Channel) -> None:
+            self._inner = inner
+
+        def send(self, data: bytes) -> None:
+            nonlocal countdown
+            countdown -= 1
+            if countdown == 0 and len(happened) < len(planned):
+                countdown = chance.randint(4, 12)
+                happened.append(planned[len(happened)])
+                match happened[-1]:
+                    case "link":
+                        self._inner.close()
+                    case "cloud":
+                        service.kill()
+                    case "edge":
+                        raise Killed
+            self._inner.send(data)
+
+        def receive(self, timeout_s: float) -> bytes:
+            return self._inner.receive(timeout_s)
+
+        def close(self) -> None:
+            self._inner.close()
+
+    connect = service.connect
+    service.connect = lambda session: Breaking(connect(session))  # type: ignore[method-assign]
+    while True:
+        edge = fresh()
+        try:
+            run(edge, service, tmp_path / "edge")
+            break
+        except Killed:
+            continue
+    assert sorted(happened) == sorted(planned[: len(happened)])
+    assert len(happened) == len(planned), f"only {len(happened)} failures happened"
+    ours, theirs = undisturbed()
+    assert_equal(of_the_edge(edge), ours)
+    assert_equal(of_the_cloud(service), theirs)
+
+
+def test_no_token_label_or_mask_is_in_a_whole_run(service: Service, tmp_path: Path) -> None:
+    """What crosses is searched for every text's ids, labels and mask in the usual widths; what is put there is found.
+
+    Headers are left out: their counters are small numbers in a row, as labels are.
+    """
+    crossed = bytearray()
+
+    class Tapped:
+        def __init__(self, inner: Channel) -> None:
+            self._inner = inner
+
+        def send(self, data: bytes) -> None:
+            crossed.extend(data[HEADER_BYTES:])
+            self._inner.send(data)
+
+        def receive(self, timeout_s: float) -> bytes:
+            data = self._inner.receive(timeout_s)
+            crossed.extend(data[HEADER_BYTES:])
+            return data
+
+        def close(self) -> None:
+            self._inner.close()
+
+    connect = service.connect
+    service.connect = lambda session: Tapped(connect(session))  # type: ignore[method-assign]
+    run(fresh(), service, tmp_path / "edge")
+    widths = {torch.uint8, torch.int16, torch.int32, torch.int64}
+    secrets = [
+        tensor.to(width).numpy().tobytes()
+        for step in range(N)
+        for batch in batches(step, 3, language=False)
+        # Four labels in one byte each are found anywhere by chance.
+        for tensor in (*(ids[:6] for ids in batch.ids), batch.labels, *batch.valid[:, :11].int())
+        for width in (widths if len(tensor) > 4 else widths - {torch.uint8})
+        if len(set(tensor.tolist())) > 2
+    ]
+    assert len(secrets) > 400
+    assert not [secret for secret in secrets if secret in crossed]
+    control = bytes(crossed) + secrets[17]
+    assert [secret for secret in secrets if secret in control]
+
+
+def test_a_cloud_refuses_what_it_has_not(service: Service) -> None:
+    changes = [
+        ({"fingerprint": "other"}, "is not tiny"),
+        ({"first": 1}, r"blocks \[1, 6\) are asked for, \[2, 6\) are here"),
+        ({"restore": 3}, "no checkpoint of step 3"),
+        ({"width": 100}, "rows have 32"),
+    ]
+    for change, message in changes:
+        service.begin, before = service.begin.model_copy(update=change), service.begin
+        with pytest.raises(LinkError, match=message):
+            service.at(service.begin.restore)
+        service.begin = before
+
+
+def test_texts_beyond_what_is_granted_are_refused(tmp_path: Path) -> None:
+    edge = fresh()
+    with closing(Service(edge, tmp_path / "cloud", TuneLimits(tokens=8))) as service:
+        edge.cloud = service.at(None)
+        with closing(edge.cloud), pytest.raises(LinkError, match="allowed: 8 tokens in all"):
+            edge.step(batches(0, 1, language=False))
+
+
+def test_a_step_with_a_loss_that_is_no_number_is_skipped_by_both_sides(service: Service) -> None:
+    edge = fresh()
+    cloud = edge.cloud.side  # type: ignore[attr-defined]
+    before = values({"cloud": cloud.middle, **edge.modules})
+    loss = edge.task.loss
+    edge.task.loss = lambda outputs, batch: loss(outputs * float("nan"), batch)  # type: ignore[method-assign]
+    assert edge.step(batches(0, 2, language=False)).skipped
+    assert_equal(values({"cloud": cloud.middle, **edge.modules}), before)
+    edge.task.loss = loss  # type: ignore[method-assign]
+    assert not edge.step(batches(1, 2, language=False)).skipped
+    assert (cloud.step, edge.trainer.step_index) == (2, 2)
