@@ -13,12 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from raycloud.errors import ResultError
+from raycloud.errors import Interrupted, ResultError
 from raycloud.recipe import Recipe
 
 Mode = Literal["new", "resume", "overwrite"]
 
 RECIPE = "recipe.yaml"
+SUMMARY = "summary.json"
 LOCK = ".lock"
 
 
@@ -100,6 +101,24 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+@contextmanager
+def resumable(path: str | Path | None) -> Iterator[None]:
+    """Tell whoever stops a run how to go on with it.
+
+    Args:
+        path: the result directory; None where nothing is kept.
+
+    Raises:
+        Interrupted: instead of ``KeyboardInterrupt``.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if path is not None and (Path(path).expanduser() / RECIPE).is_file():
+            raise Interrupted(f"stopped; go on with: --resume (results so far: {path})") from None
+        raise Interrupted("stopped before there was anything to keep") from None
+
+
 class ResultDir:
     """The directory one run writes. Open it with :meth:`open`; one process at a time may hold it."""
 
@@ -177,9 +196,14 @@ class ResultDir:
         kept = [json.dumps(record) + "\n" for record in self.metrics() if wanted(record)]
         write_atomically(self.metrics_path, "".join(kept))
 
+    def summary(self) -> dict[str, Any] | None:
+        """The headline numbers of a run that came to its end; None before that."""
+        path = self.path / SUMMARY
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``, the run's headline numbers."""
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_atomically(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
 def _empty(where: Path) -> None:

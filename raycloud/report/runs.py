@@ -17,12 +17,11 @@ from rich.table import Table
 from raycloud.errors import RaycloudError, ResultError
 from raycloud.recipe import read_yaml
 from raycloud.report.console import console
-from raycloud.results import LOCK, RECIPE, in_use, read_records
+from raycloud.results import LOCK, RECIPE, SUMMARY, in_use, read_records
 
 State = Literal["complete", "running", "interrupted"]
 Numbers = dict[str, float | str]
 
-SUMMARY = "summary.json"
 ROWS = "rows.jsonl"
 PRIVACY = "privacy.json"
 

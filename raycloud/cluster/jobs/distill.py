@@ -7,7 +7,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,19 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from raycloud.cluster.bundles import distill_bundles
-from raycloud.cluster.capacity import summed
 from raycloud.cluster.checkpoint import Checkpoint, Snapshot
 from raycloud.cluster.cloud_teacher import CloudTeacher, Findings, Start, TeacherFacts
 from raycloud.cluster.edge_student import Answer, Beat, EdgeStudent
+from raycloud.cluster.jobs.frame import Result, finished, on_cluster
 from raycloud.cluster.metrics import RunMetrics
 from raycloud.cluster.rounds import Member, Round, run_round
-from raycloud.cluster.runtime import joined, stoppable
 from raycloud.data.prompts import example
 from raycloud.data.sources import load_rows, training_rows
 from raycloud.data.splits import select, shard
 from raycloud.distill.examination import ALL, Comparison, gap_closed
 from raycloud.distill.recipe import Cohort, DistillRecipe, Placement, StudentRecipe
 from raycloud.distill.student import check_blocks, check_objective, check_vocabulary, own_tokenizer, student_from
-from raycloud.errors import ClusterError, DataError, Interrupted, ModelError, RaycloudError
+from raycloud.errors import ClusterError, DataError, ModelError
 from raycloud.evaluation.questions import ask
 from raycloud.models.anatomy import anatomy_of
 from raycloud.models.loading import load_config, load_tokenizer, quiet_transformers, resolve
@@ -43,14 +41,6 @@ from raycloud.training.lora import check_targets, merge, save_adapter
 
 _ANSWER_S = 3600.0
 """The longest one answer of the teacher may take: loading it, cutting a student, an examination."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """Where a run left what it made, and its headline numbers."""
-
-    path: Path
-    summary: dict[str, Any]
 
 
 def run(recipe: DistillRecipe, mode: Mode = "new") -> Result:
@@ -66,20 +56,8 @@ def run(recipe: DistillRecipe, mode: Mode = "new") -> Result:
     """
     ResultDir.check(recipe.output, recipe, mode)
     _preflight(recipe)
-    actors = distill_bundles(recipe)
-    needs = summed(actors)
-    shares = {name: needs.pop(name, 0.0) for name in ("CPU", "GPU")}
-    try:
-        with joined(needs, shares, actors), stoppable(), ResultDir.open(recipe.output, recipe, mode) as results:
-            return _Run(_with_absolute_paths(recipe), results).whole()
-    except KeyboardInterrupt:
-        if (Path(recipe.output).expanduser() / RECIPE).is_file():
-            raise Interrupted(f"stopped; go on with: --resume (results so far: {recipe.output})") from None
-        raise Interrupted("stopped before there was anything to keep") from None
-    except RayTaskError as error:
-        if isinstance(error.cause, RaycloudError):
-            raise error.cause from None
-        raise
+    with on_cluster(recipe, mode) as results:
+        return _Run(_with_absolute_paths(recipe), results).whole()
 
 
 def _preflight(recipe: DistillRecipe) -> None:
@@ -157,10 +135,8 @@ class _Run:
 
     def whole(self) -> Result:
         """From wherever the directory stands to its end."""
-        done = self.results.path / "summary.json"
-        if done.is_file():
-            console.print(f"'{self.results.path}' is complete")
-            return Result(self.results.path, json.loads(done.read_text()))
+        if (done := finished(self.results)) is not None:
+            return done
         with working("teacher ready"):
             self._start_teacher()
         checkpoint = Checkpoint.latest(self.state) or self._first_checkpoint()

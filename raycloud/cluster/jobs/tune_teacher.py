@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import shutil
 import signal
@@ -11,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Empty, Queue
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from raycloud.cluster.bundles import tune_teacher_bundles
-from raycloud.cluster.capacity import summed
-from raycloud.cluster.runtime import joined, stoppable
+from raycloud.cluster.jobs.frame import Result, finished, on_cluster
 from raycloud.cluster.teacher.config import deepspeed_config, weights_type
 from raycloud.cluster.teacher.loop import HELD_OUT
 from raycloud.cluster.teacher.memory import Parameters, estimate, library_estimate
@@ -37,22 +33,14 @@ from raycloud.data.prompts import example
 from raycloud.data.sources import load_rows, training_rows
 from raycloud.data.splits import Row, spread
 from raycloud.data.tokens import TokenFile
-from raycloud.errors import Interrupted, MissingExtra, ModelError, RaycloudError, TrainingError
+from raycloud.errors import MissingExtra, ModelError, RaycloudError, TrainingError
 from raycloud.models.anatomy import anatomy_of
 from raycloud.models.loading import load, load_config, load_tokenizer, pick_device, quiet_transformers, resolve
 from raycloud.report.console import bars, console, working
 from raycloud.report.events import event_files
 from raycloud.report.teacher import memory_rows, print_summary, print_table, write_page
-from raycloud.results import RECIPE, Mode, ResultDir, write_folder
+from raycloud.results import Mode, ResultDir, write_folder
 from raycloud.training.lora import attach, check_targets, merge, save_adapter
-
-
-@dataclass(frozen=True)
-class Result:
-    """Where a run left what it made, and its headline numbers."""
-
-    path: Path
-    summary: dict[str, Any]
 
 
 def run(recipe: TuneTeacherRecipe, mode: Mode = "new") -> Result:
@@ -70,16 +58,8 @@ def run(recipe: TuneTeacherRecipe, mode: Mode = "new") -> Result:
         raise MissingExtra("'raycloud tune-teacher'", "deepspeed")
     ResultDir.check(recipe.output, recipe, mode)
     config, tokenizer = _preflight(recipe)
-    actors = tune_teacher_bundles(recipe)
-    needs = summed(actors)
-    shares = {name: needs.pop(name, 0.0) for name in ("CPU", "GPU")}
-    try:
-        with joined(needs, shares, actors), stoppable(), ResultDir.open(recipe.output, recipe, mode) as results:
-            return _Run(recipe, results, config, tokenizer).whole()
-    except KeyboardInterrupt:
-        if (Path(recipe.output).expanduser() / RECIPE).is_file():
-            raise Interrupted(f"stopped; go on with: --resume (results so far: {recipe.output})") from None
-        raise Interrupted("stopped before there was anything to keep") from None
+    with on_cluster(recipe, mode) as results:
+        return _Run(recipe, results, config, tokenizer).whole()
 
 
 def _preflight(recipe: TuneTeacherRecipe) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
@@ -120,10 +100,8 @@ class _Run:
         self.begun = time.monotonic()
 
     def whole(self) -> Result:
-        done = self.results.path / "summary.json"
-        if done.is_file():
-            console.print(f"'{self.results.path}' is complete")
-            return Result(self.results.path, json.loads(done.read_text()))
+        if (done := finished(self.results)) is not None:
+            return done
         rows = training_rows(self.recipe.data)
         held_out = load_rows(self.recipe.data.source, self.recipe.held_out.split)
         held_out = [held_out[place] for place in spread(len(held_out), self.recipe.held_out.samples)]
