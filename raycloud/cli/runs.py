@@ -17,7 +17,7 @@ def runs(
     folders: Annotated[list[Path] | None, typer.Argument(help="Where to look; else in 'results'.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List result directories: job, state (complete, running, interrupted), when, headline numbers."""
+    """List result directories: the run's id, job, state (complete, running, interrupted), when, headline numbers."""
     from raycloud.report.runs import find_runs, print_runs
 
     found = find_runs(folders or [Path("results")])

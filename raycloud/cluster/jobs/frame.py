@@ -12,6 +12,7 @@ from ray.exceptions import RayTaskError
 
 from raycloud.cluster.bundles import bundles_of
 from raycloud.cluster.capacity import summed
+from raycloud.cluster.run_log import RunLog, gathered
 from raycloud.cluster.runtime import joined, stoppable
 from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
 from raycloud.distill.recipe import DistillRecipe
@@ -29,8 +30,8 @@ class Result:
 
 
 @contextmanager
-def on_cluster(recipe: DistillRecipe | TuneTeacherRecipe, mode: Mode) -> Iterator[ResultDir]:
-    """The result directory of a run, open for as long as a cluster that can hold its actors is joined.
+def on_cluster(recipe: DistillRecipe | TuneTeacherRecipe, mode: Mode) -> Iterator[tuple[ResultDir, RunLog]]:
+    """The result directory of a run, open for as long as a cluster that can hold its actors is joined, and their log.
 
     Raises:
         ClusterError: there is no such cluster.
@@ -47,8 +48,9 @@ def on_cluster(recipe: DistillRecipe | TuneTeacherRecipe, mode: Mode) -> Iterato
             joined(needs, shares, actors),
             stoppable(),
             ResultDir.open(recipe.output, recipe, mode) as results,
+            gathered(results.log_file) as log,
         ):
-            yield results
+            yield results, log
     except RayTaskError as error:
         if isinstance(error.cause, RaycloudError):
             raise error.cause from None

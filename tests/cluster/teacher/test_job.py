@@ -20,6 +20,7 @@ from raycloud.cluster.jobs import tune_teacher as job
 from raycloud.cluster.jobs.tune_teacher import run
 from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
 from raycloud.errors import DataError, Interrupted, ModelError, RecipeError
+from raycloud.results import read_records
 
 pytest.importorskip("deepspeed")
 
@@ -63,6 +64,9 @@ def test_a_run_leaves_a_model_an_adapter_and_a_report(finished: Path, tiny_llama
     assert [record["step"] for record in records(finished, "step")] == list(range(1, 9))
     assert [record["step"] for record in records(finished, "held_out")] == [0, 2, 4, 6, 8]
     assert "<img" in (finished / "report.html").read_text()
+    log = read_records(finished / "log.jsonl")
+    assert {record["run"] for record in log} == {summary["run"]}
+    assert {record["source"] for record in log} == {"driver", "worker 0", "worker 1"}
     assert not (finished / "state").exists()
     merged = AutoModelForCausalLM.from_pretrained(finished / "model", dtype=torch.float32)
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), finished / "adapter")
