@@ -1,25 +1,33 @@
-"""Result directories: the recipe as run, ``metrics.jsonl``, a summary, and what a killed run needs to go on."""
+"""Result directories: the recipe as run, metrics, log, a summary, and what a killed run needs to go on."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from raycloud.errors import ResultError
+from raycloud.errors import Interrupted, RaycloudError, ResultError
+from raycloud.logs import log_into
 from raycloud.recipe import Recipe
 
 Mode = Literal["new", "resume", "overwrite"]
 
 RECIPE = "recipe.yaml"
+SUMMARY = "summary.json"
+LOG = "log.jsonl"
+RUN_ID = "run_id"
 LOCK = ".lock"
+
+_LOG = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -100,18 +108,43 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-class ResultDir:
-    """The directory one run writes. Open it with :meth:`open`; one process at a time may hold it."""
+@contextmanager
+def resumable(path: str | Path | None) -> Iterator[None]:
+    """Tell whoever stops a run how to go on with it.
 
-    def __init__(self, path: Path, lock: IO[str]) -> None:
-        self.path = path
+    Args:
+        path: the result directory; None where nothing is kept.
+
+    Raises:
+        Interrupted: instead of ``KeyboardInterrupt``.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if path is not None and (Path(path).expanduser() / RECIPE).is_file():
+            raise Interrupted(f"stopped; go on with: --resume (results so far: {path})") from None
+        raise Interrupted("stopped before there was anything to keep") from None
+
+
+class ResultDir:
+    """The directory one run writes. Open it with :meth:`open`; one process at a time may hold it.
+
+    Args:
+        path: where it is.
+        lock: its lock, held.
+        run_id: tells the run from all others in logs and metrics; a resumed run keeps it.
+        log_file: writes the run's log.
+    """
+
+    def __init__(self, path: Path, lock: IO[str], run_id: str, log_file: logging.Handler) -> None:
+        self.path, self.run_id, self.log_file = path, run_id, log_file
         self._lock = lock
         self._followers: list[Callable[[dict[str, Any]], None]] = []
 
     @classmethod
     @contextmanager
     def open(cls, path: str | Path, recipe: Recipe, mode: Mode) -> Iterator[ResultDir]:
-        """Make or take over the directory and write the recipe into it.
+        """Make or take over the directory, write the recipe into it, and into ``log.jsonl`` what is logged meanwhile.
 
         Args:
             path: the directory.
@@ -132,10 +165,14 @@ class ResultDir:
                 _empty(where)
             if mode != "resume":
                 write_atomically(where / RECIPE, recipe.dump())
+            if not (where / RUN_ID).is_file():
+                write_atomically(where / RUN_ID, uuid.uuid4().hex[:8] + "\n")
+            run_id = (where / RUN_ID).read_text(encoding="utf-8").strip()
             try:
-                yield cls(where, lock)
+                with log_into(where / LOG, run_id) as log_file, _noted(mode):
+                    yield cls(where, lock, run_id, log_file)
             except BaseException:
-                if {child.name for child in where.iterdir()} <= {RECIPE, LOCK}:
+                if {child.name for child in where.iterdir()} <= {RECIPE, RUN_ID, LOG, LOCK}:
                     shutil.rmtree(where)  # nothing was done in it: leave nothing half-written
                 raise
 
@@ -177,9 +214,29 @@ class ResultDir:
         kept = [json.dumps(record) + "\n" for record in self.metrics() if wanted(record)]
         write_atomically(self.metrics_path, "".join(kept))
 
+    def summary(self) -> dict[str, Any] | None:
+        """The headline numbers of a run that came to its end; None before that."""
+        path = self.path / SUMMARY
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``, the run's headline numbers."""
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_atomically(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+@contextmanager
+def _noted(mode: Mode) -> Iterator[None]:
+    """Log how a run begins and how it ends."""
+    _LOG.info("run begins (%s)", mode)
+    try:
+        yield
+    except KeyboardInterrupt:
+        _LOG.warning("run stopped")
+        raise
+    except Exception as error:
+        _LOG.error("run failed: %s", error, exc_info=not isinstance(error, RaycloudError))
+        raise
+    _LOG.info("run ends")
 
 
 def _empty(where: Path) -> None:

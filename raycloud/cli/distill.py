@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from raycloud.errors import MissingExtra, RecipeError
+from raycloud.cli.options import Overwrite, RecipeFile, mode_of, needing_ray
 
 
 def distill(
-    recipe: Annotated[Path, typer.Option(help="The recipe, a YAML file.")],
+    recipe: RecipeFile,
     overrides: Annotated[list[str] | None, typer.Argument(help="Overrides, such as rounds.count=2.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete round.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result directory.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Distil students at the edges from a teacher in the cloud."""
     from raycloud.distill.recipe import DistillRecipe
 
-    if resume and overwrite:
-        raise RecipeError("--resume and --overwrite exclude each other")
+    mode = mode_of(resume, overwrite)
     checked = DistillRecipe.load(recipe, overrides or ())
-    try:
+    with needing_ray("distill"):
         from raycloud.cluster.jobs.distill import run
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise MissingExtra("'raycloud distill'", "cluster") from None
-    run(checked, "resume" if resume else "overwrite" if overwrite else "new")
+    run(checked, mode)

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from raycloud.cli.options import AsJson, needing_ray
 from raycloud.cli.recipes import load_recipe
-from raycloud.errors import MissingExtra
 
 
 def doctor(
@@ -19,7 +19,7 @@ def doctor(
     address: Annotated[
         str | None, typer.Option(help="HOST:PORT of the cluster, instead of RAY_ADDRESS or the one started here.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Look for what would keep a job from running: versions, token, ports, resources, shared folders, room.
 
@@ -28,12 +28,8 @@ def doctor(
     from raycloud.report.findings import print_findings
 
     checked = load_recipe(recipe, overrides or ()) if recipe is not None else None
-    try:
+    with needing_ray("doctor"):
         from raycloud.cluster.doctor import examine
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise MissingExtra("'raycloud doctor'", "cluster") from None
     found = [asdict(finding) for finding in examine(address, checked)]
     healthy = not any(finding["level"] == "error" for finding in found)
     print_findings(found)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from raycloud.cli.options import AsJson, Overwrite, mode_of
 from raycloud.errors import RecipeError
 from raycloud.recipe import read_yaml
 
@@ -30,8 +31,8 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="The result directory; without, nothing is kept.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML file; options and overrides win over it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on; finished seeds are kept.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result directory.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Ask models questions: ROUGE-L and exact match over several seeds, perplexity, agreement with a teacher."""
     from raycloud.evaluation.protocol import run
@@ -39,8 +40,7 @@ def evaluate(
     from raycloud.report.console import console
     from raycloud.report.evaluation import print_evaluation
 
-    if resume and overwrite:
-        raise RecipeError("--resume and --overwrite exclude each other")
+    mode = mode_of(resume, overwrite)
     values = read_yaml(recipe) if recipe else {}
     given = {
         "models": model or None,
@@ -66,7 +66,7 @@ def evaluate(
     checked = EvaluateRecipe.parse(values, overrides or (), source=str(recipe) if recipe else "evaluate")
     if checked.output is None and (resume or overwrite):
         raise RecipeError("--resume and --overwrite need a result directory: give --out")
-    summary = run(checked, "resume" if resume else "overwrite" if overwrite else "new")
+    summary = run(checked, mode)
     print_evaluation(summary)
     if checked.output is not None:
         console.print(f"results: {checked.output}")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from raycloud.cli.options import AsJson
 from raycloud.errors import RecipeError, ResultError
 
 
@@ -25,7 +26,7 @@ def privacy(
     texts: Annotated[int, typer.Option(min=1, help="Sessions under attack.")] = 24,
     seed: Annotated[int, typer.Option(help="Of the texts and the attacks.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A new folder for numbers, plot and page.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what a curious cloud reads from the rows of a split model, prompt and answer."""
     from raycloud.evaluation.privacy.examination import examine

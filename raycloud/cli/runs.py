@@ -10,12 +10,14 @@ from typing import Annotated
 
 import typer
 
+from raycloud.cli.options import AsJson
+
 
 def runs(
     folders: Annotated[list[Path] | None, typer.Argument(help="Where to look; else in 'results'.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """List result directories: job, state (complete, running, interrupted), when, headline numbers."""
+    """List result directories: the run's id, job, state (complete, running, interrupted), when, headline numbers."""
     from raycloud.report.runs import find_runs, print_runs
 
     found = find_runs(folders or [Path("results")])

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from raycloud.errors import MissingExtra
+from raycloud.cli.options import AsJson, needing_ray
 
 
 def search(
@@ -19,7 +19,7 @@ def search(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="The directory of the search, instead of the space's.")] = None,
     concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at a time, instead of the space's.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a job over a space of recipes with Ray Tune and compare the variants.
 
@@ -28,12 +28,8 @@ def search(
     from raycloud.search.space import load_space
 
     loaded = load_space(space)
-    try:
+    with needing_ray("search"):
         from raycloud.search.run import run
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise MissingExtra("'raycloud search'", "cluster") from None
     result = run(loaded, output=output, rows=rows, concurrent=concurrent, overrides=overrides or ())
     if as_json:
         typer.echo(json.dumps(result.summary))

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from raycloud.cli.options import AsJson, Overwrite
+
 app = typer.Typer(help="Cut a model between edge and cloud.", no_args_is_help=True)
 
 
@@ -71,8 +73,8 @@ def calibrate(
 def examine(
     recipe: Annotated[Path, typer.Option(help="The recipe, a YAML file, such as a search leaves for every trial.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Overrides, such as codec=int4.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result directory.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a split plan costs: perplexity, bytes and time of a token over a slow link, memory at the edge."""
     from raycloud.benchmarks.measure import show

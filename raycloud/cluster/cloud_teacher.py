@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from raycloud.cluster.run_log import RunLog
 from raycloud.cluster.runtime import computing_with, cores, share_of_cores
 from raycloud.data.batches import Batch, Sample, encode
 from raycloud.data.sources import load_rows, training_rows
@@ -30,6 +33,8 @@ from raycloud.models.weights import Weights, build, fingerprint, weights_of
 from raycloud.results import kept_json
 from raycloud.training.lora import attach, learnt_weights, merge
 from raycloud.training.precision import compute_type, computing_in
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,18 @@ class CloudTeacher:
     """Holds the teacher and answers for it; every method may be called again with the same outcome.
 
     Signals are put into the object store once per batch; students that ask for the same ids share the object.
+
+    Args:
+        recipe: the whole recipe.
+        log: the run's; None for none.
     """
 
     SHARED_BYTES = 1 << 29
     """Signals that are kept in the object store for students still to ask for them."""
 
-    def __init__(self, recipe: DistillRecipe) -> None:
+    def __init__(self, recipe: DistillRecipe, log: RunLog | None = None) -> None:
+        if log is not None:
+            log.attach()
         self._recipe = recipe
         self._shared: OrderedDict[str, tuple[ray.ObjectRef, int]] = OrderedDict()
         self._shared_bytes = 0
@@ -83,7 +94,9 @@ class CloudTeacher:
         # On a CPU the weights stay float32, for exact examinations; signals are computed under autocast.
         recipe = self._recipe
         dtype = "float32" if pick_device(recipe.device).type == "cpu" else recipe.dtype
-        return load(recipe.teacher.model, device=recipe.device, dtype=dtype)
+        loaded = load(recipe.teacher.model, device=recipe.device, dtype=dtype)
+        _LOG.info("loaded '%s', process %d", recipe.teacher.model, os.getpid())
+        return loaded
 
     @cached_property
     def _segment(self) -> Segment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from raycloud.cluster.object_store_signals import ObjectStoreSignals
+from raycloud.cluster.run_log import RunLog
 from raycloud.cluster.runtime import computing_with, share_of_cores
 from raycloud.data.batches import SampleOrder
 from raycloud.distill.health import DataHealth, Health, Monitor
@@ -38,6 +40,7 @@ from raycloud.training.lora import learnt_weights, load_learnt
 from raycloud.training.precision import compute_type
 
 _EXTRAS = "extras/"
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class EdgeStudent:
         config: the model's.
         replicas: names of the teacher's actors.
         state: folder for the optimiser's state, one file a round; on the edge's own disk where none is shared.
+        log: the run's; None for none.
     """
 
     def __init__(
@@ -84,7 +88,10 @@ class EdgeStudent:
         config: PretrainedConfig,
         replicas: Sequence[str],
         state: Path,
+        log: RunLog | None = None,
     ) -> None:
+        if log is not None:
+            log.attach()
         self._edge, self._recipe, self._config, self._names = recipe.edges[index], recipe, config, replicas
         self._cohort = recipe.cohort_of(self._edge)
         self._objective = self._cohort.objective
@@ -124,6 +131,7 @@ class EdgeStudent:
             self._words: Tensor | None = None
             self._extras: torch.nn.Module | None = None
             self._ready = True
+            _LOG.info("ready with %d samples, process %d", len(self._shard.samples), os.getpid())
 
     @ray.method(concurrency_group="control", max_task_retries=-1)
     def beat(self) -> Beat | None:
@@ -159,6 +167,7 @@ class EdgeStudent:
             self._prefetch(signals, trainer.step_index)
             for _ in range(self._recipe.rounds.steps):
                 if self._latest > round_id:
+                    _LOG.warning("round %d is over, left at step %d", current + 1, len(steps))
                     return None
                 lessons = self._lessons(trainer.step_index)
                 if len(steps) + 1 < self._recipe.rounds.steps:
@@ -174,6 +183,7 @@ class EdgeStudent:
         meter.add("weights_up", nbytes(learnt))
         tokens = sum(step.tokens for step in steps)
         health = monitor.report(self._data_health)
+        _LOG.info("round %d: %d steps in %.1f s", current + 1, len(steps), time.perf_counter() - start)
         return Answer(self._edge.name, current, learnt, tokens, steps, time.perf_counter() - start, meter, health)
 
     def _ask(self, method: str, *arguments: Any) -> Any:

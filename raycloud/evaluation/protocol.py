@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from raycloud.data.batches import Sample, in_length_order
 from raycloud.data.sources import load_rows
 from raycloud.data.splits import Row
-from raycloud.errors import Interrupted, ModelError, ResultError
+from raycloud.errors import ModelError, ResultError
 from raycloud.evaluation.answers import answers, ends_of, text_of
 from raycloud.evaluation.language import Judgement, judge
 from raycloud.evaluation.questions import Question, ask, references
@@ -29,7 +29,7 @@ from raycloud.models.attention import PLAIN
 from raycloud.models.loading import load, load_config, load_tokenizer, resolve
 from raycloud.models.segments import Segment
 from raycloud.report.console import bars, console, working
-from raycloud.results import RECIPE, Mode, ResultDir, write_atomically, write_folder
+from raycloud.results import Mode, ResultDir, resumable, write_atomically, write_folder
 
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.jsonl"
@@ -54,25 +54,19 @@ def run(recipe: EvaluateRecipe, mode: Mode = "new") -> Summary:
     """
     if recipe.output is not None:
         ResultDir.check(recipe.output, recipe, mode)
-    try:
+    with resumable(recipe.output):
         candidates = _candidates(recipe)
         if recipe.output is None:
             return _evaluate(recipe, candidates, None)
         with ResultDir.open(recipe.output, recipe, mode) as results:
-            done = results.path / "summary.json"
-            if done.is_file():
+            if (kept := results.summary()) is not None:
                 console.print(f"'{results.path}' is complete")
-                kept: Summary = json.loads(done.read_text(encoding="utf-8"))
                 return kept
             if mode == "resume":
                 results.keep_metrics(lambda record: (results.path / record["folder"] / METRICS).is_file())
             summary = _evaluate(recipe, candidates, results)
             results.write_summary(summary)
             return summary
-    except KeyboardInterrupt:
-        if recipe.output is not None and (Path(recipe.output).expanduser() / RECIPE).is_file():
-            raise Interrupted(f"stopped; go on with: --resume (results so far: {recipe.output})") from None
-        raise Interrupted("stopped before there was anything to keep") from None
 
 
 @dataclass(frozen=True)

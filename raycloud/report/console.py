@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 console = Console(highlight=False, markup=False, soft_wrap=True)
 
 _LINE_EVERY_S = 15.0
+_LOG = logging.getLogger(__name__)
+
+
+def tell(log: logging.Logger, message: str, level: int = logging.INFO) -> None:
+    """Say something to whoever watches, and log it for whoever looks later."""
+    console.print(message, style="yellow" if level >= logging.WARNING else None)
+    log.log(level, "%s", message)
 
 
 class Bars:
@@ -74,4 +82,4 @@ def working(what: str) -> Iterator[None]:
             yield
     else:
         yield
-    console.print(f"{what}: {time.monotonic() - start:.1f} s")
+    tell(_LOG, f"{what}: {time.monotonic() - start:.1f} s")

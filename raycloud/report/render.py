@@ -13,9 +13,9 @@ from raycloud.recipe import read_yaml
 from raycloud.report.comparison import write_comparison
 from raycloud.report.distillation import write_page
 from raycloud.report.privacy import write_privacy
-from raycloud.report.runs import PRIVACY, ROWS, SUMMARY, run_at
+from raycloud.report.runs import PRIVACY, ROWS, run_at
 from raycloud.report.teacher import write_page as write_teacher
-from raycloud.results import RECIPE, read_records
+from raycloud.results import RECIPE, SUMMARY, read_records
 
 
 def render(folder: Path) -> Path:

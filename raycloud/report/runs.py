@@ -17,12 +17,11 @@ from rich.table import Table
 from raycloud.errors import RaycloudError, ResultError
 from raycloud.recipe import read_yaml
 from raycloud.report.console import console
-from raycloud.results import LOCK, RECIPE, in_use, read_records
+from raycloud.results import LOCK, RECIPE, RUN_ID, SUMMARY, in_use, read_records
 
 State = Literal["complete", "running", "interrupted"]
 Numbers = dict[str, float | str]
 
-SUMMARY = "summary.json"
 ROWS = "rows.jsonl"
 PRIVACY = "privacy.json"
 
@@ -48,6 +47,7 @@ class Run:
         state: whether it came to its end, is at it, or was broken off and can go on.
         when: it was last written to, in seconds since 1970.
         numbers: the few that say most, by name.
+        id: the run's, which its log and metrics carry; empty where it has none.
     """
 
     path: Path
@@ -55,6 +55,7 @@ class Run:
     state: State
     when: float
     numbers: Numbers
+    id: str = ""
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
@@ -93,10 +94,11 @@ def _of_recipe(path: Path) -> Run:
     except RaycloudError:
         recipe = {}
     job = str(recipe.get("job", "unknown"))
+    run_id = (path / RUN_ID).read_text(encoding="utf-8").strip() if (path / RUN_ID).is_file() else ""
     if (path / SUMMARY).is_file():
-        return Run(path, job, "complete", _written(path), headlines(_read(path / SUMMARY)))
+        return Run(path, job, "complete", _written(path), headlines(_read(path / SUMMARY)), run_id)
     state: State = "running" if in_use(path / LOCK) else "interrupted"
-    return Run(path, job, state, _written(path), _progress(path, recipe))
+    return Run(path, job, state, _written(path), _progress(path, recipe), run_id)
 
 
 def _search(path: Path) -> Run:
@@ -153,12 +155,12 @@ def _written(path: Path) -> float:
 
 def print_runs(runs: Sequence[Run]) -> None:
     """One row a run."""
-    table = Table("run", "job", "state", "when", "numbers", box=box.SIMPLE)
+    table = Table("run", "id", "job", "state", "when", "numbers", box=box.SIMPLE)
     for column in table.columns:
-        column.no_wrap, column.overflow = column.header in ("job", "state", "when"), "fold"
+        column.no_wrap, column.overflow = column.header in ("id", "job", "state", "when"), "fold"
     for run in runs:
         when = datetime.fromtimestamp(run.when).isoformat(" ", "minutes")
-        table.add_row(str(run.path), run.job, run.state, when, ", ".join(_spelled(run.numbers)))
+        table.add_row(str(run.path), run.id, run.job, run.state, when, ", ".join(_spelled(run.numbers)))
     console.print(table)
 
 

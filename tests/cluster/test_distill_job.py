@@ -29,6 +29,7 @@ from raycloud.data.sources import load_rows
 from raycloud.distill.recipe import DistillRecipe
 from raycloud.errors import ClusterError, DataError, Interrupted, ModelError, ResultError
 from raycloud.report.render import render
+from raycloud.results import read_records
 from tests.cluster.recipes import small
 from tests.models.families import tiny
 from tests.tokenizers import trained
@@ -82,13 +83,22 @@ def test_a_run_leaves_recipe_metrics_summary_report_and_a_model(finished: Path, 
     (flat,) = summary["health"]["store"]["warnings"]  # the teacher is random
     assert "says next to nothing" in flat
     assert {path.name for path in finished.iterdir()} == {
-        ".lock", "recipe.yaml", "metrics.jsonl", "summary.json", "held_out.jsonl", "report.html", "student",
-        "tensorboard",
+        ".lock", "recipe.yaml", "run_id", "log.jsonl", "metrics.jsonl", "summary.json", "held_out.jsonl",
+        "report.html", "student", "tensorboard",
     }  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(finished / "student")
     tokenizer = AutoTokenizer.from_pretrained(finished / "student")
     assert model.config.num_hidden_layers == 2
     assert model.generate(**tokenizer("The film", return_tensors="pt"), max_new_tokens=3).shape[1] >= 3
+
+
+def test_driver_teacher_and_students_log_with_the_runs_id(finished: Path) -> None:
+    log = read_records(finished / "log.jsonl")
+    assert {record["run"] for record in log} == {json.loads((finished / "summary.json").read_text())["run"]}
+    assert {record["source"] for record in log} == {"driver", "teacher 0", "student store", "student newsroom"}
+    told = [record["message"].split(" (")[0].split(":")[0] for record in log if record["source"] == "student store"]
+    assert told[1:] == ["round 1", "round 2", "round 3"]
+    assert [log[0]["message"], log[-1]["message"]] == ["run begins (new)", "run ends"]
 
 
 def events(path: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:

@@ -94,9 +94,12 @@ def test_runs_are_found_at_any_depth_the_newest_last(
         {"trials": 2.0, "failed": 1.0, "best": "a"},
         {"student_ppl_before": 90.0, "student_ppl_after": 20.0, "gap_closed": 0.5},
     ]
+    ids = ["" if run.path == search else (run.path / "run_id").read_text().strip() for run in found]
+    assert [run.id for run in found] == ids
     monkeypatch.setattr(console, "width", 300)
     with console.capture() as printed:
         print_runs(found)
+    assert ids[0] in printed.get()
     assert "student_ppl_after 20" in printed.get() and "round 2/3" in printed.get()
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +17,33 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from raycloud.cluster.bundles import distill_bundles
-from raycloud.cluster.capacity import summed
 from raycloud.cluster.checkpoint import Checkpoint, Snapshot
 from raycloud.cluster.cloud_teacher import CloudTeacher, Findings, Start, TeacherFacts
 from raycloud.cluster.edge_student import Answer, Beat, EdgeStudent
+from raycloud.cluster.jobs.frame import Result, finished, on_cluster
 from raycloud.cluster.metrics import RunMetrics
 from raycloud.cluster.rounds import Member, Round, run_round
-from raycloud.cluster.runtime import joined, stoppable
+from raycloud.cluster.run_log import RunLog
 from raycloud.data.prompts import example
 from raycloud.data.sources import load_rows, training_rows
 from raycloud.data.splits import select, shard
 from raycloud.distill.examination import ALL, Comparison, gap_closed
 from raycloud.distill.recipe import Cohort, DistillRecipe, Placement, StudentRecipe
 from raycloud.distill.student import check_blocks, check_objective, check_vocabulary, own_tokenizer, student_from
-from raycloud.errors import ClusterError, DataError, Interrupted, ModelError, RaycloudError
+from raycloud.errors import ClusterError, DataError, ModelError
 from raycloud.evaluation.questions import ask
 from raycloud.models.anatomy import anatomy_of
 from raycloud.models.loading import load_config, load_tokenizer, quiet_transformers, resolve
 from raycloud.models.weights import Weights
-from raycloud.report.console import Bars, bars, console, working
+from raycloud.report.console import Bars, bars, console, tell, working
 from raycloud.report.distillation import print_summary, write_page
 from raycloud.report.events import event_files
 from raycloud.results import RECIPE, Mode, ResultDir, write_atomically, write_folder
 from raycloud.training.lora import check_targets, merge, save_adapter
 
+_LOG = logging.getLogger(__name__)
 _ANSWER_S = 3600.0
 """The longest one answer of the teacher may take: loading it, cutting a student, an examination."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """Where a run left what it made, and its headline numbers."""
-
-    path: Path
-    summary: dict[str, Any]
 
 
 def run(recipe: DistillRecipe, mode: Mode = "new") -> Result:
@@ -66,20 +59,8 @@ def run(recipe: DistillRecipe, mode: Mode = "new") -> Result:
     """
     ResultDir.check(recipe.output, recipe, mode)
     _preflight(recipe)
-    actors = distill_bundles(recipe)
-    needs = summed(actors)
-    shares = {name: needs.pop(name, 0.0) for name in ("CPU", "GPU")}
-    try:
-        with joined(needs, shares, actors), stoppable(), ResultDir.open(recipe.output, recipe, mode) as results:
-            return _Run(_with_absolute_paths(recipe), results).whole()
-    except KeyboardInterrupt:
-        if (Path(recipe.output).expanduser() / RECIPE).is_file():
-            raise Interrupted(f"stopped; go on with: --resume (results so far: {recipe.output})") from None
-        raise Interrupted("stopped before there was anything to keep") from None
-    except RayTaskError as error:
-        if isinstance(error.cause, RaycloudError):
-            raise error.cause from None
-        raise
+    with on_cluster(recipe, mode) as (results, log):
+        return _Run(_with_absolute_paths(recipe), results, log).whole()
 
 
 def _preflight(recipe: DistillRecipe) -> None:
@@ -149,22 +130,20 @@ def _with_absolute_paths(recipe: DistillRecipe) -> DistillRecipe:
 class _Run:
     """One run of the job: its actors, its checkpoint, and what it has counted so far."""
 
-    def __init__(self, recipe: DistillRecipe, results: ResultDir) -> None:
-        self.recipe, self.results = recipe, results
+    def __init__(self, recipe: DistillRecipe, results: ResultDir, log: RunLog) -> None:
+        self.recipe, self.results, self.log = recipe, results, log
         self.state = results.path / "state"
         self.begun = time.monotonic()
         self.round_id = 0
 
     def whole(self) -> Result:
         """From wherever the directory stands to its end."""
-        done = self.results.path / "summary.json"
-        if done.is_file():
-            console.print(f"'{self.results.path}' is complete")
-            return Result(self.results.path, json.loads(done.read_text()))
+        if (done := finished(self.results)) is not None:
+            return done
         with working("teacher ready"):
             self._start_teacher()
         checkpoint = Checkpoint.latest(self.state) or self._first_checkpoint()
-        self.metrics = RunMetrics(self.recipe.job, checkpoint.facts["run"])
+        self.metrics = RunMetrics(self.recipe.job, self.results.run_id)
         self.results.keep_metrics(lambda record: record["round"] < checkpoint.rounds)
         with event_files(self.results.path) as add:
             self.results.follow(add)
@@ -185,7 +164,10 @@ class _Run:
         # Students find the replicas by name: a handle among their own constructor's arguments would tie restarts to it.
         run = uuid.uuid4().hex[:8]
         self.names = [f"teacher-{run}-{index}" for index in range(self.recipe.teacher.replicas)]
-        self.replicas = [actor.options(name=name).remote(self.recipe) for name in self.names]
+        self.replicas = [
+            actor.options(name=name).remote(self.recipe, self.log.of(f"teacher {index}"))
+            for index, name in enumerate(self.names)
+        ]
         ready: list[TeacherFacts] = self._ask([replica.prepare.remote() for replica in self.replicas])
         self.teacher = ready[0]
 
@@ -216,7 +198,7 @@ class _Run:
             students[cohort.name] = Snapshot(start.config, start.weights)
             found[cohort.name] = {"blocks": start.blocks, "tokens": 0, "teacher": _plain(teacher)}
             found[cohort.name] |= {"before": _plain(before)}
-        facts: dict[str, Any] = {"run": uuid.uuid4().hex[:8], "students": found, "wire": {}, "tokens": 0, "health": {}}
+        facts: dict[str, Any] = {"students": found, "wire": {}, "tokens": 0, "health": {}}
         facts["seconds"] = self._elapsed()
         checkpoint = Checkpoint(0, students, facts)
         checkpoint.save(self.state)
@@ -242,7 +224,9 @@ class _Run:
             cohort = self.recipe.cohort_of(edge)
             options = {"max_restarts": -1, **_place(cohort.student.placement, "edge")}
             config = checkpoint.students[cohort.name].config
-            actor = student.options(**options).remote(index, self.recipe, config, self.names, folder)
+            actor = student.options(**options).remote(
+                index, self.recipe, config, self.names, folder, self.log.of(f"student {edge.name}")
+            )
             members.append(Member(edge.name, cohort.name, actor))
         return members
 
@@ -299,7 +283,8 @@ class _Run:
                 self.results.log({"kind": "step", "round": done.index, "student": answer.name, **asdict(step)})
         for missed in done.missed:
             self.results.log({"kind": "missed", "round": done.index, "student": missed.name, "why": missed.why})
-            console.print(f"round {done.index + 1}: went on without '{missed.name}' ({missed.why}: {missed.detail})")
+            said = f"round {done.index + 1}: went on without '{missed.name}' ({missed.why}: {missed.detail})"
+            tell(_LOG, said, logging.WARNING)
         tokens = sum(answer.tokens for answer in done.answers)
         if tokens:
             loss = sum(step.loss * step.tokens for answer in done.answers for step in answer.steps) / tokens
@@ -308,9 +293,10 @@ class _Run:
             record = {"students": students, "loss": loss, "tokens": tokens, "seconds": done.seconds}
             record["tokens_per_second"] = speeds
             self.results.log({"kind": "round", "round": done.index, **record})
-            console.print(
+            tell(
+                _LOG,
                 f"round {done.index + 1}/{self.recipe.rounds.count}: loss {loss:.3f}, {tokens} tokens "
-                f"in {done.seconds:.0f} s, averaged {' and '.join(students)}"
+                f"in {done.seconds:.0f} s, averaged {' and '.join(students)}",
             )
 
     def _log_health(self, done: Round, known: dict[str, Any]) -> None:
@@ -325,7 +311,7 @@ class _Run:
             known[answer.name] = answer.health.after(before)
             for about, sentence in answer.health.warnings.items():
                 if about not in before.get("warnings", {}):
-                    console.print(f"warning: {answer.name}: {sentence}", style="yellow")
+                    tell(_LOG, f"warning: {answer.name}: {sentence}", logging.WARNING)
 
     def _examine_last(self, cohort: Cohort, student: Snapshot, answers: Sequence[Answer]) -> dict[str, Any]:
         """The averaged student, and beside it every student as it was before the last average."""
@@ -357,7 +343,7 @@ class _Run:
             lines += [json.dumps({"student": name, **text}) + "\n" for text in texts]
         write_atomically(self.results.path / "held_out.jsonl", "".join(lines))
         checkpoint.facts["seconds"] += self._elapsed()
-        summary = summarise(checkpoint, self.teacher.parameters, parameters)
+        summary = summarise(self.results.run_id, checkpoint, self.teacher.parameters, parameters)
         # As it was given, not as the actors have it: the page says the same when it is rendered again.
         recipe = (self.results.path / RECIPE).read_text(encoding="utf-8")
         write_page(self.results.path, summary, self.results.metrics(), recipe)
@@ -394,7 +380,9 @@ def _plain(found: Findings) -> dict[str, Any]:
     return {"scores": scores, "rouge_l": found.rouge_l}
 
 
-def summarise(checkpoint: Checkpoint, teacher_parameters: int, parameters: dict[str, int]) -> dict[str, Any]:
+def summarise(
+    run_id: str, checkpoint: Checkpoint, teacher_parameters: int, parameters: dict[str, int]
+) -> dict[str, Any]:
     """The headline numbers of a finished run, from its facts.
 
     Those of each cohort stand under ``students`` by name, those of the first one also at the top.
@@ -405,7 +393,7 @@ def summarise(checkpoint: Checkpoint, teacher_parameters: int, parameters: dict[
     }
     wire = facts["wire"]
     return {
-        "run": facts["run"],
+        "run": run_id,
         **next(iter(students.values())),
         "teacher_params": teacher_parameters,
         # What grows with the text: ids up and signals down. Weights and the head cross once a round and once a run.

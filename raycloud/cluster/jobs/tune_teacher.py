@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import logging
 import math
 import shutil
 import signal
@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Empty, Queue
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from raycloud.cluster.bundles import tune_teacher_bundles
-from raycloud.cluster.capacity import summed
-from raycloud.cluster.runtime import joined, stoppable
+from raycloud.cluster.jobs.frame import Result, finished, on_cluster
+from raycloud.cluster.run_log import RunLog, driver_queue
 from raycloud.cluster.teacher.config import deepspeed_config, weights_type
 from raycloud.cluster.teacher.loop import HELD_OUT
 from raycloud.cluster.teacher.memory import Parameters, estimate, library_estimate
@@ -37,22 +35,16 @@ from raycloud.data.prompts import example
 from raycloud.data.sources import load_rows, training_rows
 from raycloud.data.splits import Row, spread
 from raycloud.data.tokens import TokenFile
-from raycloud.errors import Interrupted, MissingExtra, ModelError, RaycloudError, TrainingError
+from raycloud.errors import MissingExtra, ModelError, RaycloudError, TrainingError
 from raycloud.models.anatomy import anatomy_of
 from raycloud.models.loading import load, load_config, load_tokenizer, pick_device, quiet_transformers, resolve
-from raycloud.report.console import bars, console, working
+from raycloud.report.console import bars, console, tell, working
 from raycloud.report.events import event_files
 from raycloud.report.teacher import memory_rows, print_summary, print_table, write_page
-from raycloud.results import RECIPE, Mode, ResultDir, write_folder
+from raycloud.results import Mode, ResultDir, write_folder
 from raycloud.training.lora import attach, check_targets, merge, save_adapter
 
-
-@dataclass(frozen=True)
-class Result:
-    """Where a run left what it made, and its headline numbers."""
-
-    path: Path
-    summary: dict[str, Any]
+_LOG = logging.getLogger(__name__)
 
 
 def run(recipe: TuneTeacherRecipe, mode: Mode = "new") -> Result:
@@ -70,16 +62,8 @@ def run(recipe: TuneTeacherRecipe, mode: Mode = "new") -> Result:
         raise MissingExtra("'raycloud tune-teacher'", "deepspeed")
     ResultDir.check(recipe.output, recipe, mode)
     config, tokenizer = _preflight(recipe)
-    actors = tune_teacher_bundles(recipe)
-    needs = summed(actors)
-    shares = {name: needs.pop(name, 0.0) for name in ("CPU", "GPU")}
-    try:
-        with joined(needs, shares, actors), stoppable(), ResultDir.open(recipe.output, recipe, mode) as results:
-            return _Run(recipe, results, config, tokenizer).whole()
-    except KeyboardInterrupt:
-        if (Path(recipe.output).expanduser() / RECIPE).is_file():
-            raise Interrupted(f"stopped; go on with: --resume (results so far: {recipe.output})") from None
-        raise Interrupted("stopped before there was anything to keep") from None
+    with on_cluster(recipe, mode) as (results, log):
+        return _Run(recipe, results, log, config, tokenizer).whole()
 
 
 def _preflight(recipe: TuneTeacherRecipe) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
@@ -112,18 +96,18 @@ class _Run:
         self,
         recipe: TuneTeacherRecipe,
         results: ResultDir,
+        log: RunLog,
         config: PretrainedConfig,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        self.recipe, self.results, self.config, self.tokenizer = recipe, results, config, tokenizer
+        self.recipe, self.results, self.log = recipe, results, log
+        self.config, self.tokenizer = config, tokenizer
         self.state = results.path / "state"
         self.begun = time.monotonic()
 
     def whole(self) -> Result:
-        done = self.results.path / "summary.json"
-        if done.is_file():
-            console.print(f"'{self.results.path}' is complete")
-            return Result(self.results.path, json.loads(done.read_text()))
+        if (done := finished(self.results)) is not None:
+            return done
         rows = training_rows(self.recipe.data)
         held_out = load_rows(self.recipe.data.source, self.recipe.held_out.split)
         held_out = [held_out[place] for place in spread(len(held_out), self.recipe.held_out.samples)]
@@ -155,12 +139,13 @@ class _Run:
         if (given := recipe.deepspeed.config) is not None:
             given = str(Path(given).expanduser().absolute())
         deepspeed = recipe.deepspeed.model_copy(update={"config": given})
-        log = Queue(actor_options={"num_cpus": 0})
+        records = driver_queue()
         config = {
             "recipe": recipe.model_copy(update={"model": model, "deepspeed": deepspeed}).model_dump(mode="json"),
             "pad": self.tokenizer.pad_token_id,
             "steps": steps,
-            "log": log,
+            "records": records,
+            "log": self.log,
             **{name: str(path) for name, path in files.items()},
         }
         resources = {"CPU": place.num_cpus, "GPU": place.num_gpus, "cloud": 1.0}
@@ -185,7 +170,7 @@ class _Run:
                 ),
             ),
         )
-        with self._following(log, steps), _interruptible():
+        with self._following(records, steps), _interruptible():
             try:
                 found = trainer.fit()
             except ray.train.TrainingFailedError as error:
@@ -195,7 +180,7 @@ class _Run:
         return best
 
     @contextmanager
-    def _following(self, log: Queue, steps: int) -> Iterator[None]:
+    def _following(self, records: Queue, steps: int) -> Iterator[None]:
         """Write down and show what the workers say, until this ends."""
         ended = threading.Event()
 
@@ -204,7 +189,7 @@ class _Run:
                 add = events.enter_context(event_files(self.results.path))
                 while True:
                     try:
-                        record = log.get(timeout=0.5)
+                        record = records.get(timeout=0.5)
                     except Empty:
                         if ended.is_set():
                             return
@@ -221,7 +206,7 @@ class _Run:
                         speed = record["read"] / record["seconds"]
                         progress.move("steps", record["step"], f"loss {record['loss']:.3f}  {speed:.0f} tokens/s")
                     elif record["kind"] == "held_out":
-                        console.print(f"step {record['step']}: held-out loss {record[HELD_OUT]:.4f}")
+                        tell(_LOG, f"step {record['step']}: held-out loss {record[HELD_OUT]:.4f}")
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
@@ -236,7 +221,7 @@ class _Run:
             # What was done after the checkpoint is done again.
             step = record["step"]
             if step or len(self.results.metrics()) > 1:
-                console.print(f"goes on from step {step}")
+                tell(_LOG, f"goes on from step {step}")
                 self.results.keep_metrics(lambda one: one["step"] <= step)
         self.results.log(record)
 
@@ -251,6 +236,7 @@ class _Run:
         before, after = held_out[0], held_out[shards.facts["step"]]
         seconds = sum(record["seconds"] for record in steps)
         summary = {
+            "run": results.run_id,
             "held_out_loss_before": before,
             "held_out_loss_after": after,
             "ppl_before": math.exp(before),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -16,20 +17,23 @@ from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
 from raycloud.cluster.teacher.shards import Shards
 from raycloud.data.tokens import TokenFile
 
+_LOG = logging.getLogger(__name__)
+
 
 def train(config: dict[str, Any]) -> None:
     """Train from the last checkpoint, or from the beginning, to the end.
 
     Args:
         config: ``recipe`` as plain values; ``train`` and ``held_out``, files of tokens; ``pad``, the tokenizer's
-            padding; ``steps`` in all; ``log``, a queue for the first worker's records.
+            padding; ``steps`` in all; ``records``, a queue for what the first worker measures; ``log``, the run's.
     """
     recipe, context = TuneTeacherRecipe.model_validate(config["recipe"]), ray.train.get_context()
+    config["log"].of(f"worker {context.get_world_rank()}").attach()
     torch.set_num_threads(share_of_cores(recipe.threads, "cloud", context.get_world_size()))
 
     def say(record: dict[str, Any]) -> None:
         if context.get_world_rank() == 0:
-            config["log"].put(record)
+            config["records"].put(record)
 
     what = (recipe, TokenFile(config["train"]), TokenFile(config["held_out"]), config["pad"], config["steps"])
     checkpoint = ray.train.get_checkpoint()
@@ -39,6 +43,7 @@ def train(config: dict[str, Any]) -> None:
     else:
         with checkpoint.as_directory() as folder:
             loop = Loop(*what, begun=Shards(Path(folder)))
+    _LOG.info("starts at step %d of %d, process %d", loop.step, config["steps"], os.getpid())
     say({"kind": "start", "step": loop.step, "workers": context.get_world_size(), "pid": os.getpid()})
     while loop.step < config["steps"]:
         say({"kind": "step", **loop.train()})
@@ -54,3 +59,4 @@ def _report(loop: Loop, say: Any) -> None:
         torch.distributed.barrier()
         checkpoint = ray.train.Checkpoint.from_directory(scratch)
         ray.train.report({HELD_OUT: held_out, "step": loop.step}, checkpoint=checkpoint)
+    _LOG.info("checkpoint at step %d", loop.step)

@@ -20,6 +20,8 @@ from raycloud.cluster.jobs import tune_teacher as job
 from raycloud.cluster.jobs.tune_teacher import run
 from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
 from raycloud.errors import DataError, Interrupted, ModelError, RecipeError
+from raycloud.results import read_records
+from tests.cluster.one_machine import on_one_machine
 
 pytest.importorskip("deepspeed")
 
@@ -63,6 +65,9 @@ def test_a_run_leaves_a_model_an_adapter_and_a_report(finished: Path, tiny_llama
     assert [record["step"] for record in records(finished, "step")] == list(range(1, 9))
     assert [record["step"] for record in records(finished, "held_out")] == [0, 2, 4, 6, 8]
     assert "<img" in (finished / "report.html").read_text()
+    log = read_records(finished / "log.jsonl")
+    assert {record["run"] for record in log} == {summary["run"]}
+    assert {record["source"] for record in log} == {"driver", "worker 0", "worker 1"}
     assert not (finished / "state").exists()
     merged = AutoModelForCausalLM.from_pretrained(finished / "model", dtype=torch.float32)
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), finished / "adapter")
@@ -109,6 +114,23 @@ def test_a_killed_worker_is_started_again_and_the_run_ends_as_undisturbed(
     undisturbed = json.loads((finished / "summary.json").read_text())
     assert summary["held_out_loss_after"] == undisturbed["held_out_loss_after"]
     same_model(tmp_path / "run", finished)
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_a_run_outlives_the_node_of_a_worker_and_ends_as_undisturbed(
+    finished: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    seen = on_one_machine(small(tiny_llama, tmp_path / "run"), tmp_path)
+    assert seen["before"] == ["cloud-a", "cloud-b"]
+    assert seen["after"] == sorted({"cloud-a", "cloud-b", "cloud-c"} - {seen["removed"]})
+    first, *_, last = (record["step"] for record in records(tmp_path / "run", "start"))
+    assert first == 0 and last in (2, 4)  # the second checkpoint may not have been complete
+    undisturbed = json.loads((finished / "summary.json").read_text())
+    for number in ("held_out_loss_before", "held_out_loss_after", "trained_tokens", "steps"):
+        assert seen["summary"][number] == pytest.approx(undisturbed[number], rel=1e-3)
+    ours, theirs = ([step["loss"] for step in records(run, "step")] for run in (tmp_path / "run", finished))
+    assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 @pytest.mark.slow
