@@ -89,7 +89,7 @@ def scale(
 
 @app.command("split-tune")
 def split_tune(
-    as_json: Json = False,
+    as_json: AsJson = False,
     quick: Annotated[bool, typer.Option("--quick", help="One split and one seed.")] = False,
 ) -> None:
     """Accuracy of split fine-tuning against what crosses the link, beside the unsplit model and the published cut."""

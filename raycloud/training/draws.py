@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-
 _ONE_AT_A_TIME = threading.RLock()
 
 
