@@ -22,6 +22,7 @@ from raycloud.cli import (
     search,
     signals,
     split,
+    split_tune,
     tune_teacher,
     validate,
 )
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.command("tune-teacher")(tune_teacher.tune_teacher)
 app.command("distill")(distill.distill)
+app.command("split-tune")(split_tune.split_tune)
 app.command("search")(search.search)
 app.command("doctor")(doctor.doctor)
 app.command("validate")(validate.validate)

@@ -18,6 +18,7 @@ def recipe_class(job: object) -> type[Recipe]:
     from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
     from raycloud.distill.recipe import DistillRecipe
     from raycloud.evaluation.recipe import EvaluateRecipe
+    from raycloud.split.finetune.recipe import SplitTuneRecipe
     from raycloud.split.recipe import SplitPlanRecipe
 
     known: dict[str, type[Recipe]] = {
@@ -25,6 +26,7 @@ def recipe_class(job: object) -> type[Recipe]:
         "distill": DistillRecipe,
         "evaluate": EvaluateRecipe,
         "split_plan": SplitPlanRecipe,
+        "split_tune": SplitTuneRecipe,
     }
     if not isinstance(job, str) or job not in known:
         raise RecipeError(f"no job {job!r}; allowed: {', '.join(known)}")

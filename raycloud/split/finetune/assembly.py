@@ -18,6 +18,7 @@ from raycloud.split.finetune.code import Code, narrow, plain, published
 from raycloud.split.finetune.edge import EdgeSide, Learning, LocalCloud
 from raycloud.split.finetune.numbers import Packing
 from raycloud.split.finetune.recipe import ClassificationRecipe, CutRecipe, RegressionRecipe, SplitTuneRecipe
+from raycloud.split.finetune.state import Checkpoints
 from raycloud.split.finetune.tasks import Classification, Language, Pooling, Regression, Task, TextHead
 from raycloud.split.plan import SplitPlan
 from raycloud.training.loop import Trainer
@@ -98,6 +99,7 @@ def assemble(
     classes: int = 0,
     total_steps: int,
     meter: Meter | None = None,
+    kept: Checkpoints | None = None,
 ) -> EdgeSide:
     """The edge's side, with the cloud's beside it in this process.
 
@@ -108,6 +110,7 @@ def assemble(
         classes: of a classification.
         total_steps: where the learning rate's schedule ends.
         meter: counts what would cross.
+        kept: the cloud's checkpoints.
 
     Raises:
         ModelError: the model cannot be cut so.
@@ -155,7 +158,7 @@ def assemble(
         task,
         packings,
         pooling,
-        LocalCloud(cloud, meter),
+        LocalCloud(cloud, meter, kept),
         trainer(ours),
         learning=learning,
         seed=recipe.seed,

@@ -51,7 +51,7 @@ class LocalCloud:
     """The other side in the same process; what would cross is counted by kind, headers included."""
 
     def __init__(self, side: CloudSide, meter: Meter | None = None, kept: Checkpoints | None = None) -> None:
-        self.side, self.meter, self._kept = side, meter or Meter(), kept
+        self.side, self.meter, self.kept = side, meter or Meter(), kept
         self._answers: deque[Frame] = deque()
 
     def send(self, request: Frame) -> None:
@@ -67,8 +67,8 @@ class LocalCloud:
 
     def save(self, step: int) -> None:
         """Keep it, if there is where to."""
-        if self._kept is not None:
-            self._kept.save(step, self.side.state())
+        if self.kept is not None:
+            self.kept.save(step, self.side.state())
 
     def close(self) -> None:
         """Nothing outlives the object."""

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from raycloud.data.prompts import Format
 from raycloud.evaluation.labels import Metric
-from raycloud.models.loading import Device, DType
+from raycloud.models.loading import Device
 from raycloud.recipe import Recipe
 from raycloud.split.finetune.numbers import Form
 from raycloud.training.loop import TrainingRecipe
@@ -116,12 +116,13 @@ class SplitTuneRecipe(Recipe):
         lr=1e-4, schedule="linear", warmup_steps=25, weight_decay=0.01, batch_size=16
     )
     epochs: int = Field(2, gt=0)
+    checkpoint_every: int = Field(50, gt=0)
+    """Steps."""
     depth: int = Field(2, gt=0)
     """Micro-batches that may be on their way at once."""
     threads: int = Field(0, ge=0)
     """CPU threads to compute with; 0 for as many as there are cores."""
     device: Device = "auto"
-    dtype: DType = "auto"
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
