@@ -123,14 +123,14 @@ class CloudSide:
                 raise OutOfStep(f"{request.kind.name} has no place within a step")
 
     def _forward(self, asked: Forward, payload: bytes, started: float) -> Frame:
-        if asked.training and (asked.step != self.step or asked.micro in self._passes):
+        if asked.returns and (asked.step != self.step or asked.micro in self._passes):
             raise OutOfStep(f"rows of step {asked.step}, micro-batch {asked.micro} came in step {self.step}")
         numbers = self.packings.first.unpack(Coded(asked.unit, payload), sum(asked.lengths)).to(self._device)
-        numbers.requires_grad_(asked.training)
+        numbers.requires_grad_(asked.returns)
         lengths = torch.tensor(asked.lengths, device=self._device)
-        with torch.set_grad_enabled(asked.training), self._mode(asked):
+        with torch.set_grad_enabled(asked.returns), self._mode(asked):
             out = self._through(numbers, lengths)
-        if asked.training:
+        if asked.returns:
             self._passes[asked.micro] = _Pass(numbers, out)
         coded = self.packings.second.pack(out)
         told = Forwarded(unit=coded.unit, seconds=time.perf_counter() - started)

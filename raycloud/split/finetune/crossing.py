@@ -32,14 +32,15 @@ def crossing(
     def count(kind: Kind, body: object, rows: int = 0, row: int = 0) -> None:
         sizes[kind.name] += len(with_bytes(kind, body).pack()) + rows * row  # type: ignore[arg-type]
 
+    returns = learning.ahead or learning.cloud
     for micro, lengths in enumerate(micros):
         tokens = sum(lengths)
         rows = tokens if back == "rows" else len(lengths)
         first, second = packings.first.bytes_per_row, packings.second.bytes_per_row
-        sent = Forward(step=step, micro=micro, training=True, lengths=list(lengths), unit=0.0)
+        sent = Forward(step=step, micro=micro, training=True, returns=returns, lengths=list(lengths), unit=0.0)
         count(Kind.FWD, sent, tokens, first)
         count(Kind.FWD_OK, Forwarded(unit=0.0, seconds=0.0), rows, second)
-        if learning.ahead or learning.cloud:
+        if returns:
             last = micro == len(micros) - 1
             gradient = Backward(step=step, micro=micro, last=last, back=learning.ahead, unit=0.0)
             count(Kind.BWD, gradient, rows, second)

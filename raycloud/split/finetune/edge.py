@@ -287,6 +287,7 @@ class EdgeSide:
             step=self.trainer.step_index,
             micro=number,
             training=training,
+            returns=training and (self._learning.ahead or self._learning.cloud),
             lengths=batch.valid.sum(dim=1).tolist(),
             unit=coded.unit,
         )

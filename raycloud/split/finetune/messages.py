@@ -69,7 +69,9 @@ class Forward(Body):
     step: int = Field(ge=0)
     micro: int = Field(ge=0)
     training: bool
-    """Whether dropout is on and a BWD follows."""
+    """Whether dropout is on."""
+    returns: bool
+    """Whether a BWD follows."""
     lengths: list[Annotated[int, Field(ge=1, le=2**20)]] = Field(min_length=1, max_length=8192)
     """Tokens of each text."""
     unit: Unit

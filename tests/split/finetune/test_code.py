@@ -1,0 +1,131 @@
+"""What crosses a cut: codes, numbers as bytes, and bytes told in advance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from raycloud.errors import ModelError
+from raycloud.link.meter import Meter
+from raycloud.models.segments import Segment
+from raycloud.split.finetune.code import Code, narrow, published
+from raycloud.split.finetune.crossing import crossing, per_cut
+from raycloud.split.finetune.edge import Learning
+from raycloud.split.finetune.numbers import Coded, Form, Packing
+from tests.models.families import tiny
+from tests.split.finetune.wiring import WIDTH, batches, head_of, model_of, split
+
+
+def rows(count: int = 300, rank: int = 5) -> Tensor:
+    """Rows of few directions around a mean, with one coordinate far larger than the others."""
+    chance = torch.Generator().manual_seed(0)
+    found = torch.randn(count, rank, generator=chance) @ torch.randn(rank, WIDTH, generator=chance) + 3.0
+    found[:, 7] += 500 * torch.randn(count, generator=chance)
+    return found
+
+
+def off(ours: Tensor, reference: Tensor) -> float:
+    return float((ours - reference).detach().norm() / reference.norm())
+
+
+@pytest.mark.parametrize(("rank", "outliers"), [(WIDTH, 0), (5, 1), (6, 0)])
+def test_a_narrow_code_loses_nothing_where_there_is_nothing_to_lose(rank: int, outliers: int) -> None:
+    code = narrow(rows(), rank, outliers)
+    assert code.width == rank + outliers
+    assert off(code.decoder(code.encoder(rows())), rows()) < 1e-5
+
+
+def test_a_narrow_code_keeps_the_mean_and_the_main_directions() -> None:
+    """Of a code of one direction the rest is the error that no direction could lessen."""
+    some = rows()
+    code = narrow(some, 1, 1)
+    centred = (some - some.mean(dim=0)).index_fill(1, torch.tensor([7]), 0.0)
+    best = torch.linalg.svdvals(centred)[1:].norm()
+    assert float((code.decoder(code.encoder(some)) - some).norm()) == pytest.approx(float(best), rel=1e-4)
+
+
+@pytest.mark.parametrize(("rank", "outliers"), [(0, 0), (WIDTH + 1, 0), (4, WIDTH)])
+def test_codes_that_rows_cannot_have_are_refused(rank: int, outliers: int) -> None:
+    with pytest.raises(ModelError, match="allowed: up to 32"):
+        narrow(rows(), rank, outliers)
+
+
+def test_the_published_cut_is_the_block_without_its_residual() -> None:
+    model = tiny("bert", dtype=torch.float32)
+    first, block = Segment(model, 0, 3, head=False), Segment(model).blocks[2]
+    whole = Segment(model, 0, 2, head=False)
+    ids = batches(0, 1, language=False)[0].ids
+    with torch.no_grad():
+        before = block.attention(whole.rows(ids))[0]
+        expected = block.output.LayerNorm(block.output.dense(block.intermediate(before)))
+        code = published(first, WIDTH)
+        found = code.decoder(code.encoder(first.rows(ids).flatten(0, 1)))
+    assert code.width == WIDTH
+    assert off(found, expected.flatten(0, 1)) < 1e-5
+
+
+def test_the_published_cut_is_for_encoders_alone() -> None:
+    with pytest.raises(ModelError, match="BERT family"):
+        published(Segment(model_of("llama"), 0, 2, head=False), 4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("form", "apart", "size", "error"),
+    [
+        ("float32", 0, 40, 0.0),
+        ("bfloat16", 0, 20, 4e-3),
+        ("float16", 0, 20, 1e-3),
+        ("int8", 0, 12, 1e-2),
+        ("int8", 3, 6 + 9, 1e-2),
+        ("int8", 10, 20, 1e-3),
+    ],
+)
+def test_numbers_arrive(form: Form, apart: int, size: int, error: float) -> None:
+    packing = Packing(form, 10, apart)
+    # Gradients are small, and float16 must not lose them.
+    numbers = 1e-9 * torch.randn(7, 10, generator=torch.Generator().manual_seed(1))
+    coded = packing.pack(numbers)
+    assert len(coded.payload) == 7 * size == 7 * packing.bytes_per_row
+    assert off(packing.unpack(coded, 7), numbers) <= error
+
+
+def test_chance_rounds_right_on_average_and_is_repeatable() -> None:
+    packing, numbers = Packing("int8", 64), torch.rand(1, 64, generator=torch.Generator().manual_seed(2))
+    draws = [packing.unpack(packing.pack(numbers, torch.Generator().manual_seed(n)), 1) for n in range(400)]
+    nearest = packing.unpack(packing.pack(numbers), 1)
+    assert off(torch.stack(draws).mean(dim=0), numbers) < off(nearest, numbers) / 5
+    assert torch.equal(draws[3], packing.unpack(packing.pack(numbers, torch.Generator().manual_seed(3)), 1))
+
+
+def test_numbers_that_are_none_and_payloads_of_another_length_are_refused() -> None:
+    packing = Packing("float32", 4)
+    with pytest.raises(ValueError, match="not all finite"):
+        packing.pack(torch.tensor([[1.0, float("nan"), 0.0, 0.0]]))
+    with pytest.raises(ValueError, match="not all finite"):
+        packing.unpack(Coded(1.0, torch.full((4,), float("inf")).numpy().tobytes()), 1)
+    with pytest.raises(ValueError, match="2 rows of 16 bytes have 32, got 16"):
+        packing.unpack(Coded(1.0, bytes(16)), 2)
+
+
+def six_numbers(ahead: Segment) -> Code:
+    return narrow(rows(), 6)
+
+
+@pytest.mark.parametrize(("family", "second"), [("bert", 6), ("gpt2", 4)])
+def test_bytes_told_in_advance_are_those_that_cross(family: str, second: int) -> None:
+    meter, language = Meter(), family != "bert"
+    edge = split(
+        model_of(family),
+        2,
+        second,
+        head=None if language else head_of(),
+        code=six_numbers,
+        form="int8",
+        meter=meter,
+    )
+    mine = batches(0, 3, language=language)
+    edge.step(mine)
+    told = crossing(0, [batch.valid.sum(dim=1).tolist() for batch in mine], edge.packings, edge.back, Learning())
+    assert told == meter.payload
+    assert per_cut(told)[2] == meter.total

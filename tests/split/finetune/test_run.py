@@ -1,0 +1,92 @@
+"""A recipe becomes a result directory, also after it was stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from raycloud.errors import Interrupted, RecipeError
+from raycloud.split.finetune.edge import EdgeSide
+from raycloud.split.finetune.recipe import SplitTuneRecipe
+from raycloud.split.finetune.run import run
+from raycloud.training.loop import Step
+
+
+def recipe(model: Path, output: Path, **changes: Any) -> SplitTuneRecipe:
+    return SplitTuneRecipe.parse(
+        {
+            "output": str(output),
+            "model": str(model),
+            "split": 1,
+            "second": 3,
+            "task": {"kind": "language"},
+            "data": {"source": "builtin:instruct", "max_length": 160, "limit": 24, "held_out": 8},
+            "cut": {"kind": "narrow", "rank": 6, "form": "int8"},
+            "training": {"lr": 5e-3, "batch_size": 4},
+            "epochs": 1,
+            "checkpoint_every": 2,
+            "threads": 1,
+            **changes,
+        }
+    )
+
+
+def test_a_run_leaves_what_it_learned_and_a_stopped_one_ends_alike(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = run(recipe(tiny_llama, tmp_path / "whole"))
+    assert summary["steps"] == 6
+    assert summary["perplexity"] < summary["perplexity_before"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model").num_parameters() > 0
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 6
+
+    step = EdgeSide.step
+
+    def stopped(self: EdgeSide, batches: Any) -> Step:
+        if self.trainer.step_index == 5:
+            raise KeyboardInterrupt
+        return step(self, batches)
+
+    monkeypatch.setattr(EdgeSide, "step", stopped)
+    with pytest.raises(Interrupted, match="--resume"):
+        run(recipe(tiny_llama, tmp_path / "parts"))
+    monkeypatch.setattr(EdgeSide, "step", step)
+    again = run(recipe(tiny_llama, tmp_path / "parts"), "resume")
+    assert again["perplexity"] == summary["perplexity"]
+    assert again["bytes_per_step"] == pytest.approx(summary["bytes_per_step"], rel=0.2)
+    logged = [json.loads(line)["loss"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert logged == losses
+    for name in ("model/model.safetensors", "edge.safetensors"):
+        ours, theirs = load_file(tmp_path / "parts" / name), load_file(tmp_path / "whole" / name)
+        assert all(ours[key].equal(theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("learning", ["last", "last+middle"])
+def test_with_fewer_parts_that_learn_fewer_gradients_cross(tiny_llama: Path, tmp_path: Path, learning: str) -> None:
+    cut = {"kind": "narrow", "rank": 6, "form": "int8", "trained": False}
+    summary = run(recipe(tiny_llama, tmp_path / "out", learning=learning, cut=cut, lora={"r": 2}))
+    assert summary["perplexity"] < summary["perplexity_before"]
+    ways = 1 if learning == "last" else 2
+    tokens = summary["second_cut_bytes_per_step"] / ways / 64
+    # Nothing but rows on their way up at the first cut: 6 bytes and a scale each.
+    assert summary["first_cut_bytes_per_step"] < 1.5 * 8 * tokens + 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": 3}, "split=3 and second=3; allowed: split < second"),
+        ({"split": 0, "cut": {"kind": "sft"}}, "allowed: 1 or more"),
+        ({"learning": "last"}, "allowed: cut.trained=false, or all"),
+        ({"cut": {"form": "int3"}}, "cut.form"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe(tmp_path, tmp_path, **changes)
