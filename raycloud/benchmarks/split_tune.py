@@ -94,7 +94,7 @@ class Unsplit:
 
     def __init__(self, model: PreTrainedModel, recipe: SplitTuneRecipe, total_steps: int) -> None:
         self.model = Segment(model)
-        self.task = task_of(recipe, model, self.model, len(CLASSES))
+        self.task = task_of(recipe, self.model, len(CLASSES))
         groups: dict[str, nn.Module] = {"model": self.model, "head": self.task.head}
         self.trainer = Trainer(groups, recipe.training, total_steps=total_steps, seed=recipe.seed)
         self._parts = {f"block {place}": block for place, block in enumerate(self.model.blocks)}

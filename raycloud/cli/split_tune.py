@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -13,15 +14,23 @@ from raycloud.cli.options import AsJson, Overwrite, RecipeFile, mode_of
 def split_tune(
     recipe: RecipeFile,
     overrides: Annotated[list[str] | None, typer.Argument(help="Overrides, such as split=1 cut.rank=16.")] = None,
+    cloud: Annotated[str | None, typer.Option(help="Where the cloud's side is; without, in this process.")] = None,
+    cloud_token: Annotated[
+        str | None, typer.Option(help="What the cloud wants to see.", envvar="RAYCLOUD_TOKEN", show_envvar=True)
+    ] = None,
+    certificates: Annotated[str | None, typer.Option(help="Trust these instead of the system's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a model that is cut between edge and cloud: text, labels and loss stay at the edge."""
+    from raycloud.edge.cloud import Cloud
+    from raycloud.link.meter import Meter
     from raycloud.split.finetune.recipe import SplitTuneRecipe
     from raycloud.split.finetune.run import run
 
     mode = mode_of(resume, overwrite)
-    summary = run(SplitTuneRecipe.load(recipe, overrides or ()), mode)
+    connect = None if cloud is None else partial(Cloud(cloud, cloud_token, certificates).channel, Meter())
+    summary = run(SplitTuneRecipe.load(recipe, overrides or ()), mode, connect)
     if as_json:
         print(json.dumps(summary), flush=True)

@@ -123,6 +123,7 @@ def load_edge(
     device: Device = "auto",
     dtype: DType = "auto",
     attention: Attention = "sdpa",
+    training: bool = False,
     notify: Callable[[str], None] = lambda line: None,
 ) -> EdgePart:
     """The edge's part of a model.
@@ -133,6 +134,7 @@ def load_edge(
         device: where to put it.
         dtype: the parameters' type.
         attention: the attention implementation of ``transformers``.
+        training: leaves the weights laid out as the library has them, in memory of their own.
         notify: told one line before each download or conversion.
 
     Raises:
@@ -142,7 +144,7 @@ def load_edge(
     model, place = _skeleton(config, device, dtype, attention)
     first, last = _segments(model, plans, "edge")
     materialise(model, [first, last], checkpoint, place)
-    lay_out_for_one_row([first, last])
+    _ready([first, last], training)
     return EdgePart(first, last, plans, fingerprint, where)
 
 
@@ -153,6 +155,7 @@ def load_cloud(
     device: Device = "auto",
     dtype: DType = "auto",
     attention: Attention = "sdpa",
+    training: bool = False,
     notify: Callable[[str], None] = lambda line: None,
 ) -> CloudPart:
     """The cloud's part of a model; see :func:`load_edge`."""
@@ -160,8 +163,17 @@ def load_cloud(
     model, place = _skeleton(config, device, dtype, attention)
     [middle] = _segments(model, plans, "cloud")
     materialise(model, [middle], checkpoint, place)
-    lay_out_for_one_row([middle])
+    _ready([middle], training)
     return CloudPart(middle, plans, fingerprint)
+
+
+def _ready(segments: list[Segment], training: bool) -> None:
+    if not training:
+        lay_out_for_one_row(segments)
+        return
+    for segment in segments:
+        for parameter in segment.parameters():
+            parameter.data = parameter.data.clone()  # they may be the file's pages
 
 
 def load_whole(

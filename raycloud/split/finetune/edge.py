@@ -145,7 +145,7 @@ class EdgeSide:
     ) -> None:
         self.first, self.encoder, self.decoder, self.last, self.task = first, encoder, decoder, last, task
         self.packings, self.back, self.cloud, self.trainer = packings, back, cloud, trainer
-        self._learning, self.seed, self._depth = learning, seed, depth
+        self.learning, self.seed, self._depth = learning, seed, depth
         self.clock = Clock()
         self._spoiled = False
         self._parts: dict[str, nn.Module] = {}
@@ -187,12 +187,12 @@ class EdgeSide:
             elif self._turn(micro, answer, sums, last=micro.number == len(batches) - 1):
                 away.append(("backward", micro))
         norm = math.inf if self._spoiled else math.hypot(self.trainer.gradient_norm(), theirs)
-        if self._learning.cloud:
+        if self.learning.cloud:
             ours = Optimise(step=self.trainer.step_index, norm=norm if math.isfinite(norm) else math.inf)
             self.cloud.send(with_bytes(Kind.OPT, ours))
         with self._working():
             step = self.trainer.finish(sums, norm)
-        if self._learning.cloud:
+        if self.learning.cloud:
             told, _ = split_off(self._receive(), Optimised)
             self.clock.cloud += told.seconds
         return step
@@ -200,6 +200,10 @@ class EdgeSide:
     def state(self) -> dict[str, Tensor]:
         """What the next step depends on, but for the cloud's side of it."""
         return state_of(self.modules, self.trainer)
+
+    def learnt(self) -> dict[str, Tensor]:
+        """The weights among it."""
+        return state_of(self.modules, None)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on where :meth:`state` was taken.
@@ -219,7 +223,7 @@ class EdgeSide:
         return self._behind(self._arrived(told.unit, payload, batch), batch, 0, training=False)
 
     def _begin(self, number: int, batch: Batch) -> _Micro:
-        with self._working(), torch.set_grad_enabled(self._learning.ahead):
+        with self._working(), torch.set_grad_enabled(self.learning.ahead):
             numbers = self._ahead(batch, number, training=True)
             request = self._rows(batch, numbers, number, training=True)
         self.cloud.send(request)
@@ -235,7 +239,7 @@ class EdgeSide:
             loss = self.task.loss(outputs, micro.batch)
             (loss.sum / sums.tokens).backward()
             sums.add(loss)
-            if not (self._learning.cloud or self._learning.ahead):
+            if not (self.learning.cloud or self.learning.ahead):
                 return False
             assert leaf.grad is not None
             # What is no number must not cross: the norm tells both sides to skip the step.
@@ -246,7 +250,7 @@ class EdgeSide:
                 step=self.trainer.step_index,
                 micro=micro.number,
                 last=last,
-                back=self._learning.ahead,
+                back=self.learning.ahead,
                 unit=coded.unit,
             )
         self.cloud.send(with_bytes(Kind.BWD, ours, coded.payload, rows=len(leaf)))
@@ -256,7 +260,7 @@ class EdgeSide:
         """The gradient of the first part; the norm of the cloud's, if this was the last of the step."""
         told, payload = split_off(answer, Backwarded)
         self.clock.cloud += told.seconds
-        if self._learning.ahead:
+        if self.learning.ahead:
             with self._working():
                 gradient = _unpacked(self.packings.first, Coded(told.unit, payload), len(micro.numbers))
                 micro.numbers.backward(gradient.to(micro.numbers))
@@ -287,7 +291,7 @@ class EdgeSide:
             step=self.trainer.step_index,
             micro=number,
             training=training,
-            returns=training and (self._learning.ahead or self._learning.cloud),
+            returns=training and (self.learning.ahead or self.learning.cloud),
             lengths=batch.valid.sum(dim=1).tolist(),
             unit=coded.unit,
         )

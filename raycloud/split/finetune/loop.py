@@ -21,7 +21,7 @@ def train(
     steps: int,
     every: int,
     kept: Checkpoints,
-    cloud_at: Callable[[int | None], Cloud],
+    cloud_at: Callable[[int], Cloud],
     told: Callable[[Step], None] = lambda step: None,
 ) -> None:
     """Train to the last step, from the latest checkpoint if there is one.
@@ -31,24 +31,22 @@ def train(
     weights of an undisturbed run.
 
     Args:
-        edge: as it begins.
+        edge: as it begins, with a cloud as it was at the latest checkpoint, or as it begins if there is none.
         batches_of: the micro-batches of a step.
         steps: how many in all.
         every: so many steps there is a checkpoint.
         kept: the edge's.
-        cloud_at: opens the other side, as it was at a checkpoint or, for None, as it begins.
+        cloud_at: opens the other side again, as it was at a checkpoint.
         told: of every step, again if it is made again.
 
     Raises:
         LinkError: the cloud cannot be reached, or refuses.
         TrainingError: gradients stay non-finite, or a checkpoint cannot be read.
     """
-    latest = max(kept.steps(), default=None)
-    if latest is None:
-        edge.cloud = cloud_at(None)
-        _save(edge, kept)
+    if latest := kept.steps()[-1:]:
+        edge.load(kept.load(*latest))
     else:
-        _go_on(edge, kept, cloud_at)
+        _save(edge, kept)
     while (step := edge.trainer.step_index) < steps:
         try:
             told(edge.step(batches_of(step)))
@@ -66,7 +64,7 @@ def _save(edge: EdgeSide, kept: Checkpoints) -> None:
     kept.save(step, edge.state())
 
 
-def _go_on(edge: EdgeSide, kept: Checkpoints, cloud_at: Callable[[int | None], Cloud]) -> None:
+def _go_on(edge: EdgeSide, kept: Checkpoints, cloud_at: Callable[[int], Cloud]) -> None:
     step = kept.steps()[-1]
     edge.load(kept.load(step))
     edge.cloud = cloud_at(step)

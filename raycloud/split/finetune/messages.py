@@ -27,7 +27,7 @@ class Begin(Body):
     """Of the model both sides begin with."""
     first: int = Field(ge=0, le=512)
     second: int = Field(ge=1, le=512)
-    run: str = Field(pattern="^[0-9a-f]{32}$")
+    run: str = Field(pattern="^[0-9a-f]{8,32}$")
     """Under which checkpoints are kept."""
     restore: int | None = Field(None, ge=0)
     """The step of the checkpoint to go on from."""

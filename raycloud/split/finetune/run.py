@@ -1,198 +1,220 @@
-"""Split fine-tuning as a run: recipe to result directory, both sides in this process."""
+"""Split fine-tuning as a run: recipe to result directory, with the cloud's side in this process or over a link."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from raycloud.data.batches import SampleOrder
-from raycloud.link.meter import Meter
-from raycloud.models.loading import load, quiet_transformers
+from raycloud.data.batches import Batch
+from raycloud.link.channel import Channel
+from raycloud.models.loading import load, load_config, load_tokenizer, pick_device, quiet_transformers, resolve
 from raycloud.report.console import bars, console
 from raycloud.report.teacher import print_table
 from raycloud.results import Mode, ResultDir, resumable, write_atomically, write_folder
-from raycloud.split.finetune.assembly import assemble
+from raycloud.split.finetune.assembly import assemble, ends_of, plan_of
 from raycloud.split.finetune.crossing import crossing, per_cut
 from raycloud.split.finetune.edge import Cloud, EdgeSide, Learning, LocalCloud
-from raycloud.split.finetune.examples import Examples, examples_of, judge, order_of
+from raycloud.split.finetune.examples import examples_of, judge, order_of
 from raycloud.split.finetune.loop import train
 from raycloud.split.finetune.recipe import SplitTuneRecipe
+from raycloud.split.finetune.remote import RemoteCloud
 from raycloud.split.finetune.state import Checkpoints
+from raycloud.split.parts import load_edge
+from raycloud.split.plan import PlanSet
 from raycloud.training.loop import Step
 from raycloud.training.lora import merge
 
 _CALIBRATE = 256
+_BEFORE = -1
+"""The step of the record of what the model could before the first one."""
 _LEARNING = {
     "all": Learning(),
     "last+middle": Learning(ahead=False),
     "last": Learning(ahead=False, cloud=False),
 }
 
+Connect = Callable[[str], Channel]
+"""Opens a channel to the cloud for a session's id."""
 
-def run(recipe: SplitTuneRecipe, mode: Mode = "new") -> dict[str, Any]:
+
+def run(recipe: SplitTuneRecipe, mode: Mode = "new", connect: Connect | None = None) -> dict[str, Any]:
     """Fine-tune and leave ``recipe.yaml``, ``metrics.jsonl``, ``summary.json`` and what was learned behind.
 
-    That is ``model/``, which ``transformers`` loads, and ``edge.safetensors``: the edge's ends of both codes and the
-    head. The published cut alters the model it trains, so that it leaves no ``model/``.
+    That is ``edge.safetensors``, all that the edge has learned, and, where both sides are in this process, ``model/``,
+    which ``transformers`` loads. The published cut alters the model it trains, so that it leaves no ``model/``.
+
+    Args:
+        recipe: what to do.
+        mode: ``new``, ``resume`` or ``overwrite``.
+        connect: where the cloud's side is; in this process if None.
 
     Returns:
         The summary: the task's metrics, bytes of a step at each cut and in all, and where the seconds went.
 
     Raises:
-        RaycloudError: model, data or result directory cannot be had, or training cannot go on.
+        RaycloudError: model, data, cloud or result directory cannot be had, or training cannot go on.
     """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     with resumable(recipe.output), ResultDir.open(recipe.output, recipe, mode) as results:
-        return _run(recipe, results)
+        return _Run(recipe, results, connect).run()
 
 
-def _run(recipe: SplitTuneRecipe, results: ResultDir) -> dict[str, Any]:
-    pretrained = load(recipe.model, device=recipe.device, dtype="float32", notify=console.print)
-    texts, held_out, classes = examples_of(recipe, pretrained.tokenizer, console.print)
-    order, device = order_of(texts, recipe), pretrained.model.device
-    accumulate = recipe.training.accumulate
-    steps = max(1, recipe.epochs * order.steps_per_epoch // accumulate)
-    meter = Meter()
-    calibration = [texts.batch(range(at, len(texts.samples), _CALIBRATE)) for at in range(8)]
-    edge = assemble(
-        pretrained.model,
-        recipe,
-        [batch.to(device) for batch in calibration],
-        classes=classes,
-        total_steps=steps,
-        meter=meter,
-        kept=Checkpoints(results.path / "checkpoints" / "cloud"),
-    )
-    _print_bytes(edge, texts, order, accumulate)
-    before = judge(lambda batch: edge.predict(batch.to(device)), held_out, recipe)
-    local = edge.cloud
-    assert isinstance(local, LocalCloud)
-    meter.payload.clear()
-    seconds = _train(recipe, results, edge, local, texts, order, steps)
-    crossed = Counter(meter.payload)
-    after = judge(lambda batch: edge.predict(batch.to(device)), held_out, recipe)
-    first, second, total = per_cut(crossed)
-    made = max(1, edge.trainer.step_index - seconds.begun)
-    summary = {
-        "run": results.run_id,
-        "steps": steps,
-        "train_texts": len(texts.samples),
-        "held_out_texts": len(held_out.samples),
-        **{f"{name}_before": value for name, value in before.items()},
-        **after,
-        "first_cut_bytes_per_step": first / made,
-        "second_cut_bytes_per_step": second / made,
-        "bytes_per_step": total / made,
-        "seconds_per_step": seconds.taken / made,
-        "edge_seconds_per_step": edge.clock.edge / made,
-        "cloud_seconds_per_step": edge.clock.cloud / made,
-    }
-    if recipe.cut.kind != "sft":  # which alters the model itself
+@dataclass
+class _Run:
+    recipe: SplitTuneRecipe
+    results: ResultDir
+    connect: Connect | None
 
-        def fill(folder: Path) -> None:
-            with quiet_transformers():
-                merge(pretrained.model).save_pretrained(folder)
-                pretrained.tokenizer.save_pretrained(folder)
+    def run(self) -> dict[str, Any]:
+        recipe, results = self.recipe, self.results
+        where, self.device = resolve(recipe.model, console.print), pick_device(recipe.device)
+        self.tokenizer = load_tokenizer(where)
+        self.texts, held_out, classes = examples_of(recipe, self.tokenizer, console.print)
+        self.order = order_of(self.texts, recipe)
+        steps = max(1, recipe.epochs * self.order.steps_per_epoch // recipe.training.accumulate)
+        kept = Checkpoints(results.path / "checkpoints" / "edge")
+        latest = max(kept.steps(), default=None)
+        edge, model, cloud_at = (self._local if self.connect is None else self._remote)(classes, steps, latest)
+        self._print_bytes(edge)
+        begun = latest or 0
+        results.keep_metrics(lambda record: record["step"] < begun)
+        if latest is None:
+            results.log({"step": _BEFORE, **judge(self._predictor(edge), held_out, recipe)})
+        before = {name: value for name, value in results.metrics()[0].items() if name != "step"}
+        started, edge.clock = time.perf_counter(), type(edge.clock)()
+        try:
+            self._train(edge, kept, cloud_at, steps)
+            taken = time.perf_counter() - started
+            edge_s, cloud_s = edge.clock.edge, edge.clock.cloud
+            after = judge(self._predictor(edge), held_out, recipe)
+        finally:
+            edge.cloud.close()
+        made = max(1, steps - begun)
+        first, second, total = (size / steps for size in per_cut(self._crossed(edge, edge.learning, steps)))
+        summary = {
+            "run": results.run_id,
+            "steps": steps,
+            "train_texts": len(self.texts.samples),
+            "held_out_texts": len(held_out.samples),
+            **{f"{name}_before": value for name, value in before.items()},
+            **after,
+            "first_cut_bytes_per_step": first,
+            "second_cut_bytes_per_step": second,
+            "bytes_per_step": total,
+            "seconds_per_step": taken / made,
+            "edge_seconds_per_step": edge_s / made,
+            "cloud_seconds_per_step": cloud_s / made,
+        }
+        write_atomically(results.path / "edge.safetensors", save(edge.learnt()))
+        if model is not None and recipe.cut.kind != "sft":
+            write_folder(results.path / "model", lambda folder: _save_model(model, self.tokenizer, folder))
+        results.write_summary(summary)
+        _print_summary(summary, before, after)
+        console.print(f"results: {results.path}")
+        return summary
 
-        write_folder(results.path / "model", fill)
-    ends = {
-        f"{name}.{key}": tensor.contiguous()
-        for name in ("encoder", "decoder", "head")
-        for key, tensor in edge.modules[name].state_dict().items()
-    }
-    write_atomically(results.path / "edge.safetensors", save(ends))
-    results.write_summary(summary)
-    _print_summary(summary, before, after)
-    console.print(f"results: {results.path}")
-    return summary
+    def _calibration(self) -> list[Batch]:
+        places = range(len(self.texts.samples))
+        return [self.texts.batch(places[at::_CALIBRATE]).to(self.device) for at in range(min(8, len(places)))]
 
-
-class _Taken:
-    """How long the steps took, and with which of them this process began."""
-
-    def __init__(self, begun: int, taken: float) -> None:
-        self.begun, self.taken = begun, taken
-
-
-def _train(
-    recipe: SplitTuneRecipe,
-    results: ResultDir,
-    edge: EdgeSide,
-    local: LocalCloud,
-    texts: Examples,
-    order: SampleOrder,
-    steps: int,
-) -> _Taken:
-    device, accumulate = edge.trainer.device, recipe.training.accumulate
-    kept, theirs = Checkpoints(results.path / "checkpoints" / "edge"), local.kept
-    begun = max(kept.steps(), default=0)
-    results.keep_metrics(lambda record: record["step"] < begun)
-
-    def cloud_at(step: int | None) -> Cloud:
-        if step is not None and theirs is not None:
-            local.side.load(step, theirs.load(step))
-        return local
-
-    started = time.perf_counter()
-    with bars(steps) as shown:
-
-        def told(step: Step) -> None:
-            results.log(
-                {
-                    "step": step.step,
-                    "loss": step.loss,
-                    "grad_norm": step.grad_norm,
-                    "lr": step.lr,
-                    "skipped": step.skipped,
-                }
-            )
-            shown.move("steps", step.step + 1, f"loss {step.loss:.3f}")
-
-        train(
-            edge,
-            lambda step: [
-                texts.batch(order.indices(step * accumulate + micro)).to(device) for micro in range(accumulate)
-            ],
-            steps=steps,
-            every=recipe.checkpoint_every,
-            kept=kept,
-            cloud_at=cloud_at,
-            told=told,
+    def _local(
+        self, classes: int, steps: int, latest: int | None
+    ) -> tuple[EdgeSide, PreTrainedModel | None, Callable[[int], Cloud]]:
+        pretrained = load(self.recipe.model, device=self.recipe.device, dtype="float32", notify=console.print)
+        theirs = Checkpoints(self.results.path / "checkpoints" / "cloud")
+        edge = assemble(
+            pretrained.model, self.recipe, self._calibration(), classes=classes, total_steps=steps, kept=theirs
         )
-    return _Taken(begun, time.perf_counter() - started)
+        local = edge.cloud
+        assert isinstance(local, LocalCloud)
 
+        def cloud_at(step: int) -> Cloud:
+            local.side.load(step, theirs.load(step))
+            return local
 
-def _print_bytes(edge: EdgeSide, texts: Examples, order: SampleOrder, accumulate: int) -> None:
-    """What a step will send, for each choice of what learns."""
-    lengths, some = texts.lengths, min(order.steps_per_epoch // accumulate, 50) or 1
-    rows = []
-    for name, learning in _LEARNING.items():
+        if latest is not None:
+            cloud_at(latest)
+        return edge, pretrained.model, cloud_at
+
+    def _remote(
+        self, classes: int, steps: int, latest: int | None
+    ) -> tuple[EdgeSide, PreTrainedModel | None, Callable[[int], Cloud]]:
+        recipe, connect = self.recipe, self.connect
+        assert connect is not None
+        plans = PlanSet.of(plan_of(recipe, load_config(resolve(recipe.model, console.print))))
+        part = load_edge(recipe.model, plans, device=recipe.device, dtype="float32", training=True)
+        ends = ends_of(recipe, part.first, part.last, self._calibration(), classes=classes, total_steps=steps)
+        begin = ends.begin(part.fingerprint, self.results.run_id)
+
+        def cloud_at(step: int | None) -> Cloud:
+            return RemoteCloud(connect, begin.model_copy(update={"restore": step}), ends.code.decoder)
+
+        return ends.edge(cloud_at(latest)), None, cloud_at
+
+    def _predictor(self, edge: EdgeSide) -> Callable[[Batch], torch.Tensor]:
+        return lambda batch: edge.predict(batch.to(self.device))
+
+    def _train(self, edge: EdgeSide, kept: Checkpoints, cloud_at: Callable[[int], Cloud], steps: int) -> None:
+        accumulate = self.recipe.training.accumulate
+        with bars(steps) as shown:
+
+            def told(step: Step) -> None:
+                record = {"step": step.step, "loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr}
+                self.results.log({**record, "skipped": step.skipped})
+                shown.move("steps", step.step + 1, f"loss {step.loss:.3f}")
+
+            train(
+                edge,
+                lambda step: [
+                    self.texts.batch(self.order.indices(step * accumulate + micro)).to(self.device)
+                    for micro in range(accumulate)
+                ],
+                steps=steps,
+                every=self.recipe.checkpoint_every,
+                kept=kept,
+                cloud_at=cloud_at,
+                told=told,
+            )
+
+    def _crossed(self, edge: EdgeSide, learning: Learning, steps: int) -> Counter[str]:
+        """What so many steps send, by kind of message."""
+        lengths, accumulate = self.texts.lengths, self.recipe.training.accumulate
         sizes: Counter[str] = Counter()
-        for step in range(some):
-            micros = [[lengths[at] for at in order.indices(step * accumulate + micro)] for micro in range(accumulate)]
+        for step in range(steps):
+            micros = [
+                [lengths[at] for at in self.order.indices(step * accumulate + micro)] for micro in range(accumulate)
+            ]
             sizes += crossing(step, micros, edge.packings, edge.back, learning)
-        rows.append([name, *(f"{size / some / 1e3:,.1f}" for size in per_cut(sizes))])
-    print_table(["learning; kB of a step", "first cut", "second cut", "in all"], rows)
+        return sizes
+
+    def _print_bytes(self, edge: EdgeSide) -> None:
+        """What a step will send, for each choice of what learns."""
+        some = max(1, min(self.order.steps_per_epoch // self.recipe.training.accumulate, 50))
+        rows = [
+            [name, *(f"{size / some / 1e3:,.1f}" for size in per_cut(self._crossed(edge, learning, some)))]
+            for name, learning in _LEARNING.items()
+        ]
+        print_table(["learning; kB of a step", "first cut", "second cut", "in all"], rows)
+
+
+def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    with quiet_transformers():
+        merge(model).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _print_summary(summary: dict[str, Any], before: dict[str, float], after: dict[str, float]) -> None:
     rows = [[name, f"{before[name]:.4g}", f"{after[name]:.4g}"] for name in after]
-    rows += [
-        [name.replace("_", " "), "", f"{summary[name]:,.4g}"]
-        for name in (
-            "steps",
-            "first_cut_bytes_per_step",
-            "second_cut_bytes_per_step",
-            "bytes_per_step",
-            "seconds_per_step",
-            "edge_seconds_per_step",
-            "cloud_seconds_per_step",
-        )
-    ]
+    names = ("steps", "first_cut_bytes_per_step", "second_cut_bytes_per_step", "bytes_per_step")
+    seconds = ("seconds_per_step", "edge_seconds_per_step", "cloud_seconds_per_step")
+    rows += [[name.replace("_", " "), "", f"{summary[name]:,.4g}"] for name in (*names, *seconds)]
     print_table(["", "before", "after"], rows)

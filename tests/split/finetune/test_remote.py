@@ -42,13 +42,15 @@ def service(tmp_path: Path) -> Iterator[Service]:
 
 
 def run(edge: EdgeSide, service: Service, folder: Path, told: Callable[[int], None] = lambda step: None) -> None:
+    kept = Checkpoints(folder)
+    edge.cloud = service.at(max(kept.steps(), default=None))
     try:
         train(
             edge,
             lambda step: batches(step, 3, language=False),
             steps=N,
             every=3,
-            kept=Checkpoints(folder),
+            kept=kept,
             cloud_at=service.at,
             told=lambda step: told(step.step),
         )

@@ -1,0 +1,63 @@
+"""Split fine-tuning against Ray Serve ends as it does in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from ray import serve
+from safetensors.torch import load_file
+
+from raycloud.edge.cloud import Cloud
+from raycloud.errors import LinkError, RecipeError
+from raycloud.link.meter import Meter
+from raycloud.serving.split_tune import SplitTuneSettings, app
+from raycloud.split.finetune.run import run
+from tests.split.finetune.test_run import recipe
+
+TOKEN = "s3cret"
+
+
+@pytest.fixture(scope="module")
+def url(serve_port: int, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    settings = SplitTuneSettings(
+        model=str(tiny_llama),
+        first=1,
+        second=3,
+        checkpoints=str(tmp_path_factory.mktemp("checkpoints")),
+        token=TOKEN,
+        num_cpus=0.2,
+        threads=1,
+    )
+    serve.run(app(settings), name="split-tune", route_prefix="/split-tune")
+    yield f"ws://127.0.0.1:{serve_port}/split-tune/v1/split-tune"
+    serve.delete("split-tune")
+
+
+def test_over_serve_as_in_one_process(url: str, tiny_llama: Path, tmp_path: Path) -> None:
+    here = run(recipe(tiny_llama, tmp_path / "here"))
+    there = run(recipe(tiny_llama, tmp_path / "there"), connect=partial(Cloud(url, TOKEN).channel, meter := Meter()))
+    assert there["perplexity"] == pytest.approx(here["perplexity"], rel=1e-5)
+    assert there["bytes_per_step"] == here["bytes_per_step"]
+    assert meter.total > 6 * there["bytes_per_step"]
+    ours, theirs = (load_file(tmp_path / name / "edge.safetensors") for name in ("there", "here"))
+    assert ours.keys() == theirs.keys()
+    assert all(float((ours[key] - theirs[key]).abs().max()) < 1e-4 for key in theirs)
+
+
+def test_a_cloud_says_no_in_one_line(url: str, tiny_llama: Path, tmp_path: Path) -> None:
+    connect = partial(Cloud(url, TOKEN).channel, Meter())
+    with pytest.raises(LinkError, match="refused the token"):
+        run(recipe(tiny_llama, tmp_path / "a"), connect=partial(Cloud(url, "guess").channel, Meter()))
+    with pytest.raises(LinkError, match=r"blocks \[2, 3\) are asked for, \[1, 3\) are here"):
+        run(recipe(tiny_llama, tmp_path / "b", split=2), connect=connect)
+    with pytest.raises(RecipeError, match="lora: not over a link"):
+        run(recipe(tiny_llama, tmp_path / "c", lora={"r": 2}), connect=connect)
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ValidationError, match="checkpoints"):
+        SplitTuneSettings(model="builtin:minilm-l6", first=1, second=3)  # type: ignore[call-arg]
