@@ -26,6 +26,9 @@ ROWS = "rows.jsonl"
 PRIVACY = "privacy.json"
 
 _HEADLINES = (
+    "accuracy",
+    "perplexity",
+    "bytes_per_step",
     "ppl_before",
     "ppl_after",
     "tokens_per_s",

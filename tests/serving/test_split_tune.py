@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
 from ray import serve
 from safetensors.torch import load_file
@@ -38,14 +39,17 @@ def url(serve_port: int, tiny_llama: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def test_over_serve_as_in_one_process(url: str, tiny_llama: Path, tmp_path: Path) -> None:
-    here = run(recipe(tiny_llama, tmp_path / "here"))
-    there = run(recipe(tiny_llama, tmp_path / "there"), connect=partial(Cloud(url, TOKEN).channel, meter := Meter()))
+    # In float32: where numbers are rounded to bytes, a difference in the last bit of one may become a whole step.
+    cut, meter = {"kind": "narrow", "rank": 6, "form": "float32"}, Meter()
+    here = run(recipe(tiny_llama, tmp_path / "here", cut=cut))
+    there = run(recipe(tiny_llama, tmp_path / "there", cut=cut), connect=partial(Cloud(url, TOKEN).channel, meter))
     assert there["perplexity"] == pytest.approx(here["perplexity"], rel=1e-5)
     assert there["bytes_per_step"] == here["bytes_per_step"]
     assert meter.total > 6 * there["bytes_per_step"]
     ours, theirs = (load_file(tmp_path / name / "edge.safetensors") for name in ("there", "here"))
     assert ours.keys() == theirs.keys()
-    assert all(float((ours[key] - theirs[key]).abs().max()) < 1e-4 for key in theirs)
+    apart = torch.cat([(ours[key] - theirs[key]).flatten() for key in theirs])
+    assert float(apart.norm() / torch.cat([theirs[key].flatten() for key in theirs]).norm()) < 1e-4
 
 
 def test_a_cloud_says_no_in_one_line(url: str, tiny_llama: Path, tmp_path: Path) -> None:
