@@ -20,7 +20,7 @@ from torch import nn
 
 from raycloud.errors import RaycloudError
 from raycloud.link.frames import Frame, FrameError, Granted, Kind, body, split_off, with_bytes
-from raycloud.link.hosting import Refused, Session, SessionHost, SessionLimits, SessionMetrics, TooBusy
+from raycloud.link.hosting import Refused, Session, SessionHost, SessionLimits, SessionMetrics
 from raycloud.split.cloud.metrics import NoMetrics
 from raycloud.split.finetune.cloud import CloudSide, OutOfStep, Packings
 from raycloud.split.finetune.code import blank_decoder
@@ -117,8 +117,6 @@ class TuneHost(SessionHost[TuneSession]):
                 raise Refused("tokens", f"{padded}; allowed: {self._limits.tokens} tokens in all, {longest} of a text")
             if session.side is not None and session.side.outstanding >= self._limits.micros:
                 raise Refused("micros", f"{self._limits.micros} micro-batches are outstanding")
-        if self._engine._work_queue.qsize() >= self._limits.sessions * self._limits.credit:
-            raise TooBusy(0.2)
         return asyncio.wrap_future(self._engine.submit(self._answer, session, frame))
 
     def freed(self, session: TuneSession) -> None:
