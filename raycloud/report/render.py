@@ -14,12 +14,13 @@ from raycloud.report.comparison import write_comparison
 from raycloud.report.distillation import write_page
 from raycloud.report.privacy import write_privacy
 from raycloud.report.runs import PRIVACY, ROWS, run_at
+from raycloud.report.split_tune import write_page as write_split_tune
 from raycloud.report.teacher import write_page as write_teacher
 from raycloud.results import RECIPE, SUMMARY, read_records
 
 
 def render(folder: Path) -> Path:
-    """Write the page of a teacher, a distillation, a search or an examination of privacy anew; where it is.
+    """Write the page of a result directory anew; where it is.
 
     Raises:
         ResultError: it is no result directory, the run has not ended, or runs of its kind have no page.
@@ -40,6 +41,10 @@ def render(folder: Path) -> Path:
             recipe = (folder / RECIPE).read_text(encoding="utf-8")
             write_teacher(folder, _read(folder / SUMMARY), read_records(folder / "metrics.jsonl"), recipe)
             return folder / "report.html"
+        case "split_tune":
+            recipe = (folder / RECIPE).read_text(encoding="utf-8")
+            write_split_tune(folder, _read(folder / SUMMARY), read_records(folder / "metrics.jsonl"), recipe)
+            return folder / "report.html"
         case "search":
             summary = _read(folder / SUMMARY)
             write_comparison(folder, summary, _first_recipe(folder, summary))
@@ -47,9 +52,8 @@ def render(folder: Path) -> Path:
         case "privacy":
             write_privacy(folder, _read(folder / PRIVACY))
             return folder / "report.html"
-    raise ResultError(
-        f"'{folder}' is of the job '{run.job}', which has no page; allowed: tune_teacher, distill, search, privacy"
-    )
+    allowed = "tune_teacher, distill, split_tune, search, privacy"
+    raise ResultError(f"'{folder}' is of the job '{run.job}', which has no page; allowed: {allowed}")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from raycloud.data.batches import Batch
 from raycloud.link.channel import Channel
 from raycloud.models.loading import load, load_config, load_tokenizer, pick_device, quiet_transformers, resolve
 from raycloud.report.console import bars, console
+from raycloud.report.split_tune import print_summary, write_page
 from raycloud.report.teacher import print_table
 from raycloud.results import Mode, ResultDir, resumable, write_atomically, write_folder
 from raycloud.split.finetune.assembly import assemble, ends_of, plan_of
@@ -48,8 +49,8 @@ Connect = Callable[[str], Channel]
 def run(recipe: SplitTuneRecipe, mode: Mode = "new", connect: Connect | None = None) -> dict[str, Any]:
     """Fine-tune and leave ``recipe.yaml``, ``metrics.jsonl``, ``summary.json`` and what was learned behind.
 
-    That is ``edge.safetensors``, all that the edge has learned, and, where both sides are in this process, ``model/``,
-    which ``transformers`` loads. The published cut alters the model it trains, so that it leaves no ``model/``.
+    That is ``report.html``, ``edge.safetensors``, all that the edge has learned, and, where both sides are in this
+    process, ``model/``, which ``transformers`` loads. The published cut alters the model it trains and leaves none.
 
     Args:
         recipe: what to do.
@@ -118,7 +119,8 @@ class _Run:
         if model is not None and recipe.cut.kind != "sft":
             write_folder(results.path / "model", lambda folder: _save_model(model, self.tokenizer, folder))
         results.write_summary(summary)
-        _print_summary(summary, before, after)
+        print_summary(summary)
+        write_page(results.path, summary, results.metrics(), recipe.dump())
         console.print(f"results: {results.path}")
         return summary
 
@@ -210,11 +212,3 @@ def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     with quiet_transformers():
         merge(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-def _print_summary(summary: dict[str, Any], before: dict[str, float], after: dict[str, float]) -> None:
-    rows = [[name, f"{before[name]:.4g}", f"{after[name]:.4g}"] for name in after]
-    names = ("steps", "first_cut_bytes_per_step", "second_cut_bytes_per_step", "bytes_per_step")
-    seconds = ("seconds_per_step", "edge_seconds_per_step", "cloud_seconds_per_step")
-    rows += [[name.replace("_", " "), "", f"{summary[name]:,.4g}"] for name in (*names, *seconds)]
-    print_table(["", "before", "after"], rows)

@@ -43,6 +43,8 @@ def test_a_run_leaves_what_it_learned_and_a_stopped_one_ends_alike(
     assert summary["steps"] == 6
     assert summary["perplexity"] < summary["perplexity_before"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model").num_parameters() > 0
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert "held-out perplexity" in page and "kB of a step at the first cut" in page
     logged = read_records(tmp_path / "whole" / "metrics.jsonl")
     assert [record["step"] for record in logged] == [-1, 0, 1, 2, 3, 4, 5]
 
