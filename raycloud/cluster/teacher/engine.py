@@ -84,6 +84,8 @@ class Engine:
             ResultError: the checkpoint cannot be read or is of another model.
         """
         library, device = deepspeed(), pick_device(recipe.device)
+        # Partitioning asks how many workers there are before anything else would have told the library.
+        library.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
         settings = deepspeed_config(recipe, device)
         with _partitioned(recipe, settings):
             model = load(recipe.model, device="cpu" if recipe.deepspeed.stage == 3 else recipe.device).model
