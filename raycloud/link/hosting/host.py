@@ -247,7 +247,11 @@ class SessionHost(ABC, Generic[S]):
 
     async def _finished(self, session: S, frame: Frame, work: Awaitable[Frame]) -> Frame:
         try:
-            reply = replace(await work, session=session.id, epoch=session.epoch, seq=frame.seq)
+            computed = await work
+            if not self._holds(session):
+                # What it was computed from may have been let go of meanwhile.
+                raise Refused("unknown-session", "the session ended")
+            reply = replace(computed, session=session.id, epoch=session.epoch, seq=frame.seq)
         except Refused as error:
             reply = self._failed(session, frame, error)
         except Exception as error:
@@ -255,6 +259,8 @@ class SessionHost(ABC, Generic[S]):
             message = f"the {frame.kind.name.lower()} failed: {type(error).__name__}"
             reply = self._failed(session, frame, Refused("internal", message))
         session.keep_reply(reply)
+        # However long it took, the edge has the lease's time to come for it.
+        session.renew(time.monotonic())
         return reply
 
     def _failed(self, session: S, frame: Frame, error: Refused) -> Frame:
@@ -275,11 +281,14 @@ class SessionHost(ABC, Generic[S]):
         task.add_done_callback(self._closing.discard)
 
     def _free(self, session: S) -> None:
-        attached = self._attached.get(session.id)
-        if attached is not None and attached.session is session:
+        if self._holds(session):
             del self._attached[session.id]
             self._metrics.level("sessions", len(self._attached))
             self.freed(session)
+
+    def _holds(self, session: S) -> bool:
+        attached = self._attached.get(session.id)
+        return attached is not None and attached.session is session
 
     async def _sweep(self) -> None:
         while True:

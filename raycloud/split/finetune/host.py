@@ -50,6 +50,7 @@ class TuneSession(Session):
     kept: Checkpoints
     side: CloudSide | None = None
     """Made by the first request, on the thread that computes."""
+    ended: bool = False
 
 
 class TuneHost(SessionHost[TuneSession]):
@@ -121,11 +122,13 @@ class TuneHost(SessionHost[TuneSession]):
 
     def freed(self, session: TuneSession) -> None:
         """Its weights and optimiser go with it; checkpoints stay."""
-        session.side = None
+        session.side, session.ended = None, True
 
     # -- on the thread that computes
 
     def _answer(self, session: TuneSession, frame: Frame) -> Frame:
+        if session.ended:
+            raise Refused("unknown-session", "the session ended")
         with _refusing():
             if session.side is None:
                 session.side = self._side(session)
