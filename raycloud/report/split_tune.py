@@ -21,6 +21,7 @@ _NAMED = {
     "seconds_per_step": "seconds of a step",
     "edge_seconds_per_step": "of these the edge computed",
     "cloud_seconds_per_step": "seconds that the cloud computed",
+    "waiting_seconds_per_step": "seconds that the edge waited for cloud and link",
 }
 
 

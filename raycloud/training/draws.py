@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,8 +34,11 @@ def drawing(parts: Mapping[str, nn.Module], *key: int) -> Iterator[None]:
         key: of these numbers.
     """
 
-    def seeded(name: str) -> Any:
-        return lambda module, arguments: torch.manual_seed(seed_of(*key, name)) and None
+    def seeded(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, arguments: Any) -> None:
+            torch.manual_seed(seed_of(*key, name))
+
+        return hook
 
     hooks = [module.register_forward_pre_hook(seeded(name)) for name, module in parts.items()]
     devices = list(range(torch.cuda.device_count()))

@@ -146,9 +146,16 @@ class Ends:
             RecipeError: the recipe asks for what only one process can do.
         """
         recipe = self.recipe
-        if recipe.lora is not None or recipe.cut.kind == "sft":
-            name = "lora" if recipe.lora is not None else "cut.kind=sft"
-            raise RecipeError(f"{name}: not over a link; allowed there: all weights, cut.kind narrow or plain")
+        alone = {
+            "lora": recipe.lora is not None,
+            "cut.kind=sft": recipe.cut.kind == "sft",
+            # The edge would have to load the model's own pooler, which belongs to no segment.
+            "task.pooling=first": self.task.pooling == "first",
+        }
+        for name, asked in alone.items():
+            if asked:
+                allowed = "all weights, cut.kind narrow or plain, task.pooling mean"
+                raise RecipeError(f"{name}: not over a link; allowed there: {allowed}")
         return Begin(
             fingerprint=fingerprint,
             first=self.plan.first,

@@ -95,10 +95,16 @@ def order_of(examples: Examples, recipe: SplitTuneRecipe) -> SampleOrder:
 
 
 @torch.no_grad()
-def judge(predict: Callable[[Batch], Tensor], examples: Examples, recipe: SplitTuneRecipe) -> dict[str, float]:
-    """The task's metrics over all texts, from what its head says of each batch."""
-    spoken, labelled = list[Tensor](), list[Tensor]()
+def judge(
+    predict: Callable[[Batch], Tensor],
+    examples: Examples,
+    recipe: SplitTuneRecipe,
+    told: Callable[[int], None] = lambda texts: None,
+) -> dict[str, float]:
+    """The task's metrics over all texts, from what its head says of each batch; ``told`` hears how many are done."""
+    spoken, labelled, done = list[Tensor](), list[Tensor](), 0
     for batch in examples.in_length_order():
+        told(done := done + len(batch.ids))
         said, labels = predict(batch).float().cpu(), batch.labels
         if isinstance(recipe.task, LanguageRecipe):
             nll = said.logsumexp(dim=-1) - said.gather(-1, labels[labels != IGNORE][:, None])[:, 0]

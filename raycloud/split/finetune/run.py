@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from raycloud.report.teacher import print_table
 from raycloud.results import Mode, ResultDir, resumable, write_atomically, write_folder
 from raycloud.split.finetune.assembly import assemble, ends_of, plan_of
 from raycloud.split.finetune.crossing import crossing, per_cut
-from raycloud.split.finetune.edge import Cloud, EdgeSide, Learning, LocalCloud
-from raycloud.split.finetune.examples import examples_of, judge, order_of
+from raycloud.split.finetune.edge import Clock, Cloud, EdgeSide, Learning, LocalCloud
+from raycloud.split.finetune.examples import Examples, examples_of, judge, order_of
 from raycloud.split.finetune.loop import train
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.remote import RemoteCloud
@@ -89,14 +89,14 @@ class _Run:
         begun = latest or 0
         results.keep_metrics(lambda record: record["step"] < begun)
         if latest is None:
-            results.log({"step": _BEFORE, **judge(self._predictor(edge), held_out, recipe)})
+            results.log({"step": _BEFORE, **self._judged(edge, held_out)})
         before = {name: value for name, value in results.metrics()[0].items() if name != "step"}
-        started, edge.clock = time.perf_counter(), type(edge.clock)()
+        started, edge.clock = time.perf_counter(), Clock()
         try:
             self._train(edge, kept, cloud_at, steps)
             taken = time.perf_counter() - started
-            edge_s, cloud_s = edge.clock.edge, edge.clock.cloud
-            after = judge(self._predictor(edge), held_out, recipe)
+            clock = replace(edge.clock)
+            after = self._judged(edge, held_out)
         finally:
             edge.cloud.close()
         made = max(1, steps - begun)
@@ -112,8 +112,9 @@ class _Run:
             "second_cut_bytes_per_step": second,
             "bytes_per_step": total,
             "seconds_per_step": taken / made,
-            "edge_seconds_per_step": edge_s / made,
-            "cloud_seconds_per_step": cloud_s / made,
+            "edge_seconds_per_step": clock.edge / made,
+            "cloud_seconds_per_step": clock.cloud / made,
+            "waiting_seconds_per_step": clock.waiting / made,
         }
         write_atomically(results.path / "edge.safetensors", save(edge.learnt()))
         if model is not None and recipe.cut.kind != "sft":
@@ -162,8 +163,14 @@ class _Run:
 
         return ends.edge(cloud_at(latest)), None, cloud_at
 
-    def _predictor(self, edge: EdgeSide) -> Callable[[Batch], torch.Tensor]:
-        return lambda batch: edge.predict(batch.to(self.device))
+    def _judged(self, edge: EdgeSide, held_out: Examples) -> dict[str, float]:
+        with bars(len(held_out.samples)) as shown:
+            return judge(
+                lambda batch: edge.predict(batch.to(self.device)),
+                held_out,
+                self.recipe,
+                lambda texts: shown.move("held-out texts", texts),
+            )
 
     def _train(self, edge: EdgeSide, kept: Checkpoints, cloud_at: Callable[[int], Cloud], steps: int) -> None:
         accumulate = self.recipe.training.accumulate
