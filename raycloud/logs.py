@@ -42,15 +42,20 @@ class JsonLines(logging.Formatter):
 
 @contextmanager
 def log_into(path: Path, run: str) -> Iterator[logging.Handler]:
-    """Append what this package logs in this process, from INFO on, to a file; what comes from elsewhere may join it."""
+    """Append what this package logs in this process, from INFO on, to a file; what comes from elsewhere may join it.
+
+    The console says what a user has to know. Whatever handlers other libraries gave the root logger would say it twice.
+    """
     file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(JsonLines(run))
-    level = LOGGER.level
+    level, propagate = LOGGER.level, LOGGER.propagate
     LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False
     LOGGER.addHandler(file)
     try:
         yield file
     finally:
         LOGGER.removeHandler(file)
         LOGGER.setLevel(level)
+        LOGGER.propagate = propagate
         file.close()

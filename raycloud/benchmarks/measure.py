@@ -20,13 +20,15 @@ SMOLLM2 = "builtin:smollm2-135m-instruct"
 PAIRS = 7
 
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], pairs: int = PAIRS) -> dict[str, list[float]]:
-    """Milliseconds of each candidate, called in turn after one call to warm up.
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], pairs: int = PAIRS, *, warm: bool = False
+) -> dict[str, list[float]]:
+    """Milliseconds of each candidate, called in turn after one call to warm up, unless all are ``warm`` already.
 
     On a shared machine only what ran side by side can be compared: take the ratio pair by pair, then its median.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for call in candidates.values():
+    for call in () if warm else candidates.values():
         call()
     for _ in range(pairs):
         for name, call in candidates.items():

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from raycloud.benchmarks.measure import PAIRS, in_subprocess, interleaved, median_ratio, peak_growth_mb, show
+from raycloud.benchmarks.measure import in_subprocess, interleaved, median_ratio, peak_growth_mb, show
 from raycloud.data.batches import IGNORE
 from raycloud.distill.multi_level import multi_level, sequence_ranking
 from raycloud.distill.objective import Ids, Objective, Sizes, StudentOutput, TeacherOutput, weighted_sum
@@ -37,6 +37,8 @@ STUDENT_WORDS, TEACHER_WORDS, STUDENT_WIDTH, TEACHER_WIDTH = 50_257, 151_936, 76
 _SHARED = 42_000
 _TAU = 2.0
 _DENSE = "dense"
+PAIRS = 3
+"""A dense formulation of two vocabularies takes up to a minute, and the ratios are far from their bounds."""
 
 Found = list[Tensor]
 """The loss and its gradients."""
@@ -261,7 +263,7 @@ def measure(name: str) -> dict[str, dict[str, float]]:
     results = {way: call() for way, call in ways.items()}
     apart = {row: difference(results[row], results[_DENSE]) for row in cases}
     del results
-    times = interleaved(ways)
+    times = interleaved(ways, PAIRS, warm=True)
     del ways, cases
     memory = {row: float(in_subprocess(__name__, row)["mb"]) for row in apart}
     dense = float(in_subprocess(__name__, name, _DENSE)["mb"])
