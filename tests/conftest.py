@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What must share a process under ``--dist loadgroup``: a file, for its fixtures, and all tests on the local Ray."""
+    """What shares a process under ``--dist loadgroup``: a file, for its fixtures, and all tests on the local Ray."""
     for item in items:
         on_ray = "local_ray" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("ray" if on_ray else item.nodeid.partition("::")[0]))
