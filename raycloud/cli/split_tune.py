@@ -29,8 +29,9 @@ def split_tune(
     from raycloud.split.finetune.recipe import SplitTuneRecipe
     from raycloud.split.finetune.run import run
 
-    mode = mode_of(resume, overwrite)
-    connect = None if cloud is None else partial(Cloud(cloud, cloud_token, certificates).channel, Meter())
-    summary = run(SplitTuneRecipe.load(recipe, overrides or ()), mode, connect)
+    mode, loaded = mode_of(resume, overwrite), SplitTuneRecipe.load(recipe, overrides or ())
+    network = loaded.network and loaded.network.network()
+    connect = None if cloud is None else partial(Cloud(cloud, cloud_token, certificates, network).channel, Meter())
+    summary = run(loaded, mode, connect)
     if as_json:
         print(json.dumps(summary), flush=True)

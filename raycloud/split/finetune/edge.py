@@ -148,6 +148,8 @@ class EdgeSide:
         self.learning, self.seed, self._depth = learning, seed, depth
         self.clock = Clock()
         self._spoiled = False
+        self._unsettled = False
+        """Whether the answer to an OPT is still to come: ahead of all others."""
         self._parts: dict[str, nn.Module] = {}
         for segment in (first, last):
             self._parts |= {f"block {segment.lo + place}": block for place, block in enumerate(segment.blocks)}
@@ -190,12 +192,16 @@ class EdgeSide:
         if self.learning.cloud:
             ours = Optimise(step=self.trainer.step_index, norm=norm if math.isfinite(norm) else math.inf)
             self.cloud.send(with_bytes(Kind.OPT, ours))
+            self._unsettled = True
         with self._working():
-            step = self.trainer.finish(sums, norm)
-        if self.learning.cloud:
+            return self.trainer.finish(sums, norm)
+
+    def settle(self) -> None:
+        """Wait until the cloud has made its part of the latest step, which nothing of the next one has to wait for."""
+        if self._unsettled:
+            self._unsettled = False
             told, _ = split_off(self._receive(), Optimised)
             self.clock.cloud += told.seconds
-        return step
 
     def state(self) -> dict[str, Tensor]:
         """What the next step depends on, but for the cloud's side of it."""
@@ -212,6 +218,7 @@ class EdgeSide:
             TrainingError: it is of other parameters.
         """
         load_state(self.modules, self.trainer, state)
+        self._unsettled = False
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
@@ -305,6 +312,7 @@ class EdgeSide:
         return torch.Generator().manual_seed(seed_of(self.seed, self.trainer.step_index, number, cut))
 
     def _receive(self) -> Frame:
+        self.settle()
         started = time.perf_counter()
         try:
             return self.cloud.receive()

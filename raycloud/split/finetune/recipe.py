@@ -11,6 +11,7 @@ from raycloud.evaluation.labels import Metric
 from raycloud.models.loading import Device
 from raycloud.recipe import Recipe
 from raycloud.split.finetune.numbers import Form
+from raycloud.split.recipe import NetworkRecipe
 from raycloud.training.loop import TrainingRecipe
 from raycloud.training.lora import LoraRecipe
 
@@ -120,6 +121,8 @@ class SplitTuneRecipe(Recipe):
     """Steps."""
     depth: int = Field(2, gt=0)
     """Micro-batches that may be on their way at once."""
+    network: NetworkRecipe | None = None
+    """Slows the link to a cloud elsewhere down to this, for experiments."""
     threads: int = Field(0, ge=0)
     """CPU threads to compute with; 0 for as many as there are cores."""
     device: Device = "auto"

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raycloud.data.batches import Batch
+from raycloud.errors import RecipeError
 from raycloud.link.channel import Channel
 from raycloud.models.loading import load, load_config, load_tokenizer, pick_device, quiet_transformers, resolve
 from raycloud.report.console import bars, console
@@ -21,7 +22,7 @@ from raycloud.report.split_tune import print_summary, write_page
 from raycloud.report.teacher import print_table
 from raycloud.results import Mode, ResultDir, resumable, write_atomically, write_folder
 from raycloud.split.finetune.assembly import assemble, ends_of, plan_of
-from raycloud.split.finetune.crossing import crossing, per_cut
+from raycloud.split.finetune.crossing import crossing, per_cut, per_direction
 from raycloud.split.finetune.edge import Clock, Cloud, EdgeSide, Learning, LocalCloud
 from raycloud.split.finetune.examples import Examples, examples_of, judge, order_of
 from raycloud.split.finetune.loop import train
@@ -63,6 +64,10 @@ def run(recipe: SplitTuneRecipe, mode: Mode = "new", connect: Connect | None = N
     Raises:
         RaycloudError: model, data, cloud or result directory cannot be had, or training cannot go on.
     """
+    if recipe.network is not None and connect is None:
+        raise RecipeError(
+            "network is given and the cloud's side is in this process; allowed: null, or a cloud elsewhere"
+        )
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     with resumable(recipe.output), ResultDir.open(recipe.output, recipe, mode) as results:
@@ -100,8 +105,9 @@ class _Run:
         finally:
             edge.cloud.close()
         made = max(1, steps - begun)
-        first, second, total = (size / steps for size in per_cut(self._crossed(edge, edge.learning, steps)))
-        summary = {
+        crossed = self._crossed(edge, edge.learning, steps)
+        first, second, total = (size / steps for size in per_cut(crossed))
+        summary: dict[str, Any] = {
             "run": results.run_id,
             "steps": steps,
             "train_texts": len(self.texts.samples),
@@ -116,6 +122,9 @@ class _Run:
             "cloud_seconds_per_step": clock.cloud / made,
             "waiting_seconds_per_step": clock.waiting / made,
         }
+        if recipe.network is not None:
+            busier = max(per_direction(crossed))
+            summary["link_seconds_per_step"] = recipe.network.network().seconds(busier) / steps
         write_atomically(results.path / "edge.safetensors", save(edge.learnt()))
         if model is not None and recipe.cut.kind != "sft":
             write_folder(results.path / "model", lambda folder: _save_model(model, self.tokenizer, folder))

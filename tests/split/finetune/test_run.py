@@ -79,6 +79,12 @@ def test_with_fewer_parts_that_learn_fewer_gradients_cross(tiny_llama: Path, tmp
     assert summary["first_cut_bytes_per_step"] < 1.5 * 8 * tokens + 400
 
 
+def test_a_network_is_for_a_cloud_elsewhere(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="allowed: null, or a cloud elsewhere"):
+        run(recipe(tiny_llama, tmp_path / "out", network={"mbit_s": 10}))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
