@@ -30,7 +30,7 @@ def split_tune(
     from raycloud.split.finetune.run import run
 
     mode, loaded = mode_of(resume, overwrite), SplitTuneRecipe.load(recipe, overrides or ())
-    network = loaded.network and loaded.network.network()
+    network = None if loaded.network is None else loaded.network.network()
     connect = None if cloud is None else partial(Cloud(cloud, cloud_token, certificates, network).channel, Meter())
     summary = run(loaded, mode, connect)
     if as_json:
