@@ -8,7 +8,7 @@ was trained: where there are cuts, through them. Bytes are of the whole run, cod
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from raycloud.benchmarks.measure import SMOLLM2, show
@@ -189,7 +189,7 @@ def _tell(
     return result
 
 
-def _line(row: Mapping[str, Any]) -> Sequence[str]:
+def _line(row: Mapping[str, Any]) -> list[str]:
     sizes = [row["first_cut_bytes"], row["second_cut_bytes"], row["total_bytes"]]
     return [
         row["cut"],

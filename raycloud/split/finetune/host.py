@@ -21,7 +21,7 @@ from raycloud.link.hosting import Refused, Session, SessionHost, SessionLimits, 
 from raycloud.split.cloud.metrics import NoMetrics
 from raycloud.split.finetune.cloud import CloudSide, OutOfStep, Packings
 from raycloud.split.finetune.code import blank, load_decoder, plain
-from raycloud.split.finetune.messages import Began, Begin, Fit, Forward, Saved
+from raycloud.split.finetune.messages import Began, Begin, Rows, Saved
 from raycloud.split.finetune.state import Checkpoints
 from raycloud.split.parts import CloudPart
 from raycloud.training.loop import Trainer
@@ -90,9 +90,9 @@ class TuneHost(SessionHost[TuneSession]):
             cut = f"[{asked.first}, {asked.second})"
             raise Refused("plan", f"blocks {cut} are asked for, [{held.start}, {held.stop}) are here")
         width = int(self._part.config.hidden_size)
-        for cut in (asked.up, asked.down):
-            if cut.apart > cut.width or cut.width > 2 * width or (not cut.narrow and cut.width != width):
-                raise Refused("width", f"{cut.width} numbers of a token, {cut.apart} apart; rows have {width}")
+        for there in (asked.up, asked.down):
+            if there.apart > there.width or there.width > 2 * width or (not there.narrow and there.width != width):
+                raise Refused("width", f"{there.width} numbers of a token, {there.apart} apart; rows have {width}")
         # Another principal's run must not be found, whatever id is guessed.
         kept = Checkpoints(self._folder / hashlib.sha256(principal.encode()).hexdigest()[:16] / asked.run)
         if asked.restore is not None and asked.restore not in kept.steps():
@@ -108,7 +108,7 @@ class TuneHost(SessionHost[TuneSession]):
     def begin(self, session: TuneSession, frame: Frame) -> Awaitable[Frame]:
         """Hand a request to the thread that computes."""
         if frame.kind in (Kind.FWD, Kind.FIT):
-            lengths = split_off(frame, Forward if frame.kind is Kind.FWD else Fit)[0].lengths
+            lengths = split_off(frame, Rows)[0].lengths
             longest = int(self._part.config.max_position_embeddings)
             if max(lengths) > longest or max(lengths) * len(lengths) > self._limits.tokens:
                 padded = f"{len(lengths)} texts of up to {max(lengths)} tokens"

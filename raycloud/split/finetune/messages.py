@@ -19,8 +19,6 @@ from raycloud.training.loop import TrainingRecipe
 
 Unit = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """See :class:`~raycloud.split.finetune.numbers.Coded`."""
-Lengths = Annotated[list[Annotated[int, Field(ge=1, le=2**20)]], Field(min_length=1, max_length=8192)]
-"""Tokens of each text."""
 
 
 class Agreed(Body):
@@ -71,13 +69,19 @@ class Began(Body):
     """CODE: the decoder's tensors follow as safetensors. CODE_OK likewise, without them."""
 
 
-class Fit(Body):
-    """FIT: rows at the first cut, as FWD brings them; the cloud fits the second cut's code to what becomes of them."""
+class Rows(Body):
+    """Rows at the first cut, of the valid tokens only, text after text."""
 
-    lengths: Lengths
+    lengths: list[Annotated[int, Field(ge=1, le=2**20)]] = Field(min_length=1, max_length=8192)
+    """Tokens of each text."""
+    unit: Unit
+
+
+class Fit(Rows):
+    """FIT: rows that the cloud fits the second cut's code to, once its blocks have worked on them."""
+
     last: bool
     """Whether all are there now."""
-    unit: Unit
 
 
 class Fitted(Body):
@@ -90,8 +94,8 @@ class Saved(Body):
     step: int = Field(ge=0)
 
 
-class Forward(Body):
-    """FWD: rows at the first cut, of the valid tokens only, text after text."""
+class Forward(Rows):
+    """FWD: rows to work on, and to learn from if a gradient follows."""
 
     step: int = Field(ge=0)
     micro: int = Field(ge=0)
@@ -99,8 +103,6 @@ class Forward(Body):
     """Whether dropout is on."""
     returns: bool
     """Whether a BWD follows."""
-    lengths: Lengths
-    unit: Unit
 
 
 class Forwarded(Body):
