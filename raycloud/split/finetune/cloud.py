@@ -139,6 +139,8 @@ class CloudSide:
         numbers = self.packings.first.unpack(Coded(asked.unit, payload), sum(asked.lengths)).to(self._device)
         with torch.no_grad(), self._mode(training=False):
             rows = self._through(numbers, torch.tensor(asked.lengths, device=self._device))
+        if not bool(rows.isfinite().all()):
+            raise ValueError("the rows to fit a code to are not all finite")
         self._calibration.append(rows[: CALIBRATION_ROWS - sum(map(len, self._calibration))].cpu())
         if not asked.last:
             return with_bytes(Kind.FIT_OK, Fitted())
