@@ -119,7 +119,9 @@ class Unsplit:
 
     def _outputs(self, batch: Batch) -> torch.Tensor:
         rows = self.model.rows(batch.ids, valid=batch.valid, types=batch.types)
-        return self.task.outputs(pooled(rows, batch.valid, self.task.pooling), batch)
+        if self.task.pooling != "rows":
+            rows = pooled(rows, batch.valid, self.task.pooling)
+        return self.task.outputs(rows, batch)
 
 
 def hits(

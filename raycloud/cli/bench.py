@@ -100,3 +100,12 @@ def split_tune(
 ) -> None:
     """Accuracy of split fine-tuning against what crosses the link, beside the unsplit model and the published cut."""
     _run("split_tune", as_json, quick=quick)
+
+
+@app.command("split-tune-language")
+def split_tune_language(
+    as_json: AsJson = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One cut beside the unsplit model.")] = False,
+) -> None:
+    """Perplexity of a language model tuned with adapters across two cuts against what crosses them."""
+    _run("split_tune_language", as_json, quick=quick)

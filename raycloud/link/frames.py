@@ -59,6 +59,8 @@ class Kind(IntEnum):
     SAVE_OK = 24
     CODE = 25
     CODE_OK = 26
+    FIT = 27
+    FIT_OK = 28
 
 
 class FrameError(LinkError):

@@ -6,7 +6,9 @@ only the row's own numbers are coded.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,9 +42,19 @@ def _divisor(coded_scales: Tensor) -> Tensor:
     return torch.where(scales == 0, 1.0, scales)
 
 
+def _paired(codes: Tensor) -> Tensor:
+    """Numbers from 0 to 15, (n, width) uint8, two to a byte."""
+    codes = pad(codes, (0, codes.shape[1] % 2))
+    return codes[:, 0::2] | codes[:, 1::2] << 4
+
+
+def _unpaired(pairs: Tensor, width: int) -> Tensor:
+    return torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(1)[:, :width]
+
+
 @dataclass(frozen=True)
-class Int8:
-    """One byte a number: 255 even steps between plus and minus the largest magnitude of its group.
+class Even(ABC):
+    """Even steps between plus and minus the largest magnitude of a group.
 
     Args:
         width: numbers of a row.
@@ -51,20 +63,31 @@ class Int8:
 
     width: int
     group: int
-
-    @property
-    def name(self) -> str:
-        """What recipes call it."""
-        return "int8"
+    name: ClassVar[str]
+    """What recipes call it."""
+    most: ClassVar[int]
+    """Steps from zero to the largest magnitude."""
 
     @property
     def _groups(self) -> int:
         return -(-self.width // self.group)
 
+    @abstractmethod
+    def _code_bytes(self) -> int:
+        """Bytes of a row's codes."""
+
+    @abstractmethod
+    def _packed(self, codes: Tensor) -> Tensor:
+        """(n, width) int8 to (n, code bytes) uint8."""
+
+    @abstractmethod
+    def _unpacked(self, coded: Tensor) -> Tensor:
+        """The way back."""
+
     def bytes_per_row(self, width: int) -> int:
         """Payload bytes of one row of ``width`` numbers."""
         check_width(self.name, self.width, width)
-        return self._groups * _SCALE_BYTES + width
+        return self._groups * _SCALE_BYTES + self._code_bytes()
 
     def encode(self, rows: Tensor, dither: Tensor | None = None) -> Tensor:
         """(n, width) numbers to (n, bytes per row) uint8.
@@ -76,12 +99,12 @@ class Int8:
         """
         check_width(self.name, self.width, rows.shape[1])
         groups = grouped(rows, self.group)
-        scales = _FLOAT16.encode(groups.abs().amax(dim=-1) / 127)
+        scales = _FLOAT16.encode(groups.abs().amax(dim=-1) / self.most)
         steps = groups / _divisor(scales)
         if dither is not None:
             steps += grouped(dither, self.group)
-        codes = steps.round_().clamp_(-127, 127).to(torch.int8)
-        return torch.cat([scales, codes.flatten(1)[:, : self.width].view(torch.uint8)], dim=1)
+        codes = steps.round_().clamp_(-self.most, self.most).to(torch.int8)
+        return torch.cat([scales, self._packed(codes.flatten(1)[:, : self.width])], dim=1)
 
     def decode(self, payload: Tensor) -> Tensor:
         """(n, bytes per row) uint8 to (n, width) float32.
@@ -90,9 +113,40 @@ class Int8:
             ValueError: the payload has another number of bytes per row.
         """
         check_payload(self.name, self.bytes_per_row(self.width), payload)
-        scales, codes = _split_off_scales(payload, self._groups)
-        numbers = grouped(codes.contiguous().view(torch.int8).float(), self.group) * scales
+        scales, coded = _split_off_scales(payload, self._groups)
+        numbers = grouped(self._unpacked(coded).float(), self.group) * scales
         return numbers.flatten(1)[:, : self.width]
+
+
+class Int8(Even):
+    """One byte a number: 255 even steps."""
+
+    name, most = "int8", 127
+
+    def _code_bytes(self) -> int:
+        return self.width
+
+    def _packed(self, codes: Tensor) -> Tensor:
+        return codes.view(torch.uint8)
+
+    def _unpacked(self, coded: Tensor) -> Tensor:
+        return coded.contiguous().view(torch.int8)
+
+
+class EvenInt4(Even):
+    """Four bits a number: 15 even steps, which can be rounded by chance and need no calibration; see :class:`Int4`."""
+
+    name, most = "int4", 7
+
+    def _code_bytes(self) -> int:
+        return -(-self.width // 2)
+
+    def _packed(self, codes: Tensor) -> Tensor:
+        return _paired((codes + 8).to(torch.uint8))
+
+    def _unpacked(self, coded: Tensor) -> Tensor:
+        # The sixteenth code is never sent; what sends it anyway is one step more, and finite.
+        return _unpaired(coded, self.width).to(torch.int8) - 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +189,7 @@ class Int4:
         scales = _FLOAT16.encode(extremes(groups)[:, :, 0])
         between = (self.levels[1:] + self.levels[:-1]) / 2
         codes = torch.bucketize(groups / _divisor(scales), between).to(torch.uint8)
-        codes = pad(codes.flatten(1)[:, : self.width], (0, self.width % 2))
-        return torch.cat([scales, codes[:, 0::2] | codes[:, 1::2] << 4], dim=1)
+        return torch.cat([scales, _paired(codes.flatten(1)[:, : self.width])], dim=1)
 
     def decode(self, payload: Tensor) -> Tensor:
         """(n, bytes per row) uint8 to (n, width) float32.
@@ -146,6 +199,5 @@ class Int4:
         """
         check_payload(self.name, self.bytes_per_row(self.width), payload)
         scales, pairs = _split_off_scales(payload, self._groups)
-        codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(1)[:, : self.width]
-        numbers = grouped(self.levels[codes.int()], self.group) * scales
+        numbers = grouped(self.levels[_unpaired(pairs, self.width).int()], self.group) * scales
         return numbers.flatten(1)[:, : self.width]

@@ -14,11 +14,12 @@ from raycloud.errors import ModelError, RecipeError
 from raycloud.models.anatomy import base_of
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.cloud import CloudSide, Packings
-from raycloud.split.finetune.code import Code, narrow, plain, published
+from raycloud.split.finetune.code import Code, blank, check_sizes, narrow, plain, published
 from raycloud.split.finetune.edge import Cloud, EdgeSide, Learning, LocalCloud
-from raycloud.split.finetune.messages import Begin
+from raycloud.split.finetune.messages import Agreed, Begin
 from raycloud.split.finetune.numbers import Packing
 from raycloud.split.finetune.recipe import (
+    BackRecipe,
     ClassificationRecipe,
     CutRecipe,
     RegressionRecipe,
@@ -71,6 +72,11 @@ def task_of(recipe: SplitTuneRecipe, last: Segment, classes: int, pooler: nn.Mod
     return kind(head, task.pooling)
 
 
+def learning_of(recipe: SplitTuneRecipe) -> Learning:
+    """Which parts learn."""
+    return Learning(ahead=recipe.learning == "all", cloud=recipe.learning != "last")
+
+
 def back_of(task: Task, last: Segment) -> Pooling:
     """What of a text's rows need leave the cloud."""
     commutes = task.pooling == "first" or not last.anatomy.after
@@ -101,10 +107,20 @@ def code_of(cut: CutRecipe, first: Segment, batches: Sequence[Batch]) -> Code:
         case "sft":
             return published(first, cut.rank)
         case "narrow":
-            code = narrow(calibration_rows(first, batches).cpu(), cut.rank, cut.outliers)
-            for end in (code.encoder, code.decoder):
-                end.requires_grad_(cut.trained)
-            return code
+            rows = calibration_rows(first, batches).cpu()
+            return narrow(rows, cut.rank, cut.outliers, even=cut.form == "int4")
+
+
+def code_back(back: BackRecipe, width: int) -> Code:
+    """The code of the second cut for rows of ``width`` numbers; a narrow one is still to be fitted by the cloud.
+
+    Raises:
+        ModelError: rows have no such code.
+    """
+    if back.kind == "plain":
+        return plain(width)
+    check_sizes(width, back.rank, back.outliers)
+    return blank(width, back.outliers + back.rank, back.outliers)
 
 
 @dataclass(frozen=True)
@@ -117,6 +133,9 @@ class Ends:
     last: Segment
     task: Task
     code: Code
+    """Of the first cut."""
+    code_back: Code
+    """Of the second one."""
     packings: Packings
     back: Pooling
     learning: Learning
@@ -124,7 +143,7 @@ class Ends:
 
     def edge(self, cloud: Cloud) -> EdgeSide:
         """The edge's side of a run with a cloud."""
-        recipe, decoder = self.recipe, nn.Identity()
+        recipe, decoder = self.recipe, self.code_back.decoder
         groups: dict[str, nn.Module] = {
             "first": self.first,
             "encoder": self.code.encoder,
@@ -174,13 +193,13 @@ class Ends:
             training=recipe.training,
             cloud=self.learning.cloud,
             back=self.back,
-            width=self.code.width,
-            apart=self.code.apart,
-            narrow=recipe.cut.kind == "narrow",
-            trained=recipe.cut.trained,
-            up=recipe.cut.form,
-            down=recipe.back,
+            up=_agreed(recipe.cut, self.code),
+            down=_agreed(recipe.back, self.code_back),
         )
+
+
+def _agreed(cut: CutRecipe, code: Code) -> Agreed:
+    return Agreed(form=cut.form, width=code.width, apart=code.apart, narrow=cut.kind == "narrow", trained=cut.trained)
 
 
 def ends_of(
@@ -193,13 +212,14 @@ def ends_of(
     total_steps: int,
     pooler: nn.Module | None = None,
 ) -> Ends:
-    """Head, code and packings for the edge's parts of a model.
+    """Head, codes and packings for the edge's parts of a model.
 
     Args:
         recipe: how.
         first: blocks [0, split) with the embedding.
         last: blocks from the second cut on.
-        calibration: what the code of the first cut is fitted to.
+        calibration: what the code of the first cut is fitted to; that of the second one, once a cloud is there, by
+            :meth:`~raycloud.split.finetune.edge.EdgeSide.fit`.
         classes: of a classification.
         total_steps: where the learning rate's schedule ends.
         pooler: see :func:`task_of`.
@@ -210,14 +230,26 @@ def ends_of(
     device, width = calibration[0].ids.device, int(first.config.hidden_size)
     plan = plan_of(recipe, first.config)
     task = task_of(recipe, last, classes, pooler)
-    code = code_of(recipe.cut, first, calibration)
-    for module in (task.head, code.encoder):
+    code, back = code_of(recipe.cut, first, calibration), code_back(recipe.back, width)
+    for module in (task.head, code.encoder, back.decoder):
         module.to(device)
-    learning = Learning(ahead=recipe.learning == "all", cloud=recipe.learning != "last")
+    learning = learning_of(recipe)
     if not learning.ahead:
         first.requires_grad_(False)
-    packings = Packings(Packing(recipe.cut.form, code.width, code.apart), Packing(recipe.back, width))
-    return Ends(recipe, plan, first, last, task, code, packings, back_of(task, last), learning, total_steps)
+    # Each end of a code learns with the side that holds it.
+    holders = (
+        (code.encoder, recipe.cut, learning.ahead),
+        (code.decoder, recipe.cut, learning.cloud),
+        (back.encoder, recipe.back, learning.cloud),
+        (back.decoder, recipe.back, True),
+    )
+    for end, cut, learns in holders:
+        if not learns or (cut.kind == "narrow" and not cut.trained):
+            end.requires_grad_(False)
+    packings = Packings(
+        Packing(recipe.cut.form, code.width, code.apart), Packing(recipe.back.form, back.width, back.apart)
+    )
+    return Ends(recipe, plan, first, last, task, code, back, packings, back_of(task, last), learning, total_steps)
 
 
 def assemble(
@@ -234,7 +266,7 @@ def assemble(
     Args:
         model: is cut; its weights are trained in place.
         recipe: how.
-        calibration: see :func:`ends_of`.
+        calibration: what the codes are fitted to.
         classes: of a classification.
         total_steps: where the learning rate's schedule ends.
         kept: the cloud's checkpoints.
@@ -251,16 +283,10 @@ def assemble(
     ends = ends_of(recipe, first, last, calibration, classes=classes, total_steps=total_steps, pooler=pooler)
     if not ends.learning.cloud:
         middle.requires_grad_(False)
-    decoder = ends.code.decoder.to(model.device)
-    theirs: dict[str, nn.Module] = {"middle": middle, "decoder": decoder}
-    learns = any(parameter.requires_grad for module in theirs.values() for parameter in module.parameters())
-    cloud = CloudSide(
-        middle,
-        decoder,
-        nn.Identity(),
-        ends.packings,
-        ends.back,
-        Trainer(theirs, recipe.training, total_steps=total_steps, seed=recipe.seed) if learns else None,
-        recipe.seed,
-    )
-    return ends.edge(LocalCloud(cloud, kept=kept))
+    decoder, encoder = ends.code.decoder.to(model.device), ends.code_back.encoder.to(model.device)
+    cloud = CloudSide(middle, decoder, encoder, ends.packings, ends.back, None, recipe.seed)
+    if any(parameter.requires_grad for module in cloud.modules.values() for parameter in module.parameters()):
+        cloud.trainer = Trainer(cloud.modules, recipe.training, total_steps=total_steps, seed=recipe.seed)
+    edge = ends.edge(LocalCloud(cloud, kept=kept))
+    edge.fit(calibration)
+    return edge

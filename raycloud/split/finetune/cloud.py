@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from raycloud.errors import LinkError
 from raycloud.link.frames import Frame, Kind, split_off, with_bytes
 from raycloud.models.segments import Segment
+from raycloud.split.finetune.code import Encoder, narrow, tensors_of
 from raycloud.split.finetune.messages import (
     Backward,
     Backwarded,
+    Fit,
+    Fitted,
     Forward,
     Forwarded,
     Optimise,
@@ -27,6 +30,9 @@ from raycloud.split.finetune.state import load_state, state_of
 from raycloud.split.finetune.tasks import Pooling, pooled
 from raycloud.training.draws import drawing, seed_of
 from raycloud.training.loop import Trainer
+
+CALIBRATION_ROWS = 2**15
+"""That the second cut's code is fitted to, at most: they are kept until all are there."""
 
 
 class OutOfStep(LinkError):
@@ -77,6 +83,7 @@ class CloudSide:
         self._parts = {f"block {middle.lo + place}": block for place, block in enumerate(middle.blocks)}
         self._parts["decoder"] = decoder
         self._passes: dict[int, _Pass] = {}
+        self._calibration: list[Tensor] = []
         self._spoiled = False
         self.step = 0
 
@@ -110,6 +117,7 @@ class CloudSide:
             OutOfStep: it does not follow on those before it.
             FrameError: it does not fit its schema.
             ValueError: its numbers are too few, too many or not finite.
+            ModelError: no code of the agreed size can be fitted.
         """
         started = time.perf_counter()
         match request.kind:
@@ -119,8 +127,28 @@ class CloudSide:
                 return self._backward(*split_off(request, Backward), started)
             case Kind.OPT:
                 return self._optimise(split_off(request, Optimise)[0], started)
+            case Kind.FIT:
+                return self._fit(*split_off(request, Fit))
             case _:
                 raise OutOfStep(f"{request.kind.name} has no place within a step")
+
+    def _fit(self, asked: Fit, payload: bytes) -> Frame:
+        """Rows that the second cut's code is to be fitted to; after the last of them, its decoder."""
+        if not isinstance(self.encoder, Encoder) or self.step or self._passes:
+            raise OutOfStep(f"rows to fit a code to came in step {self.step}, or to a cut that has none")
+        numbers = self.packings.first.unpack(Coded(asked.unit, payload), sum(asked.lengths)).to(self._device)
+        with torch.no_grad(), self._mode(training=False):
+            rows = self._through(numbers, torch.tensor(asked.lengths, device=self._device))
+        if not bool(rows.isfinite().all()):
+            raise ValueError("the rows to fit a code to are not all finite")
+        self._calibration.append(rows[: CALIBRATION_ROWS - sum(map(len, self._calibration))].cpu())
+        if not asked.last:
+            return with_bytes(Kind.FIT_OK, Fitted())
+        packing = self.packings.second
+        rows, self._calibration = torch.cat(self._calibration), []
+        code = narrow(rows, packing.width - packing.apart, packing.apart, even=packing.form == "int4")
+        self.encoder.load_state_dict(code.encoder.state_dict())
+        return with_bytes(Kind.FIT_OK, Fitted(), tensors_of(code.decoder))
 
     def _forward(self, asked: Forward, payload: bytes, started: float) -> Frame:
         if asked.returns and (asked.step != self.step or asked.micro in self._passes):
@@ -128,8 +156,8 @@ class CloudSide:
         numbers = self.packings.first.unpack(Coded(asked.unit, payload), sum(asked.lengths)).to(self._device)
         numbers.requires_grad_(asked.returns)
         lengths = torch.tensor(asked.lengths, device=self._device)
-        with torch.set_grad_enabled(asked.returns), self._mode(asked):
-            out = self._through(numbers, lengths)
+        with torch.set_grad_enabled(asked.returns), self._mode(asked.training, asked.step, asked.micro):
+            out = self.encoder(self._through(numbers, lengths))
         if asked.returns:
             self._passes[asked.micro] = _Pass(numbers, out)
         coded = self.packings.second.pack(out)
@@ -137,13 +165,13 @@ class CloudSide:
         return with_bytes(Kind.FWD_OK, told, coded.payload, rows=len(out))
 
     def _through(self, numbers: Tensor, lengths: Tensor) -> Tensor:
-        """Numbers (n, width) at the second cut."""
+        """Rows (n, d) at the second cut, of numbers (n, width) at the first one."""
         valid = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
         decoded = self.decoder(numbers)
         rows = decoded.new_zeros(*valid.shape, decoded.shape[-1])
         rows[valid] = decoded
         rows = self.middle.rows(rows, valid=None if bool(valid.all()) else valid)
-        return self.encoder(rows[valid] if self.pooling == "rows" else pooled(rows, valid, self.pooling))
+        return rows[valid] if self.pooling == "rows" else pooled(rows, valid, self.pooling)
 
     def _backward(self, asked: Backward, payload: bytes, started: float) -> Frame:
         found = self._passes.pop(asked.micro, None)
@@ -177,11 +205,11 @@ class CloudSide:
         return with_bytes(Kind.OPT_OK, Optimised(step=self.step, seconds=time.perf_counter() - started))
 
     @contextmanager
-    def _mode(self, asked: Forward) -> Iterator[None]:
+    def _mode(self, training: bool, step: int = 0, micro: int = 0) -> Iterator[None]:
         """Dropout on or off as the edge says, with masks that are a function of the micro-batch."""
         for module in self.modules.values():
-            module.train(asked.training)
-        with drawing(self._parts, self.seed, asked.step, asked.micro) if asked.training else nullcontext():
+            module.train(training)
+        with drawing(self._parts, self.seed, step, micro) if training else nullcontext():
             yield
 
     @property

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from raycloud.errors import ModelError
@@ -70,10 +72,35 @@ class Decoder(nn.Module):
         return rows.index_add(1, self.apart, outliers)
 
 
-def blank_decoder(width: int, numbers: int, apart: int) -> nn.Module:
-    """A decoder that is still to be loaded, from ``numbers`` numbers of which the first ``apart`` are coordinates."""
-    basis = torch.zeros(width, numbers - apart)
-    return Decoder(basis, torch.zeros(width), torch.zeros(apart, dtype=torch.long))
+def blank(width: int, numbers: int, apart: int) -> Code:
+    """Both ends as they are before one is fitted: ``numbers`` numbers, the first ``apart`` of them coordinates."""
+    tensors = torch.zeros(width, numbers - apart), torch.zeros(width), torch.zeros(apart, dtype=torch.long)
+    return Code(Encoder(*tensors), Decoder(*tensors), numbers, apart)
+
+
+def tensors_of(decoder: nn.Module) -> bytes:
+    """A decoder as safetensors, for the side that it is made for."""
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in decoder.state_dict().items()})
+
+
+def load_decoder(decoder: nn.Module, raw: bytes) -> None:
+    """Fill a decoder with what :func:`tensors_of` gave.
+
+    Raises:
+        ValueError: it is no safetensors, or of another code.
+    """
+    try:
+        given = load(raw)
+    except SafetensorError as error:
+        raise ValueError(f"the decoder cannot be read: {error}") from None
+    wanted = decoder.state_dict()
+    odd = given.keys() ^ wanted.keys() or {name for name in wanted if given[name].shape != wanted[name].shape}
+    if odd or not all(bool(tensor.isfinite().all()) for tensor in given.values()):
+        raise ValueError("the decoder's tensors are not those that were agreed on")
+    apart = given.get("apart")
+    if apart is not None and len(apart) and not 0 <= int(apart.min()) <= int(apart.max()) < len(given["mean"]):
+        raise ValueError("the decoder names coordinates that rows do not have")
+    decoder.load_state_dict(given)
 
 
 def plain(width: int) -> Code:
@@ -81,22 +108,42 @@ def plain(width: int) -> Code:
     return Code(nn.Identity(), nn.Identity(), width)
 
 
-def narrow(rows: Tensor, rank: int, outliers: int = 0) -> Code:
+def narrow(rows: Tensor, rank: int, outliers: int = 0, *, even: bool = False) -> Code:
     """Fit a code to calibration rows (n, d): their mean, their ``rank`` main directions, their largest coordinates.
+
+    Args:
+        rows: as they come.
+        rank: coefficients.
+        outliers: coordinates sent apart.
+        even: turn the directions among each other so that none has larger coefficients than another, for forms whose
+            few steps all share a scale. They span what they did.
 
     Raises:
         ModelError: the rows are not so wide.
     """
     width = rows.shape[1]
-    if not 1 <= rank <= width or not 0 <= outliers < width:
-        raise ModelError(f"rank={rank} and outliers={outliers} for rows of {width} numbers; allowed: up to {width}")
+    check_sizes(width, rank, outliers)
     rows = rows.detach().float()
     mean = rows.mean(dim=0)
     centred = rows - mean
     largest = centred.abs().amax(dim=0).argsort(descending=True, stable=True)[:outliers]
     apart = largest.sort().values
     basis = principal_directions(centred.index_fill(1, apart, 0.0), rank)
+    if even:
+        basis = basis @ _turn(rank)
     return Code(Encoder(basis, mean, apart), Decoder(basis, mean, apart), outliers + rank, outliers)
+
+
+def check_sizes(width: int, rank: int, outliers: int) -> None:
+    """Raises ModelError where rows of ``width`` numbers have no such code."""
+    if not 1 <= rank <= width or not 0 <= outliers < width:
+        raise ModelError(f"rank={rank} and outliers={outliers} for rows of {width} numbers; allowed: up to {width}")
+
+
+def _turn(size: int) -> Tensor:
+    """A random orthogonal matrix (size, size), always the same."""
+    drawn = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return torch.linalg.qr(drawn)[0].float()
 
 
 class _AttentionHalf(nn.Module):

@@ -1,18 +1,63 @@
-"""What a step sends, told from the lengths of its texts alone, to the byte."""
+"""What a session's beginning and each step send, told from the lengths of texts alone, to the byte."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 
-from raycloud.link.frames import Kind, with_bytes
+from raycloud.link.frames import Body, Kind, with_bytes
 from raycloud.split.finetune.cloud import Packings
+from raycloud.split.finetune.code import blank, tensors_of
 from raycloud.split.finetune.edge import Learning
-from raycloud.split.finetune.messages import Backward, Backwarded, Forward, Forwarded, Optimise, Optimised
+from raycloud.split.finetune.messages import (
+    Backward,
+    Backwarded,
+    Began,
+    Fit,
+    Fitted,
+    Forward,
+    Forwarded,
+    Optimise,
+    Optimised,
+)
+from raycloud.split.finetune.numbers import Packing
 from raycloud.split.finetune.tasks import Pooling
 
-FIRST, SECOND = ("FWD", "BWD_OK"), ("FWD_OK", "BWD")
-"""The kinds of messages that cross each cut."""
+FIRST, SECOND = ("FWD", "BWD_OK", "CODE", "FIT"), ("FWD_OK", "BWD", "FIT_OK")
+"""The kinds of messages that cross each cut, or bring its code."""
+
+
+def _add(sizes: Counter[str], kind: Kind, body: Body, more: int = 0) -> None:
+    sizes[kind.name] += len(with_bytes(kind, body).pack()) + more
+
+
+def fitting(
+    batches: Sequence[Sequence[int]], packings: Packings, width: int, *, first: bool, second: bool
+) -> Counter[str]:
+    """Bytes that bring narrow codes where they belong, by kind of message.
+
+    Args:
+        batches: for each batch of calibration the tokens of its texts.
+        packings: of both cuts.
+        width: of rows.
+        first: whether the first cut's decoder is sent to the cloud.
+        second: whether the second cut has a code.
+    """
+    sizes: Counter[str] = Counter()
+
+    def decoder(packing: Packing) -> int:
+        return len(tensors_of(blank(width, packing.width, packing.apart).decoder))
+
+    if first:
+        _add(sizes, Kind.CODE, Began(), decoder(packings.first))
+        _add(sizes, Kind.CODE_OK, Began())
+    if second:
+        for number, lengths in enumerate(batches):
+            last = number == len(batches) - 1
+            rows = sum(lengths) * packings.first.bytes_per_row
+            _add(sizes, Kind.FIT, Fit(lengths=list(lengths), last=last, unit=0.0), rows)
+            _add(sizes, Kind.FIT_OK, Fitted(), decoder(packings.second) if last else 0)
+    return sizes
 
 
 def crossing(
@@ -28,26 +73,23 @@ def crossing(
         learning: which parts do, and so which gradients cross.
     """
     sizes: Counter[str] = Counter()
-
-    def count(kind: Kind, body: object, rows: int = 0, row: int = 0) -> None:
-        sizes[kind.name] += len(with_bytes(kind, body).pack()) + rows * row  # type: ignore[arg-type]
-
     returns = learning.ahead or learning.cloud
     for micro, lengths in enumerate(micros):
         tokens = sum(lengths)
         rows = tokens if back == "rows" else len(lengths)
         first, second = packings.first.bytes_per_row, packings.second.bytes_per_row
         sent = Forward(step=step, micro=micro, training=True, returns=returns, lengths=list(lengths), unit=0.0)
-        count(Kind.FWD, sent, tokens, first)
-        count(Kind.FWD_OK, Forwarded(unit=0.0, seconds=0.0), rows, second)
+        _add(sizes, Kind.FWD, sent, tokens * first)
+        _add(sizes, Kind.FWD_OK, Forwarded(unit=0.0, seconds=0.0), rows * second)
         if returns:
             last = micro == len(micros) - 1
             gradient = Backward(step=step, micro=micro, last=last, back=learning.ahead, unit=0.0)
-            count(Kind.BWD, gradient, rows, second)
-            count(Kind.BWD_OK, Backwarded(unit=0.0, norm=0.0, seconds=0.0), tokens if learning.ahead else 0, first)
+            _add(sizes, Kind.BWD, gradient, rows * second)
+            wanted = tokens * first if learning.ahead else 0
+            _add(sizes, Kind.BWD_OK, Backwarded(unit=0.0, norm=0.0, seconds=0.0), wanted)
     if learning.cloud:
-        count(Kind.OPT, Optimise(step=step, norm=0.0))
-        count(Kind.OPT_OK, Optimised(step=step + 1, seconds=0.0))
+        _add(sizes, Kind.OPT, Optimise(step=step, norm=0.0))
+        _add(sizes, Kind.OPT_OK, Optimised(step=step + 1, seconds=0.0))
     return sizes
 
 

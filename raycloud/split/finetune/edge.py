@@ -19,7 +19,17 @@ from raycloud.link.frames import Frame, Kind, split_off, with_bytes
 from raycloud.link.meter import Meter
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.cloud import CloudSide, Packings
-from raycloud.split.finetune.messages import Backward, Backwarded, Forward, Forwarded, Optimise, Optimised
+from raycloud.split.finetune.code import Decoder, load_decoder
+from raycloud.split.finetune.messages import (
+    Backward,
+    Backwarded,
+    Fit,
+    Fitted,
+    Forward,
+    Forwarded,
+    Optimise,
+    Optimised,
+)
 from raycloud.split.finetune.numbers import Coded, Packing
 from raycloud.split.finetune.state import Checkpoints, load_state, state_of
 from raycloud.split.finetune.tasks import Pooling, Task, pooled
@@ -31,7 +41,7 @@ class Cloud(Protocol):
     """The other side. Answers come in the order of the requests."""
 
     def send(self, request: Frame) -> None:
-        """Begin a request; FWD, BWD or OPT."""
+        """Begin a request; FIT, FWD, BWD or OPT."""
         ...
 
     def receive(self) -> Frame:
@@ -166,6 +176,27 @@ class EdgeSide:
             "head": self.task.head,
         }
 
+    @torch.no_grad()
+    def fit(self, batches: Sequence[Batch]) -> None:
+        """Have the cloud fit the second cut's code, if it has one, to what it makes of batches; before the first step.
+
+        Raises:
+            LinkError: the cloud is gone, refuses, or sends no decoder.
+        """
+        if not isinstance(self.decoder, Decoder):
+            return
+        for number, batch in enumerate(batches):
+            numbers = self._ahead(batch, number, training=False)
+            coded = self.packings.first.pack(numbers)
+            last = number == len(batches) - 1
+            ours = Fit(lengths=_lengths(batch), last=last, unit=coded.unit)
+            self.cloud.send(with_bytes(Kind.FIT, ours, coded.payload, rows=len(numbers)))
+            _, raw = split_off(self._receive(), Fitted)
+        try:
+            load_decoder(self.decoder, raw)
+        except ValueError as error:
+            raise LinkError(f"the cloud's code cannot be used: {error}") from None
+
     def step(self, batches: Sequence[Batch]) -> Step:
         """One optimiser step of both sides over micro-batches.
 
@@ -299,7 +330,7 @@ class EdgeSide:
             micro=number,
             training=training,
             returns=training and (self.learning.ahead or self.learning.cloud),
-            lengths=batch.valid.sum(dim=1).tolist(),
+            lengths=_lengths(batch),
             unit=coded.unit,
         )
         return with_bytes(Kind.FWD, ours, coded.payload, rows=len(numbers))
@@ -341,6 +372,11 @@ def _unpacked(packing: Packing, coded: Coded, rows: int) -> Tensor:
         return packing.unpack(coded, rows)
     except ValueError as error:
         raise LinkError(f"the cloud's numbers cannot be used: {error}") from None
+
+
+def _lengths(batch: Batch) -> list[int]:
+    lengths: list[int] = batch.valid.sum(dim=1).tolist()
+    return lengths
 
 
 def _valid(batch: Batch) -> Tensor | None:

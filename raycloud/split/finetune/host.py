@@ -14,18 +14,14 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load
-from torch import nn
 
 from raycloud.errors import RaycloudError
 from raycloud.link.frames import Frame, FrameError, Granted, Kind, body, split_off, with_bytes
 from raycloud.link.hosting import Refused, Session, SessionHost, SessionLimits, SessionMetrics
 from raycloud.split.cloud.metrics import NoMetrics
 from raycloud.split.finetune.cloud import CloudSide, OutOfStep, Packings
-from raycloud.split.finetune.code import blank_decoder
-from raycloud.split.finetune.messages import Began, Begin, Forward, Saved
-from raycloud.split.finetune.numbers import Packing
+from raycloud.split.finetune.code import blank, load_decoder, plain
+from raycloud.split.finetune.messages import Began, Begin, Rows, Saved
 from raycloud.split.finetune.state import Checkpoints
 from raycloud.split.parts import CloudPart
 from raycloud.training.loop import Trainer
@@ -64,7 +60,7 @@ class TuneHost(SessionHost[TuneSession]):
         threads: of torch; None leaves them as they are.
     """
 
-    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.CODE, Kind.FWD, Kind.BWD, Kind.OPT, Kind.SAVE})
+    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.CODE, Kind.FIT, Kind.FWD, Kind.BWD, Kind.OPT, Kind.SAVE})
     _limits: TuneLimits
 
     def __init__(
@@ -94,8 +90,9 @@ class TuneHost(SessionHost[TuneSession]):
             cut = f"[{asked.first}, {asked.second})"
             raise Refused("plan", f"blocks {cut} are asked for, [{held.start}, {held.stop}) are here")
         width = int(self._part.config.hidden_size)
-        if asked.apart > asked.width or asked.width > 2 * width or (not asked.narrow and asked.width != width):
-            raise Refused("width", f"{asked.width} numbers of a token, {asked.apart} apart; rows have {width}")
+        for there in (asked.up, asked.down):
+            if there.apart > there.width or there.width > 2 * width or (not there.narrow and there.width != width):
+                raise Refused("width", f"{there.width} numbers of a token, {there.apart} apart; rows have {width}")
         # Another principal's run must not be found, whatever id is guessed.
         kept = Checkpoints(self._folder / hashlib.sha256(principal.encode()).hexdigest()[:16] / asked.run)
         if asked.restore is not None and asked.restore not in kept.steps():
@@ -110,8 +107,8 @@ class TuneHost(SessionHost[TuneSession]):
 
     def begin(self, session: TuneSession, frame: Frame) -> Awaitable[Frame]:
         """Hand a request to the thread that computes."""
-        if frame.kind is Kind.FWD:
-            lengths = split_off(frame, Forward)[0].lengths
+        if frame.kind in (Kind.FWD, Kind.FIT):
+            lengths = split_off(frame, Rows)[0].lengths
             longest = int(self._part.config.max_position_embeddings)
             if max(lengths) > longest or max(lengths) * len(lengths) > self._limits.tokens:
                 padded = f"{len(lengths)} texts of up to {max(lengths)} tokens"
@@ -135,7 +132,7 @@ class TuneHost(SessionHost[TuneSession]):
             side = session.side
             if frame.kind is Kind.CODE:
                 _, raw = split_off(frame, Began)
-                _load_decoder(side.decoder, raw)
+                load_decoder(side.decoder, raw)
                 return with_bytes(Kind.CODE_OK, Began())
             if frame.kind is Kind.SAVE:
                 asked, _ = split_off(frame, Saved)
@@ -151,40 +148,25 @@ class TuneHost(SessionHost[TuneSession]):
         middle = copy.deepcopy(self._part.middle)
         if not asked.cloud:
             middle.requires_grad_(False)
-        decoder = blank_decoder(width, asked.width, asked.apart) if asked.narrow else nn.Identity()
-        decoder.requires_grad_(asked.trained)
+        up, down = (
+            blank(width, cut.width, cut.apart) if cut.narrow else plain(width) for cut in (asked.up, asked.down)
+        )
+        up.decoder.requires_grad_(asked.up.trained and asked.cloud)
+        down.encoder.requires_grad_(asked.down.trained and asked.cloud)
         side = CloudSide(
             middle,
-            decoder,
-            nn.Identity(),
-            Packings(Packing(asked.up, asked.width, asked.apart), Packing(asked.down, width)),
+            up.decoder,
+            down.encoder,
+            Packings(asked.up.packing, asked.down.packing),
             asked.back,
             None,
             asked.seed,
         )
-        if any(parameter.requires_grad for module in (middle, decoder) for parameter in module.parameters()):
+        if any(parameter.requires_grad for module in side.modules.values() for parameter in module.parameters()):
             side.trainer = Trainer(side.modules, asked.training, total_steps=asked.total_steps, seed=asked.seed)
         if asked.restore is not None:
             side.load(asked.restore, session.kept.load(asked.restore))
         return side
-
-
-def _load_decoder(decoder: nn.Module, raw: bytes) -> None:
-    try:
-        given = load(raw)
-    except SafetensorError as error:
-        raise ValueError(f"the decoder cannot be read: {error}") from None
-    wanted = decoder.state_dict()
-    odd = given.keys() ^ wanted.keys() or {name for name in wanted if given[name].shape != wanted[name].shape}
-    if odd or not all(bool(tensor.isfinite().all()) for tensor in given.values()):
-        raise ValueError("the decoder's tensors are not those that were agreed on")
-    if (
-        "apart" in given
-        and len(given["apart"])
-        and not 0 <= int(given["apart"].min()) <= int(given["apart"].max()) < len(given["mean"])
-    ):
-        raise ValueError("the decoder names coordinates that rows do not have")
-    decoder.load_state_dict(given)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """What edge and cloud say to each other while they train. No text, token id, label or mask is in any of it.
 
-A session begins with OPEN and, unless it goes on from a checkpoint, CODE. A step is FWD and BWD for each of its
+A session begins with OPEN and, unless it goes on from a checkpoint, with the codes of narrow cuts: CODE brings the
+cloud its end of the first one, FIT the rows that it fits the second one to. A step is FWD and BWD for each of its
 micro-batches, then OPT; SAVE may follow. Each has one answer, in the order of the requests. Payloads are a MessagePack
-map followed by coded numbers.
+map followed by coded numbers or tensors.
 """
 
 from __future__ import annotations
@@ -12,12 +13,31 @@ from typing import Annotated
 from pydantic import Field
 
 from raycloud.link.frames import Body
-from raycloud.split.finetune.numbers import Form
+from raycloud.split.finetune.numbers import Form, Packing
 from raycloud.split.finetune.tasks import Pooling
 from raycloud.training.loop import TrainingRecipe
 
 Unit = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """See :class:`~raycloud.split.finetune.numbers.Coded`."""
+
+
+class Agreed(Body):
+    """What crosses one cut."""
+
+    form: Form
+    width: int = Field(ge=1, le=2**20)
+    """Numbers of a row."""
+    apart: int = Field(0, ge=0, le=2**20)
+    """See :class:`~raycloud.split.finetune.numbers.Packing`."""
+    narrow: bool
+    """Whether they are a code with an encoder and a decoder, and not rows as they are."""
+    trained: bool
+    """Whether each of these learns with the side that holds it."""
+
+    @property
+    def packing(self) -> Packing:
+        """The numbers as bytes."""
+        return Packing(self.form, self.width, self.apart)
 
 
 class Begin(Body):
@@ -39,22 +59,33 @@ class Begin(Body):
     """Whether the cloud's part learns."""
     back: Pooling
     """What of a text's rows is to come back."""
-    width: int = Field(ge=1, le=2**20)
-    """Numbers of a token at the first cut."""
-    apart: int = Field(0, ge=0, le=2**20)
-    """See :class:`~raycloud.split.finetune.numbers.Packing`."""
-    narrow: bool
-    """Whether they are a code that CODE brings the decoder of, and not rows as they are."""
-    trained: bool
-    """Whether that decoder learns."""
-    up: Form
+    up: Agreed
     """Of the first cut."""
-    down: Form
+    down: Agreed
     """Of the second one."""
 
 
 class Began(Body):
     """CODE: the decoder's tensors follow as safetensors. CODE_OK likewise, without them."""
+
+
+class Rows(Body):
+    """Rows at the first cut, of the valid tokens only, text after text."""
+
+    lengths: list[Annotated[int, Field(ge=1, le=2**20)]] = Field(min_length=1, max_length=8192)
+    """Tokens of each text."""
+    unit: Unit
+
+
+class Fit(Rows):
+    """FIT: rows that the cloud fits the second cut's code to, once its blocks have worked on them."""
+
+    last: bool
+    """Whether all are there now."""
+
+
+class Fitted(Body):
+    """FIT_OK: after the last rows the decoder's tensors follow as safetensors."""
 
 
 class Saved(Body):
@@ -63,8 +94,8 @@ class Saved(Body):
     step: int = Field(ge=0)
 
 
-class Forward(Body):
-    """FWD: rows at the first cut, of the valid tokens only, text after text."""
+class Forward(Rows):
+    """FWD: rows to work on, and to learn from if a gradient follows."""
 
     step: int = Field(ge=0)
     micro: int = Field(ge=0)
@@ -72,9 +103,6 @@ class Forward(Body):
     """Whether dropout is on."""
     returns: bool
     """Whether a BWD follows."""
-    lengths: list[Annotated[int, Field(ge=1, le=2**20)]] = Field(min_length=1, max_length=8192)
-    """Tokens of each text."""
-    unit: Unit
 
 
 class Forwarded(Body):

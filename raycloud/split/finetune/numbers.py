@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from raycloud.link.codecs.floats import CODECS
-from raycloud.link.codecs.quantised import Int8
+from raycloud.link.codecs.quantised import Even, EvenInt4, Int8
 
-Form = Literal["float32", "bfloat16", "float16", "int8"]
-"""int8 has a float16 scale for each row, in units of the largest number of all."""
+Form = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+"""int8 has a float16 scale for each row, int4 one for every 64 numbers, in units of the largest number of all."""
 
 _FLOAT16 = CODECS["float16"]
+_INT4_GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -45,23 +46,25 @@ class Packing:
     apart: int = 0
 
     @property
-    def _apart(self) -> int:
-        return self.apart if self.form == "int8" else 0
+    def _steps(self) -> Even | None:
+        """What ordinary numbers are rounded to; None for a floating-point form."""
+        rest = max(1, self.width - self.apart)
+        return {"int8": Int8(rest, rest), "int4": EvenInt4(rest, _INT4_GROUP)}.get(self.form)
 
     @property
     def bytes_per_row(self) -> int:
         """Payload bytes of a row."""
-        if self.form != "int8":
+        steps, rest = self._steps, self.width - self.apart
+        if steps is None:
             return CODECS[self.form].bytes_per_row(self.width)
-        rest = self.width - self._apart
-        return _FLOAT16.bytes_per_row(self._apart) + (Int8(rest, rest).bytes_per_row(rest) if rest else 0)
+        return _FLOAT16.bytes_per_row(self.apart) + (steps.bytes_per_row(rest) if rest else 0)
 
     def pack(self, numbers: Tensor, chance: torch.Generator | None = None) -> Coded:
         """Code (n, width) numbers.
 
         Args:
             numbers: on any device.
-            chance: rounds int8 up or down by chance, right on average; to the nearest if None.
+            chance: rounds integers up or down by chance, right on average; to the nearest if None.
 
         Raises:
             ValueError: the numbers are not all finite.
@@ -76,10 +79,12 @@ class Packing:
         numbers = numbers / (unit or 1.0)
         if self.form == "float16":
             return Coded(unit, _FLOAT16.encode(numbers).numpy().tobytes())
-        parts = [_FLOAT16.encode(numbers[:, : self._apart])]
-        if rest := self.width - self._apart:
+        steps = self._steps
+        assert steps is not None
+        parts = [_FLOAT16.encode(numbers[:, : self.apart])]
+        if rest := self.width - self.apart:
             dither = None if chance is None else torch.rand(len(numbers), rest, generator=chance) - 0.5
-            parts.append(Int8(rest, rest).encode(numbers[:, self._apart :], dither))
+            parts.append(steps.encode(numbers[:, self.apart :], dither))
         return Coded(unit, torch.cat(parts, dim=1).numpy().tobytes())
 
     def unpack(self, coded: Coded, rows: int) -> Tensor:
@@ -94,13 +99,14 @@ class Packing:
         if rows == 0:
             return torch.empty(0, self.width)
         raw = torch.frombuffer(bytearray(coded.payload), dtype=torch.uint8).view(rows, -1)
-        if self.form != "int8":
+        steps = self._steps
+        if steps is None:
             numbers = CODECS[self.form].decode(raw)
         else:
-            head = _FLOAT16.bytes_per_row(self._apart)
+            head = _FLOAT16.bytes_per_row(self.apart)
             parts = [_FLOAT16.decode(raw[:, :head])]
-            if rest := self.width - self._apart:
-                parts.append(Int8(rest, rest).decode(raw[:, head:]))
+            if self.width > self.apart:
+                parts.append(steps.decode(raw[:, head:]))
             numbers = torch.cat(parts, dim=1)
         numbers = numbers * coded.unit
         if not bool(numbers.isfinite().all()):

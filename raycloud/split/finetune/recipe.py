@@ -102,13 +102,27 @@ class CutRecipe(Recipe):
     """``narrow`` keeps the residual stream and trains its maps; ``plain`` sends rows as they are; ``sft`` is the
     published cut inside the last block of the edge's first part, which drops the residual."""
     rank: int = Field(32, gt=0)
-    """Numbers for each token; of no meaning for ``plain``."""
+    """Numbers for each row; of no meaning for ``plain``."""
     outliers: int = Field(0, ge=0)
-    """Coordinates that cross beside them as they are; ``narrow`` only."""
+    """Coordinates that cross beside them as they are; ``narrow`` only. Decoders need a few: their row at the first
+    token is a hundred times longer than all others."""
     trained: bool = True
-    """Whether the maps of ``narrow`` learn with the model."""
+    """Whether each map of ``narrow`` learns with the side that holds it."""
     form: Form = "int8"
-    """How a number crosses, and its gradient on the way back."""
+    """How a number crosses, and its gradient."""
+
+
+class BackRecipe(CutRecipe):
+    """What crosses the second cut; a form alone is short for rows as they are in that form."""
+
+    kind: Literal["narrow", "plain"] = "plain"
+    """As at the first cut, the other way round: the cloud encodes, the edge decodes."""
+    form: Form = "float32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_form(cls, given: Any) -> Any:
+        return {"form": given} if isinstance(given, str) else given
 
 
 class SplitTuneRecipe(Recipe):
@@ -128,8 +142,7 @@ class SplitTuneRecipe(Recipe):
     task: TaskRecipe = ClassificationRecipe()
     data: TextsRecipe = TextsRecipe()
     cut: CutRecipe = CutRecipe()
-    back: Form = "float32"
-    """How a number crosses the second cut, and its gradient."""
+    back: BackRecipe = BackRecipe()
     lora: LoraRecipe | None = None
     """Adapters instead of all weights."""
     learning: Literal["all", "last+middle", "last"] = "all"
@@ -161,8 +174,4 @@ class SplitTuneRecipe(Recipe):
             )
         if self.cut.kind == "sft" and self.split == 0:
             raise ValueError("split=0 leaves no block for the published cut (cut.kind=sft); allowed: 1 or more")
-        if self.learning != "all" and self.cut.kind == "narrow" and self.cut.trained:
-            raise ValueError(
-                f"learning={self.learning} sends no gradient to the first cut; allowed: cut.trained=false, or all"
-            )
         return self

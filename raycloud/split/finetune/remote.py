@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from safetensors.torch import save
 from torch import nn
 
 from raycloud.errors import LinkError
 from raycloud.link.caller import Caller
 from raycloud.link.channel import Channel
 from raycloud.link.frames import Frame, Granted, Kind, with_bytes
+from raycloud.split.finetune.code import tensors_of
 from raycloud.split.finetune.messages import Began, Begin, Saved
 
-_REPLIES = (Kind.FWD_OK, Kind.BWD_OK, Kind.OPT_OK, Kind.SAVE_OK, Kind.CODE_OK)
+_REPLIES = (Kind.FWD_OK, Kind.BWD_OK, Kind.OPT_OK, Kind.SAVE_OK, Kind.CODE_OK, Kind.FIT_OK)
 
 
 class SessionLost(LinkError):
@@ -26,7 +26,7 @@ class RemoteCloud:
     Args:
         connect: opens a channel; called again whenever one breaks, with the session's id.
         asked: what both sides agree on.
-        decoder: the cloud's end of the code, sent to it unless it goes on from a checkpoint.
+        decoder: the cloud's end of the first cut's code, sent to it unless it goes on from a checkpoint.
         patience_s: how long nothing may come back, reconnecting included; longer than any one request takes.
 
     Raises:
@@ -39,9 +39,8 @@ class RemoteCloud:
         self._caller: Caller[Frame, Granted] = Caller(
             connect, asked, Granted, lambda frame: frame, _lost, _REPLIES, patience_s
         )
-        if asked.narrow and asked.restore is None:
-            tensors = {name: tensor.contiguous() for name, tensor in decoder.state_dict().items()}
-            self.send(with_bytes(Kind.CODE, Began(), save(tensors)))
+        if asked.up.narrow and asked.restore is None:
+            self.send(with_bytes(Kind.CODE, Began(), tensors_of(decoder)))
             self.receive()
 
     def send(self, request: Frame) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raycloud.data.batches import Batch
+from raycloud.data.splits import spread
 from raycloud.errors import RecipeError
 from raycloud.link.channel import Channel
 from raycloud.models.loading import load, load_config, load_tokenizer, pick_device, quiet_transformers, resolve
@@ -22,7 +23,7 @@ from raycloud.report.split_tune import print_summary, write_page
 from raycloud.report.teacher import print_table
 from raycloud.results import Mode, ResultDir, resumable, write_atomically, write_folder
 from raycloud.split.finetune.assembly import assemble, ends_of, plan_of
-from raycloud.split.finetune.crossing import crossing, per_cut, per_direction
+from raycloud.split.finetune.crossing import crossing, fitting, per_cut, per_direction
 from raycloud.split.finetune.edge import Clock, Cloud, EdgeSide, Learning, LocalCloud
 from raycloud.split.finetune.examples import Examples, examples_of, judge, order_of
 from raycloud.split.finetune.loop import train
@@ -34,7 +35,8 @@ from raycloud.split.plan import PlanSet
 from raycloud.training.loop import Step
 from raycloud.training.lora import merge
 
-_CALIBRATE = 256
+_CALIBRATE, _TOGETHER = 64, 8
+"""Texts that the codes are fitted to, in all and of a batch."""
 _BEFORE = -1
 """The step of the record of what the model could before the first one."""
 _LEARNING = {
@@ -59,7 +61,8 @@ def run(recipe: SplitTuneRecipe, mode: Mode = "new", connect: Connect | None = N
         connect: where the cloud's side is; in this process if None.
 
     Returns:
-        The summary: the task's metrics, bytes of a step at each cut and in all, and where the seconds went.
+        The summary: the task's metrics, bytes of a step at each cut and in all, bytes that bring the codes where they
+        belong, and where the seconds went.
 
     Raises:
         RaycloudError: model, data, cloud or result directory cannot be had, or training cannot go on.
@@ -117,6 +120,7 @@ class _Run:
             "first_cut_bytes_per_step": first,
             "second_cut_bytes_per_step": second,
             "bytes_per_step": total,
+            "bytes_of_codes": self._fitted(edge).total(),
             "seconds_per_step": taken / made,
             "edge_seconds_per_step": clock.edge / made,
             "cloud_seconds_per_step": clock.cloud / made,
@@ -135,8 +139,10 @@ class _Run:
         return summary
 
     def _calibration(self) -> list[Batch]:
-        places = range(len(self.texts.samples))
-        return [self.texts.batch(places[at::_CALIBRATE]).to(self.device) for at in range(min(8, len(places)))]
+        places = spread(len(self.texts.samples), _CALIBRATE)
+        return [
+            self.texts.batch(places[at : at + _TOGETHER]).to(self.device) for at in range(0, len(places), _TOGETHER)
+        ]
 
     def _local(
         self, classes: int, steps: int, latest: int | None
@@ -164,13 +170,17 @@ class _Run:
         assert connect is not None
         plans = PlanSet.of(plan_of(recipe, load_config(resolve(recipe.model, console.print))))
         part = load_edge(recipe.model, plans, device=recipe.device, dtype="float32", training=True)
-        ends = ends_of(recipe, part.first, part.last, self._calibration(), classes=classes, total_steps=steps)
+        calibration = self._calibration()
+        ends = ends_of(recipe, part.first, part.last, calibration, classes=classes, total_steps=steps)
         begin = ends.begin(part.fingerprint, self.results.run_id)
 
         def cloud_at(step: int | None) -> Cloud:
             return RemoteCloud(connect, begin.model_copy(update={"restore": step}), ends.code.decoder)
 
-        return ends.edge(cloud_at(latest)), None, cloud_at
+        edge = ends.edge(cloud_at(latest))
+        if latest is None:
+            edge.fit(calibration)
+        return edge, None, cloud_at
 
     def _judged(self, edge: EdgeSide, held_out: Examples) -> dict[str, float]:
         with bars(len(held_out.samples)) as shown:
@@ -214,6 +224,13 @@ class _Run:
             sizes += crossing(step, micros, edge.packings, edge.back, learning)
         return sizes
 
+    def _fitted(self, edge: EdgeSide) -> Counter[str]:
+        """What both codes take before the first step, over a link."""
+        lengths = [batch.valid.sum(dim=1).tolist() for batch in self._calibration()]
+        width = int(edge.first.config.hidden_size)
+        cuts = {name: cut.kind == "narrow" for name, cut in (("first", self.recipe.cut), ("second", self.recipe.back))}
+        return fitting(lengths, edge.packings, width, **cuts)
+
     def _print_bytes(self, edge: EdgeSide) -> None:
         """What a step will send, for each choice of what learns."""
         some = max(1, min(self.order.steps_per_epoch // self.recipe.training.accumulate, 50))
@@ -222,6 +239,8 @@ class _Run:
             for name, learning in _LEARNING.items()
         ]
         print_table(["learning; kB of a step", "first cut", "second cut", "in all"], rows)
+        if codes := self._fitted(edge).total():
+            console.print(f"codes, once: {codes / 1e3:,.1f} kB")
 
 
 def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

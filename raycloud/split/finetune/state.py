@@ -29,18 +29,18 @@ def learnt(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     return found
 
 
-def _buffers(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Of the codes: which coordinates they send apart. A model's own are functions of its configuration."""
+def _codes(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The ends of the codes, whether or not they learn: unlike the model's weights no one else has them."""
     ends = {name: modules[name] for name in ("encoder", "decoder") if name in modules}
-    return {f"{side}.{name}": buffer for side, module in ends.items() for name, buffer in module.named_buffers()}
+    return {f"{side}.{name}": tensor for side, module in ends.items() for name, tensor in module.state_dict().items()}
 
 
 def state_of(modules: Mapping[str, nn.Module], trainer: Trainer | None) -> dict[str, Tensor]:
     """As plain tensors, for safetensors."""
     optimiser = trainer.state() if trainer is not None else {}
     return {
+        **_codes(modules),
         **{name: parameter.detach() for name, parameter in learnt(modules).items()},
-        **_buffers(modules),
         **{_OPTIMISER + name: tensor for name, tensor in optimiser.items()},
     }
 
@@ -51,7 +51,7 @@ def load_state(modules: Mapping[str, nn.Module], trainer: Trainer | None, state:
     Raises:
         TrainingError: the state is of other parameters.
     """
-    mine = {**learnt(modules), **_buffers(modules)}
+    mine = {**_codes(modules), **learnt(modules)}
     theirs = {name: tensor for name, tensor in state.items() if not name.startswith(_OPTIMISER)}
     odd = sorted(mine.keys() ^ theirs.keys()) or [name for name in mine if mine[name].shape != theirs[name].shape]
     if odd:

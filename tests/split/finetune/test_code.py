@@ -10,11 +10,11 @@ from raycloud.errors import ModelError
 from raycloud.link.meter import Meter
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.code import Code, narrow, published
-from raycloud.split.finetune.crossing import crossing, per_cut
+from raycloud.split.finetune.crossing import crossing, fitting, per_cut
 from raycloud.split.finetune.edge import Learning
 from raycloud.split.finetune.numbers import Coded, Form, Packing
 from tests.models.families import tiny
-from tests.split.finetune.wiring import WIDTH, batches, head_of, model_of, split
+from tests.split.finetune.wiring import WIDTH, batches, calibration, head_of, model_of, split
 
 
 def rows(count: int = 300, rank: int = 5) -> Tensor:
@@ -79,6 +79,8 @@ def test_the_published_cut_is_for_encoders_alone() -> None:
         ("int8", 0, 12, 1e-2),
         ("int8", 3, 6 + 9, 1e-2),
         ("int8", 10, 20, 1e-3),
+        ("int4", 0, 2 + 5, 0.15),
+        ("int4", 3, 6 + 2 + 4, 0.15),
     ],
 )
 def test_numbers_arrive(form: Form, apart: int, size: int, error: float) -> None:
@@ -90,8 +92,9 @@ def test_numbers_arrive(form: Form, apart: int, size: int, error: float) -> None
     assert off(packing.unpack(coded, 7), numbers) <= error
 
 
-def test_chance_rounds_right_on_average_and_is_repeatable() -> None:
-    packing, numbers = Packing("int8", 64), torch.rand(1, 64, generator=torch.Generator().manual_seed(2))
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_chance_rounds_right_on_average_and_is_repeatable(form: Form) -> None:
+    packing, numbers = Packing(form, 64), torch.rand(1, 64, generator=torch.Generator().manual_seed(2))
     draws = [packing.unpack(packing.pack(numbers, torch.Generator().manual_seed(n)), 1) for n in range(400)]
     nearest = packing.unpack(packing.pack(numbers), 1)
     assert off(torch.stack(draws).mean(dim=0), numbers) < off(nearest, numbers) / 5
@@ -112,8 +115,21 @@ def six_numbers(ahead: Segment) -> Code:
     return narrow(rows(), 6)
 
 
-@pytest.mark.parametrize(("family", "second"), [("bert", 6), ("gpt2", 4)])
-def test_bytes_told_in_advance_are_those_that_cross(family: str, second: int) -> None:
+def test_a_code_for_few_steps_spans_the_same_with_coefficients_of_one_size() -> None:
+    some = torch.randn(300, WIDTH, generator=torch.Generator().manual_seed(0)) * torch.logspace(2, -1, WIDTH)
+    plainly, evenly = narrow(some, 10, 1), narrow(some, 10, 1, even=True)
+    assert off(evenly.decoder(evenly.encoder(some)), plainly.decoder(plainly.encoder(some))) < 1e-5
+
+    def spread(code: Code) -> float:
+        sizes = code.encoder(some).detach()[:, 1:].std(dim=0)
+        return float(sizes.max() / sizes.min())
+
+    assert spread(evenly) < spread(plainly) / 2
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize(("family", "second", "back"), [("bert", 6, None), ("bert", 6, 5), ("gpt2", 4, 7)])
+def test_bytes_told_in_advance_are_those_that_cross(family: str, second: int, back: int | None, form: Form) -> None:
     meter, language = Meter(), family != "bert"
     edge = split(
         model_of(family),
@@ -121,11 +137,14 @@ def test_bytes_told_in_advance_are_those_that_cross(family: str, second: int) ->
         second,
         head=None if language else head_of(),
         code=six_numbers,
-        form="int8",
+        back=back,
+        form=form,
         meter=meter,
     )
     mine = batches(0, 3, language=language)
     edge.step(mine)
-    told = crossing(0, [batch.valid.sum(dim=1).tolist() for batch in mine], edge.packings, edge.back, Learning())
+    fitted = [batch.valid.sum(dim=1).tolist() for batch in calibration(language=language)]
+    told = fitting(fitted, edge.packings, WIDTH, first=False, second=back is not None)
+    told += crossing(0, [batch.valid.sum(dim=1).tolist() for batch in mine], edge.packings, edge.back, Learning())
     assert told == meter.payload
     assert per_cut(told)[2] == meter.total

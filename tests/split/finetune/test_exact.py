@@ -66,6 +66,19 @@ def test_loss_and_gradients_are_the_whole_models_at_every_cut(family: str) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_with_codes_of_full_rank_at_both_cuts_they_are_the_whole_models(family: str) -> None:
+    for first, second in CUTS:
+        whole, edge = pair(family, first, second, code=full_rank, back=WIDTH)
+        cloud = edge.cloud.side  # type: ignore[attr-defined]
+        assert edge.decoder.weight.detach().norm() > 1  # type: ignore[union-attr, operator]
+        ours, theirs, off = gradients(whole, edge, first, second, family != "bert")
+        assert off <= TOLERANCE, (first, second)
+        assert distance(ours, theirs) <= TOLERANCE, (first, second)
+        codes = (edge.encoder, edge.decoder, cloud.encoder, cloud.decoder)
+        assert all(one.grad is not None and one.grad.norm() > 0 for end in codes for one in end.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_weights_after_many_steps_are_the_whole_models(family: str) -> None:
     first, second = CUTS[FAMILIES.index(family) % len(CUTS)]
     whole, edge = pair(family, first, second, depth=2)

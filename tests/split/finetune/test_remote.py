@@ -21,7 +21,7 @@ from raycloud.split.finetune.edge import EdgeSide
 from raycloud.split.finetune.host import TuneLimits
 from raycloud.split.finetune.loop import train
 from raycloud.split.finetune.state import Checkpoints
-from tests.split.finetune.wiring import WIDTH, Service, batches, head_of, model_of, split, values
+from tests.split.finetune.wiring import WIDTH, Service, batches, calibration, head_of, model_of, split, values
 
 N = 12
 
@@ -32,7 +32,7 @@ def coded(ahead: Segment) -> Code:
 
 
 def fresh() -> EdgeSide:
-    return split(model_of("bert"), 2, 6, head=head_of(), code=coded, form="int8", depth=2)
+    return split(model_of("bert"), 2, 5, head=head_of(), code=coded, back=10, form="int8", depth=2)
 
 
 @pytest.fixture
@@ -43,8 +43,11 @@ def service(tmp_path: Path) -> Iterator[Service]:
 
 def run(edge: EdgeSide, service: Service, folder: Path, told: Callable[[int], None] = lambda step: None) -> None:
     kept = Checkpoints(folder)
-    edge.cloud = service.at(max(kept.steps(), default=None))
+    latest = max(kept.steps(), default=None)
+    edge.cloud = service.at(latest)
     try:
+        if latest is None:
+            edge.fit(calibration(language=False))
         train(
             edge,
             lambda step: batches(step, 3, language=False),
@@ -187,15 +190,54 @@ def test_no_token_label_or_mask_is_in_a_whole_run(service: Service, tmp_path: Pa
 def test_a_cloud_refuses_what_it_has_not(service: Service) -> None:
     changes = [
         ({"fingerprint": "other"}, "is not tiny"),
-        ({"first": 1}, r"blocks \[1, 6\) are asked for, \[2, 6\) are here"),
+        ({"first": 1}, r"blocks \[1, 5\) are asked for, \[2, 5\) are here"),
         ({"restore": 3}, "no checkpoint of step 3"),
-        ({"width": 100}, "rows have 32"),
+        ({"up": service.begin.up.model_copy(update={"width": 100})}, "rows have 32"),
+        ({"down": service.begin.down.model_copy(update={"apart": 20})}, "rows have 32"),
     ]
     for change, message in changes:
         service.begin, before = service.begin.model_copy(update=change), service.begin
         with pytest.raises(LinkError, match=message):
             service.at(service.begin.restore)
         service.begin = before
+
+
+def test_a_decoder_that_is_none_is_refused(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    edge = fresh()
+    monkeypatch.setattr("raycloud.split.finetune.cloud.tensors_of", lambda decoder: b"no tensors at all")
+    edge.cloud = service.at(None)
+    with closing(edge.cloud), pytest.raises(LinkError, match="the cloud's code cannot be used: the decoder cannot be"):
+        edge.fit(calibration(language=False))
+
+
+def test_a_code_is_fitted_before_the_first_step_and_only_where_there_is_one(service: Service) -> None:
+    edge = fresh()
+    edge.cloud = service.at(None)
+    with closing(edge.cloud):
+        edge.fit(calibration(language=False))
+        edge.step(batches(0, 1, language=False))
+        with pytest.raises(LinkError, match="rows to fit a code to came in step 1"):
+            edge.fit(calibration(language=False))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_lost_cloud_comes_back_with_both_codes(service: Service, tmp_path: Path, trained: bool) -> None:
+    """Also those that do not learn: nothing else has them."""
+    cuts = {name: getattr(service.begin, name).model_copy(update={"trained": trained}) for name in ("up", "down")}
+    service.begin = service.begin.model_copy(update=cuts)
+    edge, batch = fresh(), batches(50, 1, language=False)[0]
+    edge.cloud = service.at(None)
+    edge.fit(calibration(language=False))
+    edge.step(batches(0, 2, language=False))
+    edge.cloud.save(1)
+    kept, before = edge.state(), edge.predict(batch)
+    edge.cloud.close()
+    service.kill()
+    again = fresh()
+    again.load(kept)
+    again.cloud = service.at(1)
+    with closing(again.cloud):
+        assert torch.equal(again.predict(batch), before)
 
 
 def test_texts_beyond_what_is_granted_are_refused(tmp_path: Path) -> None:

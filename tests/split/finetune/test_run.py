@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from raycloud.errors import Interrupted, RecipeError
+from raycloud.models.loading import load
 from raycloud.results import read_records
+from raycloud.split.finetune.assembly import assemble
 from raycloud.split.finetune.edge import EdgeSide
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.run import run
 from raycloud.training.loop import Step
+from tests.split.finetune.wiring import batches, values
 
 
 def recipe(model: Path, output: Path, **changes: Any) -> SplitTuneRecipe:
@@ -37,6 +42,15 @@ def recipe(model: Path, output: Path, **changes: Any) -> SplitTuneRecipe:
     )
 
 
+def _stopping(step: Callable[[EdgeSide, Any], Step], at: int) -> Callable[[EdgeSide, Any], Step]:
+    def stopped(self: EdgeSide, batches: Any) -> Step:
+        if self.trainer.step_index == at:
+            raise KeyboardInterrupt
+        return step(self, batches)
+
+    return stopped
+
+
 def test_a_run_leaves_what_it_learned_and_a_stopped_one_ends_alike(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,17 +63,10 @@ def test_a_run_leaves_what_it_learned_and_a_stopped_one_ends_alike(
     logged = read_records(tmp_path / "whole" / "metrics.jsonl")
     assert [record["step"] for record in logged] == [-1, 0, 1, 2, 3, 4, 5]
 
-    step = EdgeSide.step
-
-    def stopped(self: EdgeSide, batches: Any) -> Step:
-        if self.trainer.step_index == 5:
-            raise KeyboardInterrupt
-        return step(self, batches)
-
-    monkeypatch.setattr(EdgeSide, "step", stopped)
+    monkeypatch.setattr(EdgeSide, "step", _stopping(EdgeSide.step, at=5))
     with pytest.raises(Interrupted, match="--resume"):
         run(recipe(tiny_llama, tmp_path / "parts"))
-    monkeypatch.setattr(EdgeSide, "step", step)
+    monkeypatch.undo()
     again = run(recipe(tiny_llama, tmp_path / "parts"), "resume")
     assert again["perplexity"] == summary["perplexity"]
     assert again["bytes_per_step"] == summary["bytes_per_step"]
@@ -67,6 +74,65 @@ def test_a_run_leaves_what_it_learned_and_a_stopped_one_ends_alike(
     for name in ("model/model.safetensors", "edge.safetensors"):
         ours, theirs = load_file(tmp_path / "parts" / name), load_file(tmp_path / "whole" / name)
         assert all(ours[key].equal(theirs[key]) for key in theirs)
+
+
+def test_a_form_alone_is_short_for_rows_in_that_form(tmp_path: Path) -> None:
+    short, long = (recipe(tmp_path, tmp_path, back=back) for back in ("int8", {"kind": "plain", "form": "int8"}))
+    assert short == long
+    assert SplitTuneRecipe.load(_written(tmp_path, short), ["back=float16"]).back.form == "float16"
+
+
+def _written(folder: Path, made: SplitTuneRecipe) -> Path:
+    (folder / "recipe.yaml").write_text(made.dump())
+    return folder / "recipe.yaml"
+
+
+def test_a_run_with_codes_at_both_cuts_ends_alike_after_a_stop(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back = {"kind": "narrow", "rank": 12, "outliers": 1, "form": "int4"}
+    summary = run(recipe(tiny_llama, tmp_path / "whole", back=back))
+    assert summary["perplexity"] < summary["perplexity_before"]
+    assert summary["bytes_of_codes"] > 0
+    monkeypatch.setattr(EdgeSide, "step", _stopping(EdgeSide.step, at=3))
+    with pytest.raises(Interrupted, match="--resume"):
+        run(recipe(tiny_llama, tmp_path / "parts", back=back))
+    monkeypatch.undo()
+    again = run(recipe(tiny_llama, tmp_path / "parts", back=back), "resume")
+    assert again["perplexity"] == summary["perplexity"]
+    ours, theirs = (load_file(tmp_path / name / "edge.safetensors") for name in ("parts", "whole"))
+    assert all(ours[key].equal(theirs[key]) for key in theirs)
+    assert {"encoder.weight", "decoder.weight", "decoder.apart"} <= theirs.keys()
+
+
+@pytest.mark.parametrize(
+    ("learning", "learns"),
+    [
+        ("all", {"first", "encoder", "decoder", "last"}),
+        ("last+middle", {"decoder", "last"}),
+        ("last", {"decoder", "last"}),
+    ],
+)
+def test_each_end_of_a_code_learns_with_its_side(
+    tiny_llama: Path, tmp_path: Path, learning: str, learns: set[str]
+) -> None:
+    """The edge's first part with the encoder, its last part with the decoder; the cloud's two ends with its middle."""
+    for trained in (True, False):
+        cut = {"kind": "narrow", "rank": 6, "trained": trained, "form": "float32"}
+        mine = recipe(tiny_llama, tmp_path, learning=learning, cut=cut, back=cut)
+        model = load(str(tiny_llama), device="cpu", dtype="float32").model
+        edge = assemble(model, mine, batches(0, 2, language=True), total_steps=4)
+        cloud = edge.cloud.side  # type: ignore[attr-defined]
+        before = values({**edge.modules, **{f"cloud.{name}": module for name, module in cloud.modules.items()}})
+        edge.step(batches(1, 2, language=True))
+        after = values({**edge.modules, **{f"cloud.{name}": module for name, module in cloud.modules.items()}})
+        moved = {name.rpartition(".")[0] for name in after if not torch.equal(after[name], before[name])}
+        found = {name.removeprefix("cloud.").partition(".")[0] for name in moved if not name.startswith("cloud.")}
+        codes = {"encoder", "decoder"}
+        assert found == (learns if trained else learns - codes)
+        theirs = {name.split(".")[1] for name in moved if name.startswith("cloud.")}
+        expected = set() if learning == "last" else {"middle"} | (codes if trained else set())
+        assert theirs == expected
 
 
 @pytest.mark.parametrize("learning", ["last", "last+middle"])
@@ -115,9 +181,10 @@ def test_a_network_is_for_a_cloud_elsewhere(tiny_llama: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"back": {"kind": "sft"}}, "back.kind: input should be 'narrow' or 'plain', got 'sft'"),
+        ({"back": "int3"}, "back.form: .*, got 'int3'"),
         ({"split": 3}, "split=3 and second=3; allowed: split < second"),
         ({"split": 0, "cut": {"kind": "sft"}}, "allowed: 1 or more"),
-        ({"learning": "last"}, "allowed: cut.trained=false, or all"),
         ({"task": {"kind": "span", "stride": 96}}, "task.stride=96; allowed: 164 or more"),
         ({"cut": {"form": "int3"}}, "cut.form"),
     ],

@@ -19,10 +19,10 @@ from raycloud.link.meter import Meter
 from raycloud.models.anatomy import base_of, blocks_of
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.cloud import CloudSide, Packings
-from raycloud.split.finetune.code import Code, plain
+from raycloud.split.finetune.code import Code, blank, plain
 from raycloud.split.finetune.edge import EdgeSide, Learning, LocalCloud
 from raycloud.split.finetune.host import TuneHost, TuneLimits
-from raycloud.split.finetune.messages import Begin
+from raycloud.split.finetune.messages import Agreed, Begin
 from raycloud.split.finetune.numbers import Form, Packing
 from raycloud.split.finetune.remote import RemoteCloud
 from raycloud.split.finetune.tasks import Classification, Language, Pooling, Task, TextHead, pooled
@@ -34,6 +34,7 @@ from tests.models.families import tiny
 
 TRAINING = TrainingRecipe(lr=2e-3, warmup_steps=4, clip=0.5, weight_decay=0.05)
 STEPS, SEED, WIDTH, CLASSES = 20, 3, 32, 3
+BACK_OUTLIERS = 2
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
@@ -116,32 +117,44 @@ def split(
     *,
     head: TextHead | None = None,
     code: Callable[[Segment], Code] | None = None,
+    back: int | None = None,
     form: Form = "float32",
     depth: int = 1,
     meter: Meter | None = None,
 ) -> EdgeSide:
-    """The two sides of a copy of a model in one process."""
+    """The two sides of a copy of a model in one process; ``back`` is the rank of a code at the second cut."""
     model, head = copy.deepcopy((model, head))
     ahead, last = Segment(model, 0, first, head=False), Segment(model, second, embed=False)
     middle = Segment(model, first, second, embed=False, head=False)
-    cut, back = (code or (lambda _: plain(WIDTH)))(ahead), plain(WIDTH)
+    cut = (code or (lambda _: plain(WIDTH)))(ahead)
+    behind = plain(WIDTH) if back is None else blank(WIDTH, back + BACK_OUTLIERS, BACK_OUTLIERS)
     task: Task = Classification(head, "mean") if head is not None else Language(last)
     pooling: Pooling = task.pooling if second == len(blocks_of(model)) else "rows"
-    packings = Packings(Packing(form, cut.width, cut.apart), Packing("float32", WIDTH))
+    packings = Packings(
+        Packing(form, cut.width, cut.apart),
+        Packing("float32" if back is None else form, behind.width, behind.apart),
+    )
     cloud = CloudSide(
         middle,
         cut.decoder,
-        back.encoder,
+        behind.encoder,
         packings,
         pooling,
-        Trainer({"middle": middle, "decoder": cut.decoder}, TRAINING, total_steps=STEPS, seed=SEED),
+        None,
         SEED,
     )
-    groups = {"first": ahead, "encoder": cut.encoder, "last": last, "head": task.head}
-    return EdgeSide(
+    cloud.trainer = Trainer(cloud.modules, TRAINING, total_steps=STEPS, seed=SEED)
+    groups = {
+        "first": ahead,
+        "encoder": cut.encoder,
+        "decoder": behind.decoder,
+        "last": last,
+        "head": task.head,
+    }
+    edge = EdgeSide(
         ahead,
         cut.encoder,
-        back.decoder,
+        behind.decoder,
         last,
         task,
         packings,
@@ -152,6 +165,13 @@ def split(
         seed=SEED,
         depth=depth,
     )
+    edge.fit(calibration(language=head is None))
+    return edge
+
+
+def calibration(*, language: bool) -> list[Batch]:
+    """What the second cut's code is fitted to."""
+    return batches(-1, 3, language=language)
 
 
 class Service:
@@ -174,12 +194,8 @@ class Service:
             training=TRAINING,
             cloud=True,
             back=local.pooling,
-            width=local.packings.first.width,
-            apart=local.packings.first.apart,
-            narrow=not isinstance(local.decoder, nn.Identity),
-            trained=True,
-            up=local.packings.first.form,
-            down=local.packings.second.form,
+            up=_agreed(local.packings.first, local.decoder),
+            down=_agreed(local.packings.second, local.encoder),
         )
         self._start()
 
@@ -209,6 +225,16 @@ class Service:
     def at(self, step: int | None) -> RemoteCloud:
         """The cloud as it begins, or as it was at a checkpoint."""
         return RemoteCloud(self.connect, self.begin.model_copy(update={"restore": step}), self.decoder, patience_s=20)
+
+
+def _agreed(packing: Packing, end: nn.Module) -> Agreed:
+    return Agreed(
+        form=packing.form,
+        width=packing.width,
+        apart=packing.apart,
+        narrow=not isinstance(end, nn.Identity),
+        trained=True,
+    )
 
 
 def sides(edge: EdgeSide) -> dict[str, nn.Module]:
