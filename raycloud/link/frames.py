@@ -59,6 +59,12 @@ class Kind(IntEnum):
     SAVE_OK = 24
     CODE = 25
     CODE_OK = 26
+    ROUND = 27
+    ROUND_OK = 28
+    GIVE = 29
+    GIVE_OK = 30
+    TAKE = 31
+    TAKE_OK = 32
 
 
 class FrameError(LinkError):

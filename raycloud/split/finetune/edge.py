@@ -21,7 +21,7 @@ from raycloud.models.segments import Segment
 from raycloud.split.finetune.cloud import CloudSide, Packings
 from raycloud.split.finetune.messages import Backward, Backwarded, Forward, Forwarded, Optimise, Optimised
 from raycloud.split.finetune.numbers import Coded, Packing
-from raycloud.split.finetune.state import Checkpoints, load_state, state_of
+from raycloud.split.finetune.state import Checkpoints, load_state, put, state_of
 from raycloud.split.finetune.tasks import Pooling, Task, pooled
 from raycloud.training.draws import drawing, seed_of
 from raycloud.training.loop import Step, Sums, Trainer
@@ -31,7 +31,7 @@ class Cloud(Protocol):
     """The other side. Answers come in the order of the requests."""
 
     def send(self, request: Frame) -> None:
-        """Begin a request; FWD, BWD or OPT."""
+        """Begin a request; FWD, BWD or OPT, and GIVE, ROUND or TAKE where edges train together."""
         ...
 
     def receive(self) -> Frame:
@@ -147,6 +147,8 @@ class EdgeSide:
         self.packings, self.back, self.cloud, self.trainer = packings, back, cloud, trainer
         self.learning, self.seed, self._depth = learning, seed, depth
         self.clock = Clock()
+        self.ended: int | None = None
+        """Rounds that the group had ended at the last step; None for an edge that trains by itself."""
         self._spoiled = False
         self._parts: dict[str, nn.Module] = {}
         for segment in (first, last):
@@ -195,6 +197,7 @@ class EdgeSide:
         if self.learning.cloud:
             told, _ = split_off(self._receive(), Optimised)
             self.clock.cloud += told.seconds
+            self.ended = told.ended
         return step
 
     def state(self) -> dict[str, Tensor]:
@@ -212,6 +215,15 @@ class EdgeSide:
             TrainingError: it is of other parameters.
         """
         load_state(self.modules, self.trainer, state)
+
+    def join(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """Go on with a step from weights that a group has made of its members', the optimiser's state its own.
+
+        Raises:
+            TrainingError: they are of other parameters.
+        """
+        put(self.modules, weights)
+        self.trainer.jump(step)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:

@@ -20,6 +20,7 @@ from raycloud.evaluation.labels import METRICS
 from raycloud.split.finetune.recipe import ClassificationRecipe, LanguageRecipe, SplitTuneRecipe
 
 _BATCH = 32
+_CALIBRATE = 256
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,48 @@ class Examples:
         """All of them, for evaluation."""
         order = np.argsort(self.lengths, kind="stable")
         return [self.batch(order[at : at + _BATCH].tolist()) for at in range(0, len(order), _BATCH)]
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Which texts each step takes: a function of the step alone.
+
+    Args:
+        examples: to learn from.
+        order: of the micro-batches.
+        accumulate: how many of them make a step.
+    """
+
+    examples: Examples
+    order: SampleOrder
+    accumulate: int
+
+    def batches(self, step: int) -> list[Batch]:
+        """The micro-batches of a step."""
+        return [self.examples.batch(places) for places in self._places(step)]
+
+    def lengths(self, step: int) -> list[list[int]]:
+        """The tokens of each text, by micro-batch."""
+        return [[int(self.order.lengths[place]) for place in places] for places in self._places(step)]
+
+    def samples(self, step: int) -> int:
+        """How many texts a step takes."""
+        return sum(map(len, self._places(step)))
+
+    def _places(self, step: int) -> list[list[int]]:
+        return [self.order.indices(step * self.accumulate + micro) for micro in range(self.accumulate)]
+
+
+def calibration(examples: Examples) -> list[Batch]:
+    """Some of the texts in batches, spread over all of them."""
+    places = range(len(examples.samples))
+    return [examples.batch(places[at::_CALIBRATE]) for at in range(min(8, len(places)))]
+
+
+def lessons_of(examples: Examples, recipe: SplitTuneRecipe) -> Lessons:
+    """What each step of a recipe takes."""
+    order = SampleOrder(examples.lengths, recipe.training.batch_size, recipe.seed)
+    return Lessons(examples, order, recipe.training.accumulate)
 
 
 def examples_of(
@@ -87,11 +130,6 @@ def examples_of(
         for some in (train, held_out)
     ]
     return made[0], made[1], len(classes or ())
-
-
-def order_of(examples: Examples, recipe: SplitTuneRecipe) -> SampleOrder:
-    """Which texts each micro-batch takes."""
-    return SampleOrder(examples.lengths, recipe.training.batch_size, recipe.seed)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raycloud.data.batches import Batch
+from raycloud.errors import RecipeError
 from raycloud.link.channel import Channel
 from raycloud.models.loading import load, load_config, load_tokenizer, pick_device, quiet_transformers, resolve
 from raycloud.report.console import bars, console
@@ -23,7 +24,7 @@ from raycloud.results import Mode, ResultDir, resumable, write_atomically, write
 from raycloud.split.finetune.assembly import assemble, ends_of, plan_of
 from raycloud.split.finetune.crossing import crossing, per_cut
 from raycloud.split.finetune.edge import Clock, Cloud, EdgeSide, Learning, LocalCloud
-from raycloud.split.finetune.examples import Examples, examples_of, judge, order_of
+from raycloud.split.finetune.examples import Examples, calibration, examples_of, judge, lessons_of
 from raycloud.split.finetune.loop import train
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.remote import RemoteCloud
@@ -33,7 +34,6 @@ from raycloud.split.plan import PlanSet
 from raycloud.training.loop import Step
 from raycloud.training.lora import merge
 
-_CALIBRATE = 256
 _BEFORE = -1
 """The step of the record of what the model could before the first one."""
 _LEARNING = {
@@ -63,6 +63,8 @@ def run(recipe: SplitTuneRecipe, mode: Mode = "new", connect: Connect | None = N
     Raises:
         RaycloudError: model, data, cloud or result directory cannot be had, or training cannot go on.
     """
+    if recipe.edges:
+        raise RecipeError("edges: several, and this is one edge's run; allowed: an empty list")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     with resumable(recipe.output), ResultDir.open(recipe.output, recipe, mode) as results:
@@ -80,8 +82,8 @@ class _Run:
         where, self.device = resolve(recipe.model, console.print), pick_device(recipe.device)
         self.tokenizer = load_tokenizer(where)
         self.texts, held_out, classes = examples_of(recipe, self.tokenizer, console.print)
-        self.order = order_of(self.texts, recipe)
-        steps = max(1, recipe.epochs * self.order.steps_per_epoch // recipe.training.accumulate)
+        self.lessons = lessons_of(self.texts, recipe)
+        steps = max(1, recipe.epochs * self.lessons.order.steps_per_epoch // recipe.training.accumulate)
         kept = Checkpoints(results.path / "checkpoints" / "edge")
         latest = max(kept.steps(), default=None)
         edge, model, cloud_at = (self._local if self.connect is None else self._remote)(classes, steps, latest)
@@ -126,8 +128,7 @@ class _Run:
         return summary
 
     def _calibration(self) -> list[Batch]:
-        places = range(len(self.texts.samples))
-        return [self.texts.batch(places[at::_CALIBRATE]).to(self.device) for at in range(min(8, len(places)))]
+        return [batch.to(self.device) for batch in calibration(self.texts)]
 
     def _local(
         self, classes: int, steps: int, latest: int | None
@@ -173,7 +174,6 @@ class _Run:
             )
 
     def _train(self, edge: EdgeSide, kept: Checkpoints, cloud_at: Callable[[int], Cloud], steps: int) -> None:
-        accumulate = self.recipe.training.accumulate
         with bars(steps) as shown:
 
             def told(step: Step) -> None:
@@ -183,10 +183,7 @@ class _Run:
 
             train(
                 edge,
-                lambda step: [
-                    self.texts.batch(self.order.indices(step * accumulate + micro)).to(self.device)
-                    for micro in range(accumulate)
-                ],
+                lambda step: [batch.to(self.device) for batch in self.lessons.batches(step)],
                 steps=steps,
                 every=self.recipe.checkpoint_every,
                 kept=kept,
@@ -196,18 +193,14 @@ class _Run:
 
     def _crossed(self, edge: EdgeSide, learning: Learning, steps: int) -> Counter[str]:
         """What so many steps send, by kind of message."""
-        lengths, accumulate = self.texts.lengths, self.recipe.training.accumulate
         sizes: Counter[str] = Counter()
         for step in range(steps):
-            micros = [
-                [lengths[at] for at in self.order.indices(step * accumulate + micro)] for micro in range(accumulate)
-            ]
-            sizes += crossing(step, micros, edge.packings, edge.back, learning)
+            sizes += crossing(step, self.lessons.lengths(step), edge.packings, edge.back, learning)
         return sizes
 
     def _print_bytes(self, edge: EdgeSide) -> None:
         """What a step will send, for each choice of what learns."""
-        some = max(1, min(self.order.steps_per_epoch // self.recipe.training.accumulate, 50))
+        some = max(1, min(self.lessons.order.steps_per_epoch // self.recipe.training.accumulate, 50))
         rows = [
             [name, *(f"{size / some / 1e3:,.1f}" for size in per_cut(self._crossed(edge, learning, some)))]
             for name, learning in _LEARNING.items()

@@ -29,6 +29,31 @@ def learnt(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     return found
 
 
+def codes(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """All of the ends of codes, trained or not: what edges must begin with alike to be averaged."""
+    return {
+        f"{side}.{name}": tensor
+        for side in ("encoder", "decoder")
+        if side in modules
+        for name, tensor in modules[side].state_dict().items()
+    }
+
+
+def put(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> None:
+    """Copy some of what :func:`learnt` and :func:`codes` name into modules.
+
+    Raises:
+        TrainingError: the modules have no such tensors.
+    """
+    mine = {**learnt(modules), **codes(modules)}
+    odd = [name for name in weights if name not in mine or mine[name].shape != weights[name].shape]
+    if odd:
+        raise TrainingError(f"the group's weights do not fit this side: the first of {len(odd)} is '{odd[0]}'")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            mine[name].copy_(tensor)
+
+
 def _buffers(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Of the codes: which coordinates they send apart. A model's own are functions of its configuration."""
     ends = {name: modules[name] for name in ("encoder", "decoder") if name in modules}
