@@ -100,12 +100,12 @@ class Group:
         Raises:
             ValueError: the work is not of the same tensors as the others', or holds what is no finite number.
         """
-        for kind in ("cloud", "edge"):
-            mine: Weights = getattr(work, kind)
-            for other in self._works.values():
-                _check_alike(mine, getattr(other, kind))
-            if not all(bool(tensor.isfinite().all()) for tensor in mine.values()):
-                raise ValueError("the weights are not all finite")
+        others = list(self._works.values())[:1] + ([Work(self.cloud, self.edge, 1)] if self.ended > 0 else [])
+        for other in others:
+            _check_alike(work.cloud, other.cloud)
+            _check_alike(work.edge, other.edge)
+        if not all(bool(tensor.isfinite().all()) for tensor in (*work.cloud.values(), *work.edge.values())):
+            raise ValueError("the weights are not all finite")
         if not self._works:
             self._since = now
         self._works.setdefault(name, work)

@@ -30,7 +30,11 @@ def learnt(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
 
 
 def codes(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """All of the ends of codes, trained or not: what edges must begin with alike to be averaged."""
+    """All of the ends of codes, trained or not, and which coordinates they send apart.
+
+    They were fitted to texts that are not there any more, and edges that are averaged begin with those of one of them.
+    What else is not trained is a function of the model.
+    """
     return {
         f"{side}.{name}": tensor
         for side in ("encoder", "decoder")
@@ -54,18 +58,12 @@ def put(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> None
             mine[name].copy_(tensor)
 
 
-def _buffers(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Of the codes: which coordinates they send apart. A model's own are functions of its configuration."""
-    ends = {name: modules[name] for name in ("encoder", "decoder") if name in modules}
-    return {f"{side}.{name}": buffer for side, module in ends.items() for name, buffer in module.named_buffers()}
-
-
 def state_of(modules: Mapping[str, nn.Module], trainer: Trainer | None) -> dict[str, Tensor]:
     """As plain tensors, for safetensors."""
     optimiser = trainer.state() if trainer is not None else {}
     return {
         **{name: parameter.detach() for name, parameter in learnt(modules).items()},
-        **_buffers(modules),
+        **codes(modules),
         **{_OPTIMISER + name: tensor for name, tensor in optimiser.items()},
     }
 
@@ -76,7 +74,7 @@ def load_state(modules: Mapping[str, nn.Module], trainer: Trainer | None, state:
     Raises:
         TrainingError: the state is of other parameters.
     """
-    mine = {**learnt(modules), **_buffers(modules)}
+    mine = {**learnt(modules), **codes(modules)}
     theirs = {name: tensor for name, tensor in state.items() if not name.startswith(_OPTIMISER)}
     odd = sorted(mine.keys() ^ theirs.keys()) or [name for name in mine if mine[name].shape != theirs[name].shape]
     if odd:

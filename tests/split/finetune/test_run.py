@@ -86,6 +86,16 @@ def test_with_fewer_parts_that_learn_fewer_gradients_cross(tiny_llama: Path, tmp
         ({"split": 0, "cut": {"kind": "sft"}}, "allowed: 1 or more"),
         ({"learning": "last"}, "allowed: cut.trained=false, or all"),
         ({"cut": {"form": "int3"}}, "cut.form"),
+        ({"edges": [{"name": "a"}, {"name": "a"}]}, "edges: names a, a; allowed: each once"),
+        ({"edges": [{"name": "a"}], "edge": "b"}, "edge=b; allowed: a"),
+        ({"edge": "b"}, "edge=b; allowed: none without edges"),
+        ({"edges": [{"name": "a"}], "lora": {"r": 2}}, "not the mean of their products"),
+        ({"edges": [{"name": "a"}], "cut": {"kind": "sft"}}, "allowed there: cut.kind narrow or plain"),
+        ({"edges": [{"name": "a"}], "task": {"kind": "classification"}}, "task.classes: null"),
+        (
+            {"edges": [{"name": "a"}], "cut": {"kind": "plain"}, "learning": "last", "rounds": {"parts": "private"}},
+            "nothing in common",
+        ),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

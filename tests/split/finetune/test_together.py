@@ -337,3 +337,11 @@ def test_an_edge_without_a_group_meets_nobody(service: Service) -> None:
         edge.cloud.send(with_bytes(Kind.ROUND, Meet()))
         with pytest.raises(LinkError, match="for edges that train in a group"):
             edge.cloud.receive()
+
+
+def test_codes_that_do_not_learn_are_kept_as_well() -> None:
+    """They were fitted to texts: a cloud that starts again, and another edge, could not make them anew."""
+    edge = fresh()
+    edge.encoder.requires_grad_(False)
+    kept = edge.learnt()
+    assert torch.equal(kept["encoder.weight"], edge.encoder.weight) and "encoder.apart" in kept  # type: ignore[arg-type]
