@@ -1,4 +1,4 @@
-"""A real cloud for benchmarks: Ray and Serve on this machine, the middle of SmolLM2 in a replica of its own."""
+"""A real cloud for benchmarks: Ray and Serve on this machine, the middle of a model in a replica of its own."""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ def calibrated(first: int, second: int, folder: Path) -> Path:
 @contextmanager
 def local_cloud(settings: SplitSettings) -> Iterator[Cloud]:
     """Ray, Serve and the split application for the time of a benchmark."""
+    with served(app(settings)) as url:
+        yield Cloud(f"{url}/v1/split", settings.tokens[0])
+
+
+@contextmanager
+def served(application: serve.Application) -> Iterator[str]:
+    """Ray, Serve and an application for the time of a benchmark; where its WebSockets are, ``ws://host:port``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -55,12 +62,12 @@ def local_cloud(settings: SplitSettings) -> Iterator[Cloud]:
         )
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "ERROR"})
-            serve.run(app(settings), name="split", route_prefix="/")
+            serve.run(application, name="cloud", route_prefix="/")
         except BaseException:
             ray.shutdown()
             raise
     try:
-        yield Cloud(f"ws://127.0.0.1:{port}/v1/split", settings.tokens[0])
+        yield f"ws://127.0.0.1:{port}"
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -87,6 +87,12 @@ def scale(
     _run("scale", as_json, quick=quick)
 
 
+@app.command("split-pipeline")
+def split_pipeline(as_json: AsJson = False) -> None:
+    """A step of split fine-tuning over a slow link: edge, link and cloud one after the other, and at once."""
+    _run("split_pipeline", as_json)
+
+
 @app.command("split-tune")
 def split_tune(
     as_json: AsJson = False,

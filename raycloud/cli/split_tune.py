@@ -33,15 +33,16 @@ def split_tune(
     from raycloud.split.finetune.recipe import SplitTuneRecipe
     from raycloud.split.finetune.run import run
 
-    mode, checked = mode_of(resume, overwrite), SplitTuneRecipe.load(recipe, overrides or ())
-    connect = None if cloud is None else partial(Cloud(cloud, cloud_token, certificates).channel, Meter())
-    if not checked.edges:
-        summary = run(checked, mode, connect)
+    mode, loaded = mode_of(resume, overwrite), SplitTuneRecipe.load(recipe, overrides or ())
+    network = None if loaded.network is None else loaded.network.network()
+    connect = None if cloud is None else partial(Cloud(cloud, cloud_token, certificates, network).channel, Meter())
+    if not loaded.edges:
+        summary = run(loaded, mode, connect)
     elif connect is not None:
-        summary = run_edge(checked, connect, mode)
+        summary = run_edge(loaded, connect, mode)
     else:
         with needing_ray("split-tune with edges"):
             from raycloud.cluster.jobs.split_tune import run as run_edges
-        summary = run_edges(checked, mode).summary
+        summary = run_edges(loaded, mode).summary
     if as_json:
         print(json.dumps(summary), flush=True)

@@ -12,7 +12,8 @@ import ray
 from raycloud.cluster.actor_channel import ActorChannel
 from raycloud.cluster.run_log import RunLog
 from raycloud.cluster.runtime import computing_with, share_of_cores
-from raycloud.link.channel import LinkDown
+from raycloud.link.channel import Channel, LinkDown
+from raycloud.link.network import Shaped
 from raycloud.split.finetune.journal import Record
 from raycloud.split.finetune.member import Member
 from raycloud.split.finetune.recipe import SplitTuneRecipe
@@ -89,9 +90,11 @@ class EdgeTuner:
             _LOG.info("%s round %d", counted, record["round"])
         self._news.append({**record, "edge": self._edge.name})
 
-    def _channel(self, session: str) -> ActorChannel:
+    def _channel(self, session: str) -> Channel:
         try:
             actor: Any = ray.get_actor(self._cloud)
         except ValueError:
             raise LinkDown("the cloud's actor is gone") from None
-        return ActorChannel(actor)
+        network = self._recipe.network
+        channel = ActorChannel(actor)
+        return channel if network is None else Shaped(channel, network.network())

@@ -20,7 +20,7 @@ class LabelledText:
 
     ids: tuple[int, ...]
     types: tuple[int, ...] | None
-    label: int | float
+    label: int | float | tuple[int, int]
 
 
 def classes_of(rows: Sequence[Row], column: str) -> list[Any]:
@@ -84,7 +84,7 @@ def encode_labelled(
 
 
 def collate_labelled(samples: Sequence[LabelledText], pad: int) -> Batch:
-    """Samples padded on the right to the longest of them; labels (B,)."""
+    """Samples padded on the right to the longest of them; labels (B,), or (B, 2) where they are spans."""
     lengths = torch.tensor([len(sample.ids) for sample in samples])
     valid = torch.arange(int(lengths.max())) < lengths[:, None]
     ids = torch.full(valid.shape, pad)

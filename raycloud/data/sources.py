@@ -27,14 +27,15 @@ Part = Split | Literal["all"]
 """One split, or every row."""
 
 
-def load_rows(source: str, split: Part, notify: Callable[[str], None] = lambda line: None) -> list[Row]:
+def load_rows(source: str, split: Part | str, notify: Callable[[str], None] = lambda line: None) -> list[Row]:
     """The rows of one split, or all of them; an instruction's columns are ``instruction``, ``input`` and ``output``.
 
     Args:
         source: ``builtin:reviews``, ``builtin:instruct``, a ``.jsonl`` or ``.parquet`` file (also relative to
-            ``RAYCLOUD_DATA``), or a hub id (with the extra ``hub``).
-        split: hub sets bring their own splits; everything else, and those with nothing but a train split, is split by
-            :func:`split_of`.
+            ``RAYCLOUD_DATA``), or a hub id (with the extra ``hub``), with the name of one of its configurations as in
+            ``nyu-mll/glue:cola``.
+        split: hub sets bring their own splits, which may have names of their own; everything else, and those with
+            nothing but a train split, is split by :func:`split_of`.
         notify: told one line before each download.
 
     Raises:
@@ -52,6 +53,8 @@ def load_rows(source: str, split: Part, notify: Callable[[str], None] = lambda l
         rows = _renamed(rows)
         if not whole:
             return _nonempty(rows, source, split)
+    if split not in _HUB_SPLITS:
+        raise DataError(f"data set '{source}' has no split '{split}'; allowed: {', '.join(_HUB_SPLITS)}")
     return _nonempty([row for row in rows if split in ("all", split_of(row))], source, split)
 
 
@@ -93,7 +96,7 @@ def _read_file(source: str) -> pa.Table:
         raise DataError(f"cannot read '{path}': {str(error).splitlines()[0]}") from error
 
 
-def _read_hub(source: str, split: Part) -> tuple[list[Row], bool]:
+def _read_hub(source: str, split: str) -> tuple[list[Row], bool]:
     """Rows of a hub set, and whether they are all of one that is not split yet."""
     if source.startswith((".", "/", "~")):
         raise DataError(f"no data set at '{source}'; allowed: a .jsonl or .parquet file, a hub id, or a builtin: name")
@@ -101,9 +104,11 @@ def _read_hub(source: str, split: Part) -> tuple[list[Row], bool]:
         import datasets
     except ImportError as error:
         raise MissingExtra(f"data set '{source}' from the hub", "hub") from error
+    name, _, configuration = source.partition(":")
+    which = (name, configuration) if configuration else (name,)
     try:
-        whole = datasets.get_dataset_split_names(source) == ["train"]
-        return list(datasets.load_dataset(source, split="all" if whole else _HUB_SPLITS[split])), whole
+        whole = datasets.get_dataset_split_names(*which) == ["train"]
+        return list(datasets.load_dataset(*which, split="all" if whole else _HUB_SPLITS.get(split, split))), whole
     except Exception as error:  # the hub and its formats raise many kinds
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"cannot load data set '{source}': {first}") from error

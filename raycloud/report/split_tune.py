@@ -21,6 +21,7 @@ _NAMED = {
     "seconds_per_step": "seconds of a step",
     "edge_seconds_per_step": "of these the edge computed",
     "cloud_seconds_per_step": "seconds that the cloud computed",
+    "link_seconds_per_step": "seconds that the busier direction of the link was",
     "waiting_seconds_per_step": "seconds that the edge waited for cloud and link",
 }
 
@@ -30,6 +31,8 @@ def _headlines(summary: Summary) -> tuple[list[str], list[list[str]]]:
     rows = [[f"held-out {name}", f"{summary[name + _BEFORE]:.4g}", f"{summary[name]:.4g}"] for name in metrics]
     rows += [[name.replace("_", " "), "", str(summary[name])] for name in ("steps", "train_texts", "held_out_texts")]
     for name, told in _NAMED.items():
+        if name not in summary:
+            continue
         scale = 1e3 if name.endswith("bytes_per_step") else 1
         rows.append([told, "", f"{summary[name] / scale:,.3g}" if scale == 1 else f"{summary[name] / scale:,.1f}"])
     return ["", "before", "after"], rows

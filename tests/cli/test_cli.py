@@ -1,23 +1,51 @@
-"""The command line as a user meets it: in a process of its own."""
+"""The command line as a user meets it; where nothing depends on it, without a process of its own."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from raycloud.cli.app import app
+from raycloud.cli.app import app, main
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "jobs" / "recipes" / "demo.yaml")
 
 
-def raycloud(*words: str) -> subprocess.CompletedProcess[str]:
+@dataclass(frozen=True)
+class Said:
+    """What a command left."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def raycloud(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> Said:
+        monkeypatch.setattr(sys, "argv", ["raycloud", *words])
+        with pytest.raises(SystemExit) as left:
+            main()
+        said = capsys.readouterr()
+        return Said(int(left.value.code or 0), said.out, said.err)
+
+    return run
+
+
+def in_a_process(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "raycloud", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
 
 
 def test_the_surface_is_frozen() -> None:
@@ -43,8 +71,8 @@ def test_the_surface_is_frozen() -> None:
     }
 
 
-def test_help_is_enough_to_start() -> None:
-    done = raycloud("--help")
+def test_help_is_enough_to_start(tmp_path: Path) -> None:
+    done = in_a_process("--help", cwd=tmp_path)
     assert done.returncode == 0
     for verb in (
         "tune-teacher",
@@ -67,19 +95,19 @@ def test_help_is_enough_to_start() -> None:
         assert verb in done.stdout
 
 
-def test_validate_shows_the_whole_recipe() -> None:
+def test_validate_shows_the_whole_recipe(raycloud: Command) -> None:
     done = raycloud("validate", DEMO, "rounds.count=7", "--show")
     assert done.returncode == 0
     assert "count: 7" in done.stdout
     assert "weight_decay" in done.stdout
 
 
-def test_the_schema_is_json_schema() -> None:
+def test_the_schema_is_json_schema(raycloud: Command) -> None:
     schema = json.loads(raycloud("schema", "distill").stdout)
     assert schema["properties"]["rounds"]
 
 
-def test_fetch_lists_what_there_is() -> None:
+def test_fetch_lists_what_there_is(raycloud: Command) -> None:
     done = raycloud("fetch")
     assert "builtin:smollm2-135m-instruct" in done.stdout
     assert "Apache-2.0" in done.stdout
@@ -99,9 +127,19 @@ def test_fetch_lists_what_there_is() -> None:
         (["distill", "--recipe", DEMO, "data.source=none.jsonl", "output=never"], "no data file at 'none.jsonl'"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(words: list[str], message: str) -> None:
+def test_mistakes_are_one_line_and_exit_code_2(
+    raycloud: Command, tmp_path: Path, words: list[str], message: str
+) -> None:
     done = raycloud(*words)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert message in done.stderr
-    assert not (ROOT / "never").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_ends_the_process_likewise(tmp_path: Path) -> None:
+    done = in_a_process("distill", "--recipe", DEMO, "training.lrr=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == done.stderr.splitlines()[0] + "\n"
+    assert "unknown key 'training.lrr' (allowed: lr," in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -54,8 +54,8 @@ def recipe(tiny_llama: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[tuple[dict[str, str], int]]:
+@pytest.fixture(scope="module")
+def head() -> Iterator[tuple[dict[str, str], int]]:
     """``ray start --head`` with a token, custom resources and free ports; its environment and dashboard port."""
     # Sockets have short names only.
     scratch = Path(tempfile.mkdtemp(prefix="rc-"))
@@ -75,8 +75,8 @@ def head(tmp_path: Path) -> Iterator[tuple[dict[str, str], int]]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def submit(env: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    command = [BIN / "ray", "job", "submit", "--working-dir", ".", "--submission-id", "it", *words]
+def submit(env: dict[str, str], name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [BIN / "ray", "job", "submit", "--working-dir", ".", "--submission-id", name, *words]
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
@@ -87,9 +87,9 @@ def test_every_job_is_submitted_in_a_test_here() -> None:
 
 def test_a_job_is_submitted_with_a_token(head: tuple[dict[str, str], int], recipe: Path, tmp_path: Path) -> None:
     env, _ = head
-    without = submit({**env, "RAY_AUTH_MODE": "disabled"}, "--", "python", "jobs/distill.py", "--help")
+    without = submit({**env, "RAY_AUTH_MODE": "disabled"}, "refused", "--", "python", "jobs/distill.py", "--help")
     assert without.returncode != 0
-    done = submit(env, "--", "python", "jobs/distill.py", "--recipe", str(recipe), "rounds.steps=3")
+    done = submit(env, "distill", "--", "python", "jobs/distill.py", "--recipe", str(recipe), "rounds.steps=3")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 3
     assert "gap closed" in done.stdout
@@ -114,7 +114,7 @@ def test_a_teacher_is_tuned_by_a_submitted_job(
         held_out: {{samples: 8}}
         """
     )
-    done = submit(env, "--", "python", "jobs/tune_teacher.py", "--recipe", str(recipe))
+    done = submit(env, "teacher", "--", "python", "jobs/tune_teacher.py", "--recipe", str(recipe))
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "teacher" / "summary.json").read_text())["steps"] == 2
     assert "held-out perplexity" in done.stdout
@@ -137,7 +137,7 @@ def test_edges_are_split_tuned_by_a_submitted_job(
     env, _ = head
     path = tmp_path / "edges.yaml"
     path.write_text(split_edges(tiny_llama, tmp_path / "run").dump())
-    done = submit(env, "--", "python", "jobs/split_tune.py", "--recipe", str(path))
+    done = submit(env, "edges", "--", "python", "jobs/split_tune.py", "--recipe", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "store: held-out perplexity" in done.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -147,7 +147,8 @@ def test_edges_are_split_tuned_by_a_submitted_job(
 def test_the_doctor_knows_token_ports_and_room(head: tuple[dict[str, str], int], recipe: Path) -> None:
     env, port = head
     address = f"127.0.0.1:{port}"
-    job_server = env.pop("RAY_ADDRESS")
+    job_server = env["RAY_ADDRESS"]
+    env = {name: value for name, value in env.items() if name != "RAY_ADDRESS"}
     code, found = doctor(env, "--recipe", str(recipe), "--address", address)
     assert code == 0, found
     assert found["token", "fine"] == "the cluster asks for its token"
@@ -163,11 +164,11 @@ def test_ray_job_stop_leaves_a_directory_that_resumes(
 ) -> None:
     env, _ = head
     entry = ["--", "python", "jobs/distill.py", "--recipe", str(recipe)]
-    assert submit(env, "--no-wait", *entry).returncode == 0
+    assert submit(env, "stopped", "--no-wait", *entry).returncode == 0
     state = tmp_path / "run" / "state"
     wait_for((state / "round-0001").is_dir, 200, "the first round")
-    subprocess.run([BIN / "ray", "job", "stop", "it"], env=env, check=True, capture_output=True, timeout=60)
-    logs = subprocess.run([BIN / "ray", "job", "logs", "it"], env=env, capture_output=True, text=True, timeout=60)
+    subprocess.run([BIN / "ray", "job", "stop", "stopped"], env=env, check=True, capture_output=True, timeout=60)
+    logs = subprocess.run([BIN / "ray", "job", "logs", "stopped"], env=env, capture_output=True, text=True, timeout=60)
     assert "go on with: --resume" in logs.stdout
     assert not (tmp_path / "run" / "summary.json").exists()
     resumed = subprocess.run(

@@ -154,6 +154,28 @@ def test_hub_sets_come_with_their_own_splits(monkeypatch: pytest.MonkeyPatch) ->
         load_rows("org/gone", "train")
 
 
+def test_hub_sets_have_configurations_and_splits_of_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(source: str, configuration: str, split: str) -> list[dict[str, str]]:
+        return [{"text": f"{source} {configuration} {split}"}]
+
+    def names(source: str, configuration: str) -> list[str]:
+        return ["train", "validation_matched"]
+
+    monkeypatch.setitem(
+        sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, get_dataset_split_names=names)
+    )
+    assert load_rows("org/glue:mnli", "validation_matched") == [{"text": "org/glue mnli validation_matched"}]
+    with pytest.raises(DataError, match=r"has no split 'validation_matched'; allowed: train, valid, test, all"):
+        load_rows("builtin:reviews", "validation_matched")
+
+
+def test_rows_without_text_or_instruction_are_split_by_what_text_they_have() -> None:
+    rows = [{"question": f"What is {n}?", "context": "Numbers.", "label": n % 2} for n in range(300)]
+    parts = [[row for row in rows if split_of(row) == part] for part in ("train", "valid", "test")]
+    assert [len(part) > 10 for part in parts] == [True] * 3
+    assert split_of({**rows[0], "label": 7}) == split_of(rows[0])
+
+
 def test_a_hub_set_of_one_split_and_other_names_is_split_by_content(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"instruction": f"Say {n}.", "context": "", "response": str(n), "category": "qa"} for n in range(200)]
     hub = SimpleNamespace(load_dataset=lambda _, split: rows, get_dataset_split_names=lambda _: ["train"])

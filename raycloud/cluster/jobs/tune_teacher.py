@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,11 @@ class _Run:
 
     @contextmanager
     def _following(self, records: Queue, steps: int) -> Iterator[None]:
-        """Write down and show what the workers say, until this ends."""
+        """Write down and show what the workers say, until this ends.
+
+        Raises:
+            OSError: it cannot be written; a run whose log has holes does not count as done.
+        """
         ended = threading.Event()
 
         def follow() -> None:
@@ -208,13 +213,13 @@ class _Run:
                     elif record["kind"] == "held_out":
                         tell(_LOG, f"step {record['step']}: held-out loss {record[HELD_OUT]:.4f}")
 
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join(timeout=30)
+        with ThreadPoolExecutor(1) as aside:
+            following = aside.submit(follow)
+            try:
+                yield
+            finally:
+                ended.set()
+            following.result()
 
     def _write(self, record: dict[str, Any]) -> None:
         if record["kind"] == "start":

@@ -18,9 +18,15 @@ from raycloud.split.finetune.code import Code, narrow, plain, published
 from raycloud.split.finetune.edge import Cloud, EdgeSide, Learning, LocalCloud
 from raycloud.split.finetune.messages import Begin
 from raycloud.split.finetune.numbers import Packing
-from raycloud.split.finetune.recipe import ClassificationRecipe, CutRecipe, RegressionRecipe, SplitTuneRecipe
+from raycloud.split.finetune.recipe import (
+    ClassificationRecipe,
+    CutRecipe,
+    RegressionRecipe,
+    SpanRecipe,
+    SplitTuneRecipe,
+)
 from raycloud.split.finetune.state import Checkpoints
-from raycloud.split.finetune.tasks import Classification, Language, Pooling, Regression, Task, TextHead
+from raycloud.split.finetune.tasks import Classification, Language, Pooling, Regression, Span, Task, TextHead
 from raycloud.split.plan import SplitPlan
 from raycloud.training.loop import Trainer
 from raycloud.training.lora import attach
@@ -48,12 +54,14 @@ def task_of(recipe: SplitTuneRecipe, last: Segment, classes: int, pooler: nn.Mod
         classes: how many there are, for a classification.
         pooler: the model's own, if it has one, for ``pooling: first``.
     """
-    task = recipe.task
+    task, width = recipe.task, int(last.config.hidden_size)
+    if isinstance(task, SpanRecipe):
+        return Span(TextHead(width, 2, dropout=0.0, seed=recipe.seed))  # BERT's has none
     if not isinstance(task, ClassificationRecipe | RegressionRecipe):
         return Language(last)
     outputs = classes if isinstance(task, ClassificationRecipe) else 1
     head = TextHead(
-        int(last.config.hidden_size),
+        width,
         outputs,
         dropout=task.dropout,
         seed=recipe.seed,

@@ -74,6 +74,7 @@ class Company:
             SessionLost: both sides must go on from their last common checkpoint, and meet again.
             LinkError: the cloud cannot be reached, refuses, or has lost the group's rounds.
         """
+        edge.settle()
         done, within = divmod(edge.trainer.step_index, self._asked.steps)
         met, sent, waited = self._ask(edge.cloud, Meet()), 0, 0.0
         if not within and met.ended == done - 1:

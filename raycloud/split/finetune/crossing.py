@@ -54,3 +54,9 @@ def crossing(
 def per_cut(sizes: Counter[str]) -> tuple[int, int, int]:
     """Bytes at the first cut, at the second one, and in all."""
     return sum(sizes[kind] for kind in FIRST), sum(sizes[kind] for kind in SECOND), sizes.total()
+
+
+def per_direction(sizes: Counter[str]) -> tuple[int, int]:
+    """Bytes up to the cloud, and down to the edge."""
+    down = sum(size for kind, size in sizes.items() if kind.endswith("_OK"))
+    return sizes.total() - down, down

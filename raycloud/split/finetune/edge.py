@@ -148,8 +148,10 @@ class EdgeSide:
         self.learning, self.seed, self._depth = learning, seed, depth
         self.clock = Clock()
         self.ended: int | None = None
-        """Rounds that the group had ended at the last step; None for an edge that trains by itself."""
+        """Rounds that the group had ended when last heard; None for an edge that trains by itself."""
         self._spoiled = False
+        self._unsettled = False
+        """Whether the answer to an OPT is still to come: ahead of all others."""
         self._parts: dict[str, nn.Module] = {}
         for segment in (first, last):
             self._parts |= {f"block {segment.lo + place}": block for place, block in enumerate(segment.blocks)}
@@ -192,13 +194,17 @@ class EdgeSide:
         if self.learning.cloud:
             ours = Optimise(step=self.trainer.step_index, norm=norm if math.isfinite(norm) else math.inf)
             self.cloud.send(with_bytes(Kind.OPT, ours))
+            self._unsettled = True
         with self._working():
-            step = self.trainer.finish(sums, norm)
-        if self.learning.cloud:
+            return self.trainer.finish(sums, norm)
+
+    def settle(self) -> None:
+        """Wait until the cloud has made its part of the latest step, which nothing of the next one has to wait for."""
+        if self._unsettled:
+            self._unsettled = False
             told, _ = split_off(self._receive(), Optimised)
             self.clock.cloud += told.seconds
             self.ended = told.ended
-        return step
 
     def state(self) -> dict[str, Tensor]:
         """What the next step depends on, but for the cloud's side of it."""
@@ -215,6 +221,7 @@ class EdgeSide:
             TrainingError: it is of other parameters.
         """
         load_state(self.modules, self.trainer, state)
+        self._unsettled = False
 
     def join(self, step: int, weights: Mapping[str, Tensor]) -> None:
         """Go on with a step from weights that a group has made of its members', the optimiser's state its own.
@@ -317,6 +324,7 @@ class EdgeSide:
         return torch.Generator().manual_seed(seed_of(self.seed, self.trainer.step_index, number, cut))
 
     def _receive(self) -> Frame:
+        self.settle()
         started = time.perf_counter()
         try:
             return self.cloud.receive()

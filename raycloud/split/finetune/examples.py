@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from raycloud.data.batches import IGNORE, Batch, SampleOrder, collate, encode
 from raycloud.data.labelled import classes_of, collate_labelled, encode_labelled
 from raycloud.data.sources import load_rows
-from raycloud.data.splits import Row, Split, select, spread
-from raycloud.evaluation.labels import METRICS
-from raycloud.split.finetune.recipe import ClassificationRecipe, LanguageRecipe, SplitTuneRecipe
+from raycloud.data.spans import Question, encode_spans
+from raycloud.data.splits import Row, select, spread
+from raycloud.evaluation.labels import METRICS, Metric
+from raycloud.evaluation.spans import best_over, best_spans, exact_match, overlap_f1
+from raycloud.split.finetune.recipe import ClassificationRecipe, LanguageRecipe, SpanRecipe, SplitTuneRecipe
 
 _BATCH = 32
 _CALIBRATE = 256
@@ -29,6 +32,8 @@ class Examples:
 
     samples: Sequence[Any]
     join: Callable[[Sequence[Any]], Batch]
+    questions: Sequence[Question] = ()
+    """That the samples are windows of, where the task has any."""
 
     @property
     def lengths(self) -> list[int]:
@@ -39,10 +44,12 @@ class Examples:
         """Some of them, padded on the right."""
         return self.join([self.samples[place] for place in places])
 
-    def in_length_order(self) -> list[Batch]:
-        """All of them, for evaluation."""
-        order = np.argsort(self.lengths, kind="stable")
-        return [self.batch(order[at : at + _BATCH].tolist()) for at in range(0, len(order), _BATCH)]
+    def in_length_order(self) -> Iterator[tuple[list[Any], Batch]]:
+        """All of them, for evaluation: the samples and what they are as a batch."""
+        order = np.argsort(self.lengths, kind="stable").tolist()
+        for at in range(0, len(order), _BATCH):
+            places = order[at : at + _BATCH]
+            yield [self.samples[place] for place in places], self.batch(places)
 
 
 @dataclass(frozen=True)
@@ -97,13 +104,13 @@ def examples_of(
     """
     data, task, pad = recipe.data, recipe.task, int(tokenizer.pad_token_id)
 
-    def rows(split: Split, most: int | None) -> list[Row]:
+    def rows(split: str, most: int | None) -> list[Row]:
         found = select(load_rows(data.source, split, notify), data.where)
         if isinstance(task, ClassificationRecipe) and task.classes is not None:
             found = select(found, {task.label: task.classes})
         return [found[place] for place in spread(len(found), most)]
 
-    train, held_out = rows("train", data.limit), rows("test", data.held_out)
+    train, held_out = rows("train", data.limit), rows(data.held_out_split, data.held_out)
     if isinstance(task, LanguageRecipe):
         spoken = [
             Examples(
@@ -113,6 +120,21 @@ def examples_of(
             for some in (train, held_out)
         ]
         return spoken[0], spoken[1], 0
+    if isinstance(task, SpanRecipe):
+        asked = []
+        for some in (train, held_out):
+            windows, questions = encode_spans(
+                some,
+                tokenizer,
+                question=task.question,
+                context=task.context,
+                answers=task.answers,
+                max_length=data.max_length,
+                max_question=task.max_question,
+                stride=task.stride,
+            )
+            asked.append(Examples(windows, lambda samples: collate_labelled(samples, pad), questions))
+        return asked[0], asked[1], 0
     classes = (task.classes or classes_of(train, task.label)) if isinstance(task, ClassificationRecipe) else None
     made = [
         Examples(
@@ -140,17 +162,61 @@ def judge(
     told: Callable[[int], None] = lambda texts: None,
 ) -> dict[str, float]:
     """The task's metrics over all texts, from what its head says of each batch; ``told`` hears how many are done."""
-    spoken, labelled, done = list[Tensor](), list[Tensor](), 0
-    for batch in examples.in_length_order():
-        told(done := done + len(batch.ids))
-        said, labels = predict(batch).float().cpu(), batch.labels
-        if isinstance(recipe.task, LanguageRecipe):
-            nll = said.logsumexp(dim=-1) - said.gather(-1, labels[labels != IGNORE][:, None])[:, 0]
-            spoken.append(nll.double())
-        else:
-            spoken.append(said.argmax(dim=-1) if said.ndim == 2 else said)
-            labelled.append(labels)
-    if isinstance(recipe.task, LanguageRecipe):
-        return {"perplexity": math.exp(float(torch.cat(spoken).mean()))}
-    found, true = torch.cat(spoken).numpy(), torch.cat(labelled).numpy()
-    return {name: METRICS[name](found, true) for name in recipe.task.metrics}
+
+    def said() -> Iterator[tuple[list[Any], Batch, Tensor]]:
+        done = 0
+        for samples, batch in examples.in_length_order():
+            told(done := done + len(samples))
+            yield samples, batch, predict(batch).float().cpu()
+
+    match recipe.task:
+        case LanguageRecipe():
+            return _spoken(said())
+        case SpanRecipe() as task:
+            return _answered(said(), examples.questions, task.max_answer)
+        case task:
+            return _labelled(said(), task.metrics)
+
+
+Said = Iterator[tuple[list[Any], Batch, Tensor]]
+"""Samples, the batch that they are, and what the head says of it."""
+
+
+def _spoken(said: Said) -> dict[str, float]:
+    nll = []
+    for _, batch, logits in said:
+        labels = batch.labels[batch.labels != IGNORE]
+        nll.append((logits.logsumexp(dim=-1) - logits.gather(-1, labels[:, None])[:, 0]).double())
+    return {"perplexity": math.exp(float(torch.cat(nll).mean()))}
+
+
+def _labelled(said: Said, metrics: Sequence[Metric]) -> dict[str, float]:
+    guesses, true = [], []
+    for _, batch, outputs in said:
+        guesses.append(outputs.argmax(dim=-1) if outputs.ndim == 2 else outputs)
+        true.append(batch.labels)
+    found, wanted = torch.cat(guesses).numpy(), torch.cat(true).numpy()
+    return {name: METRICS[name](found, wanted) for name in metrics}
+
+
+def _answered(said: Said, questions: Sequence[Question], most: int) -> dict[str, float]:
+    """Of each question the answer of the window that is surest."""
+    surest = [-math.inf] * len(questions)
+    answers = [""] * len(questions)
+    for windows, batch, logits in said:
+        of_text = torch.zeros_like(batch.valid)
+        for row, window in enumerate(windows):
+            of_text[row, : len(window.ids)] = torch.from_numpy(window.offsets[:, 0] >= 0)
+        spans = zip(windows, *(found.tolist() for found in best_spans(logits, of_text, most)), strict=True)
+        for window, first, last, score in spans:
+            if score > surest[window.question]:
+                surest[window.question] = score
+                context = questions[window.question].context
+                answers[window.question] = context[window.offsets[first, 0] : window.offsets[last, 1]]
+    both = {"exact_match": exact_match, "f1": overlap_f1}
+    return {
+        name: statistics.fmean(
+            best_over(measure, answer, question.answers) for answer, question in zip(answers, questions, strict=True)
+        )
+        for name, measure in both.items()
+    }

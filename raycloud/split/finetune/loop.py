@@ -73,6 +73,7 @@ def train(
 
 def _save(edge: EdgeSide, kept: Checkpoints) -> None:
     step = edge.trainer.step_index
+    edge.settle()
     edge.cloud.save(step)
     kept.save(step, edge.state())
 

@@ -11,6 +11,7 @@ from raycloud.evaluation.labels import Metric
 from raycloud.models.loading import Device
 from raycloud.recipe import Placement, Recipe
 from raycloud.split.finetune.numbers import Form
+from raycloud.split.recipe import NetworkRecipe
 from raycloud.training.loop import TrainingRecipe
 from raycloud.training.lora import LoraRecipe
 
@@ -21,7 +22,7 @@ class TextsRecipe(Recipe):
     """Texts with labels."""
 
     source: str = "builtin:reviews"
-    """``builtin:reviews``, a JSONL or Parquet file, or a hub id."""
+    """``builtin:reviews``, a JSONL or Parquet file, or a hub id, with its configuration as in ``nyu-mll/glue:cola``."""
     where: dict[str, list[Any]] = {}
     """Only rows whose columns hold one of these values."""
     max_length: int = Field(128, gt=1)
@@ -29,7 +30,9 @@ class TextsRecipe(Recipe):
     limit: int | None = Field(None, gt=0)
     """So many rows of the training split, evenly spread over it; None for all."""
     held_out: int | None = Field(None, gt=0)
-    """So many rows of the test split; None for all."""
+    """So many rows of the split that is held out; None for all."""
+    held_out_split: str = Field("test", min_length=1)
+    """``test``, ``valid``, or a name that a hub set itself uses, such as ``validation_matched``."""
 
 
 class ClassificationRecipe(Recipe):
@@ -70,7 +73,26 @@ class LanguageRecipe(Recipe):
     max_prompt: int = Field(112, gt=0)
 
 
-TaskRecipe = Annotated[ClassificationRecipe | RegressionRecipe | LanguageRecipe, Field(discriminator="kind")]
+class SpanRecipe(Recipe):
+    """Where in a text the answer to a question stands, as in SQuAD; long texts are read in overlapping windows."""
+
+    kind: Literal["span"] = "span"
+    question: Column = "question"
+    context: Column = "context"
+    """Column of the text."""
+    answers: Column = "answers"
+    """Column of a map of ``text`` and ``answer_start``."""
+    max_question: int = Field(64, gt=0)
+    """Tokens of a question."""
+    stride: int = Field(128, ge=0)
+    """Tokens that two windows share."""
+    max_answer: int = Field(30, gt=0)
+    """Tokens of an answer."""
+
+
+TaskRecipe = Annotated[
+    ClassificationRecipe | RegressionRecipe | SpanRecipe | LanguageRecipe, Field(discriminator="kind")
+]
 
 
 class CutRecipe(Recipe):
@@ -143,6 +165,8 @@ class SplitTuneRecipe(Recipe):
     """Steps."""
     depth: int = Field(2, gt=0)
     """Micro-batches that may be on their way at once."""
+    network: NetworkRecipe | None = None
+    """Slows the link to a cloud elsewhere down to this, for experiments."""
     threads: int = Field(0, ge=0)
     """CPU threads to compute with; 0 for as many as there are cores."""
     device: Device = "auto"
@@ -162,6 +186,13 @@ class SplitTuneRecipe(Recipe):
     def _fits(self) -> Self:
         if self.second is not None and self.second <= self.split:
             raise ValueError(f"split={self.split} and second={self.second}; allowed: split < second")
+        task = self.task
+        if isinstance(task, SpanRecipe) and task.max_question + task.stride + 4 > self.data.max_length:
+            raise ValueError(
+                f"data.max_length={self.data.max_length} leaves a text no room beside "
+                f"task.max_question={task.max_question} and task.stride={task.stride}; "
+                f"allowed: {task.max_question + task.stride + 4} or more"
+            )
         if self.cut.kind == "sft" and self.split == 0:
             raise ValueError("split=0 leaves no block for the published cut (cut.kind=sft); allowed: 1 or more")
         if self.learning != "all" and self.cut.kind == "narrow" and self.cut.trained:

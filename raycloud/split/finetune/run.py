@@ -22,7 +22,7 @@ from raycloud.report.split_tune import print_summary, write_page
 from raycloud.report.teacher import print_table
 from raycloud.results import Mode, ResultDir, resumable, write_atomically, write_folder
 from raycloud.split.finetune.assembly import assemble, ends_of, plan_of
-from raycloud.split.finetune.crossing import crossing, per_cut
+from raycloud.split.finetune.crossing import crossing, per_cut, per_direction
 from raycloud.split.finetune.edge import Clock, Cloud, EdgeSide, Learning, LocalCloud
 from raycloud.split.finetune.examples import Examples, calibration, examples_of, judge, lessons_of
 from raycloud.split.finetune.loop import train
@@ -65,6 +65,10 @@ def run(recipe: SplitTuneRecipe, mode: Mode = "new", connect: Connect | None = N
     """
     if recipe.edges:
         raise RecipeError("edges: several, and this is one edge's run; allowed: an empty list")
+    if recipe.network is not None and connect is None:
+        raise RecipeError(
+            "network is given and the cloud's side is in this process; allowed: null, or a cloud elsewhere"
+        )
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     with resumable(recipe.output), ResultDir.open(recipe.output, recipe, mode) as results:
@@ -102,8 +106,9 @@ class _Run:
         finally:
             edge.cloud.close()
         made = max(1, steps - begun)
-        first, second, total = (size / steps for size in per_cut(self._crossed(edge, edge.learning, steps)))
-        summary = {
+        crossed = self._crossed(edge, edge.learning, steps)
+        first, second, total = (size / steps for size in per_cut(crossed))
+        summary: dict[str, Any] = {
             "run": results.run_id,
             "steps": steps,
             "train_texts": len(self.texts.samples),
@@ -118,6 +123,9 @@ class _Run:
             "cloud_seconds_per_step": clock.cloud / made,
             "waiting_seconds_per_step": clock.waiting / made,
         }
+        if recipe.network is not None:
+            busier = max(per_direction(crossed))
+            summary["link_seconds_per_step"] = recipe.network.network().seconds(busier) / steps
         write_atomically(results.path / "edge.safetensors", save(edge.learnt()))
         if model is not None and recipe.cut.kind != "sft":
             write_folder(results.path / "model", lambda folder: _save_model(model, self.tokenizer, folder))

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import _thread
+import errno
 import json
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from peft import PeftModel
+from ray.util.queue import Empty
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raycloud.cluster.jobs import tune_teacher as job
 from raycloud.cluster.jobs.tune_teacher import run
+from raycloud.cluster.run_log import RunLog
 from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
 from raycloud.errors import DataError, Interrupted, ModelError, RecipeError
-from raycloud.results import read_records
+from raycloud.results import ResultDir, read_records
 from tests.cluster.one_machine import on_one_machine
 
 pytest.importorskip("deepspeed")
@@ -164,3 +167,28 @@ def test_what_is_wrong_is_said_before_anything_is_written(
         run(small(tiny_llama, tmp_path / "run", **changes))
     assert said in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+class Told:
+    """A queue of one record, or none after that."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self._left = [record]
+
+    def get(self, timeout: float) -> dict[str, Any]:
+        if not self._left:
+            raise Empty
+        return self._left.pop()
+
+
+def test_a_log_that_cannot_be_written_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small(tmp_path, tmp_path / "run")
+    with ResultDir.open(tmp_path / "run", recipe, "new") as results:
+        one: Any = job._Run(recipe, results, RunLog("nobody"), cast(Any, None), cast(Any, None))
+
+        def full(record: dict[str, Any]) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+        monkeypatch.setattr(results, "log", full)
+        with pytest.raises(OSError, match="No space left"), one._following(Told({"kind": "step", "step": 1}), 3):
+            pass

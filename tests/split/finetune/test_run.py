@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,45 @@ def test_with_fewer_parts_that_learn_fewer_gradients_cross(tiny_llama: Path, tmp
     assert summary["first_cut_bytes_per_step"] < 1.5 * 8 * tokens + 400
 
 
+def test_answers_are_learned_as_spans_of_their_texts(tmp_path: Path) -> None:
+    colours = ["red", "green", "blue", "white", "black", "yellow"]
+    lines = []
+    for n in range(80):
+        context = f"House {n} stands by the lake. It is painted {colours[n % 6]} and has {n % 4} floors."
+        answers = {"text": [colours[n % 6]], "answer_start": [context.index(colours[n % 6])]}
+        lines.append(json.dumps({"question": f"Which colour has house {n}?", "context": context, "answers": answers}))
+    (tmp_path / "houses.jsonl").write_text("\n".join(lines))
+    summary = run(
+        SplitTuneRecipe.parse(
+            {
+                "output": str(tmp_path / "out"),
+                "split": 2,
+                "second": 4,
+                "task": {"kind": "span", "max_question": 16, "stride": 8},
+                "data": {"source": str(tmp_path / "houses.jsonl"), "max_length": 64},
+                "training": {"lr": 5e-4, "batch_size": 8},
+                "epochs": 3,
+                "threads": 1,
+            }
+        )
+    )
+    assert summary["f1"] > summary["f1_before"] + 0.3
+    assert summary["exact_match"] > 0.5
+
+
+def test_a_network_is_for_a_cloud_elsewhere(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="allowed: null, or a cloud elsewhere"):
+        run(recipe(tiny_llama, tmp_path / "out", network={"mbit_s": 10}))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"split": 3}, "split=3 and second=3; allowed: split < second"),
         ({"split": 0, "cut": {"kind": "sft"}}, "allowed: 1 or more"),
         ({"learning": "last"}, "allowed: cut.trained=false, or all"),
+        ({"task": {"kind": "span", "stride": 96}}, "task.stride=96; allowed: 164 or more"),
         ({"cut": {"form": "int3"}}, "cut.form"),
         ({"edges": [{"name": "a"}, {"name": "a"}]}, "edges: names a, a; allowed: each once"),
         ({"edges": [{"name": "a"}], "edge": "b"}, "edge=b; allowed: a"),
