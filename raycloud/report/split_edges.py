@@ -18,8 +18,13 @@ _ABOUT = ("kind", "edge", "what", "train_texts", "held_out_texts", "bytes_per_st
 """Of the record of an examination, what is no metric."""
 
 
-def summarise(run_id: str, records: Sequence[dict[str, Any]]) -> Summary:
-    """The headline numbers of a run, from the records of its ``metrics.jsonl``.
+def summarise(run_id: str, names: Sequence[str], records: Sequence[dict[str, Any]]) -> Summary:
+    """The headline numbers of a run.
+
+    Args:
+        run_id: the run's.
+        names: of the edges, in the order of the table.
+        records: of its ``metrics.jsonl``.
 
     Returns:
         ``edges``: by name its texts, its metrics ``before``, ``alone`` and ``together`` (null where it was not
@@ -27,14 +32,13 @@ def summarise(run_id: str, records: Sequence[dict[str, Any]]) -> Summary:
         and who was missed, and why. ``metrics``: their names; means over the edges that were examined stand at the top,
         such as ``accuracy_before`` and ``accuracy``.
     """
-    edges: dict[str, Any] = {}
+    edges: dict[str, Any] = {name: dict.fromkeys(_WHEN) for name in names}
     for record in records:
+        edge = edges[record["edge"]]
         if record["kind"] == "judged":
-            edge = edges.setdefault(record["edge"], dict.fromkeys(_WHEN))
             edge[record["what"]] = {name: value for name, value in record.items() if name not in _ABOUT}
             edge |= {name: record[name] for name in _ABOUT[3:] if name in record}
         elif record["kind"] == "meeting" and record["round"]:
-            edge = edges.setdefault(record["edge"], dict.fromkeys(_WHEN))
             edge["bytes_per_round"] = max(record["sent"] + record["received"], edge.get("bytes_per_round", 0))
     metrics = next((list(edge["before"]) for edge in edges.values() if edge["before"]), [])
     means = {

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +16,6 @@ from raycloud.edge.cloud import Cloud
 from raycloud.errors import LinkError, RecipeError
 from raycloud.link.meter import Meter
 from raycloud.serving.split_tune import SplitTuneSettings, app
-from raycloud.split.finetune.device import run_edge
 from raycloud.split.finetune.run import run
 from tests.split.finetune.test_run import recipe
 
@@ -68,30 +65,3 @@ def test_a_cloud_says_no_in_one_line(url: str, tiny_llama: Path, tmp_path: Path)
 def test_settings_are_checked() -> None:
     with pytest.raises(ValidationError, match="checkpoints"):
         SplitTuneSettings(model="builtin:minilm-l6", first=1, second=3)  # type: ignore[call-arg]
-
-
-def test_devices_of_one_group_train_the_cloud_part_together(url: str, tiny_llama: Path, tmp_path: Path) -> None:
-    """Each over a socket of its own, with a recipe that names the group and says which edge it is."""
-    edges = [{"name": name, "where": {"domain": [name]}} for name in ("product", "news")]
-    rounds = {"count": 2, "steps": 2, "deadline_s": 60}
-
-    def device(name: str) -> dict[str, Any]:
-        ours = recipe(tiny_llama, tmp_path / name, edges=edges, rounds=rounds, edge=name, group="shops")
-        return run_edge(ours, partial(Cloud(url, TOKEN).channel, Meter()))
-
-    with ThreadPoolExecutor(2) as pool:
-        summaries = dict(zip(("product", "news"), pool.map(device, ("product", "news")), strict=True))
-    learned = []
-    for name, summary in summaries.items():
-        assert summary["edges"][name]["together"]["perplexity"] < summary["edges"][name]["before"]["perplexity"]
-        assert summary["rounds"] == [
-            {"round": number, "members": ["product", "news"], "missed": {}} for number in (1, 2)
-        ]
-        assert (tmp_path / name / "report.html").is_file()
-        learned.append(load_file(tmp_path / name / "edges" / name / "together.safetensors"))
-    assert all(torch.equal(tensor, learned[1][key]) for key, tensor in learned[0].items())
-    with pytest.raises(RecipeError, match=r"edge: null.*allowed: product, news"):
-        run_edge(recipe(tiny_llama, tmp_path / "x", edges=edges), partial(Cloud(url, TOKEN).channel, Meter()))
-    other = recipe(tiny_llama, tmp_path / "y", edges=edges, edge="news", group="shops", rounds={**rounds, "steps": 3})
-    with pytest.raises(LinkError, match="the group 'shops' was begun with another total_steps, another steps"):
-        run_edge(other, partial(Cloud(url, TOKEN).channel, Meter()))

@@ -233,7 +233,8 @@ class _Run:
         cloud, edge = self._ask(self.cloud.group.remote(self.results.run_id))
         shared: dict[str, Tensor] = {**cloud, **{f"edge/{name}": tensor for name, tensor in edge.items()}}
         write_atomically(self.results.path / "group.safetensors", save(shared))
-        summary = summarise(self.results.run_id, self.journal.records)
+        names = [edge.name for edge in self.recipe.edges]
+        summary = summarise(self.results.run_id, names, self.journal.records)
         # As it was given, not as the actors have it: the page says the same when it is rendered again.
         recipe = (self.results.path / RECIPE).read_text(encoding="utf-8")
         write_page(self.results.path, summary, self.journal.records, recipe)

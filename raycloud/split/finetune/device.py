@@ -46,7 +46,7 @@ def run_edge(recipe: SplitTuneRecipe, connect: Connect, mode: Mode = "new") -> d
             if not journal.judged(name, what):
                 journal.add({"kind": "judged", "edge": name, "what": what, **_done(member, what, journal)})
                 member.forget(what)
-        summary = summarise(results.run_id, journal.records)
+        summary = summarise(results.run_id, [name], journal.records)
         results.write_summary(summary)
         print_summary(summary)
         write_page(results.path, summary, journal.records, recipe.dump())

@@ -51,7 +51,7 @@ class TuneLimits(SessionLimits):
     """Of a micro-batch, its padding included."""
     micros: int = Field(default=32, ge=1)
     """Micro-batches whose gradient may be outstanding."""
-    part_bytes: int = Field(default=2**30, ge=0)
+    part_bytes: int = Field(default=2**29, ge=0)
     """Of the weights that an edge brings to a round."""
 
 

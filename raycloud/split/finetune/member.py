@@ -115,7 +115,11 @@ class Member:
 
     def forget(self, what: str) -> None:
         """Let go of the checkpoints of what is done and known to be; what was learned stays."""
-        shutil.rmtree(self._folder / what, ignore_errors=True)
+        shutil.rmtree(self._kept_in(what), ignore_errors=True)
+
+    def _kept_in(self, what: str) -> Path:
+        """Where the checkpoints of this run are; a disk of the edge's own may hold some of an earlier one."""
+        return self._folder / f"{what}-{self._run}"
 
     def _ends(self, what: str) -> tuple[Ends, Begin]:
         """This edge's part of the model as it begins, and what it asks of the cloud."""
@@ -127,7 +131,7 @@ class Member:
         return ends, ends.begin(part.fingerprint, run)
 
     def _trained(self, what: str, group: Together | None, told: Callable[[Record], None]) -> Record:
-        kept = Checkpoints(self._folder / what)
+        kept = Checkpoints(self._kept_in(what))
         ends, begin = self._ends(what)
 
         def connect(session: str) -> Channel:

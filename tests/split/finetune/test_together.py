@@ -94,10 +94,9 @@ class Member:
         return RemoteCloud(self.connect, asked, self.decoder, patience_s=20)
 
     def connect(self, session: str) -> Channel:
-        try:
-            return self.service.connect(session)
-        except RuntimeError:  # its loop is closed
-            raise LinkDown("the cloud is being killed") from None
+        if self.service.loopback.loop.is_closed():
+            raise LinkDown("the cloud is being killed")
+        return self.service.connect(session)
 
     def train(self) -> EdgeSide:
         samples = lambda step: sum(len(batch.ids) for batch in self.batches_of(step))  # noqa: E731
