@@ -29,10 +29,11 @@ from raycloud.errors import ClusterError, LinkError, RaycloudError, TrainingErro
 from raycloud.models.loading import load_config, resolve
 from raycloud.report.console import Bars, bars, console, tell, working
 from raycloud.report.split_edges import print_summary, summarise, write_page
-from raycloud.results import RECIPE, Mode, ResultDir, write_atomically
+from raycloud.results import RECIPE, Mode, ResultDir, write_atomically, write_folder
 from raycloud.split.finetune.assembly import plan_of
 from raycloud.split.finetune.journal import Journal, Record
 from raycloud.split.finetune.recipe import SplitTuneRecipe
+from raycloud.split.finetune.whole import save_whole
 
 _LOG = logging.getLogger(__name__)
 _ANSWER_S = 3600.0
@@ -49,7 +50,8 @@ def run(recipe: SplitTuneRecipe, mode: Mode = "new") -> Result:
     """Train all edges of a recipe, and leave a result directory behind.
 
     That is ``recipe.yaml``, ``metrics.jsonl``, ``summary.json``, ``report.html``, ``group.safetensors``, what all edges
-    have in common, and on every edge's own disk ``edges/<name>/together.safetensors``, what that edge has learned.
+    have in common, where that is the whole model also ``model/``, which ``transformers`` loads, and on every edge's own
+    disk ``edges/<name>/together.safetensors``, what that edge has learned.
 
     Args:
         recipe: what to do; it names the edges.
@@ -151,6 +153,7 @@ class _Run:
         calls = {edge.actor.do.remote(what): edge for edge in wanted}
         for edge in wanted:
             edge.failures = []
+        forgetting: list[ray.ObjectRef] = []
         heard, done = time.monotonic(), len(wanted) < len(edges)
         patience = self.recipe.rounds.deadline_s + _GRACE_S
         with bars(self.recipe.rounds.count * self.recipe.rounds.steps) as progress:
@@ -164,10 +167,12 @@ class _Run:
                     if (found := self._found(ref, edge)) is not None:
                         self._hear(edge)
                         self.journal.add({"kind": "judged", "edge": edge.name, "what": what, **found})
-                        edge.actor.forget.remote(what)
+                        forgetting.append(edge.actor.forget.remote(what))
                         done = True
                     elif len(edge.failures) < _ATTEMPTS:
                         calls[edge.actor.do.remote(what)] = edge
+        if forgetting:
+            ray.wait(forgetting, num_returns=len(forgetting), timeout=_NEWS_S)
         for edge in calls.values():
             tell(_LOG, f"{what}: went on without '{edge.name}', which does not answer", logging.WARNING)
         if wanted and not any(self.journal.judged(edge.name, what) for edge in wanted):
@@ -233,6 +238,9 @@ class _Run:
         cloud, edge = self._ask(self.cloud.group.remote(self.results.run_id))
         shared: dict[str, Tensor] = {**cloud, **{f"edge/{name}": tensor for name, tensor in edge.items()}}
         write_atomically(self.results.path / "group.safetensors", save(shared))
+        if self.recipe.rounds.parts == "averaged":
+            learned = {**cloud, **edge}
+            write_folder(self.results.path / "model", lambda folder: save_whole(self.recipe, learned, folder))
         names = [edge.name for edge in self.recipe.edges]
         summary = summarise(self.results.run_id, names, self.journal.records)
         # As it was given, not as the actors have it: the page says the same when it is rendered again.

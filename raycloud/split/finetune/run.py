@@ -6,17 +6,16 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from raycloud.data.batches import Batch
 from raycloud.errors import RecipeError
 from raycloud.link.channel import Channel
-from raycloud.models.loading import load, load_config, load_tokenizer, pick_device, quiet_transformers, resolve
+from raycloud.models.loading import load, load_config, load_tokenizer, pick_device, resolve
 from raycloud.report.console import bars, console
 from raycloud.report.split_tune import print_summary, write_page
 from raycloud.report.teacher import print_table
@@ -29,10 +28,10 @@ from raycloud.split.finetune.loop import train
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.remote import RemoteCloud
 from raycloud.split.finetune.state import Checkpoints
+from raycloud.split.finetune.whole import save_model
 from raycloud.split.parts import load_edge
 from raycloud.split.plan import PlanSet
 from raycloud.training.loop import Step
-from raycloud.training.lora import merge
 
 _BEFORE = -1
 """The step of the record of what the model could before the first one."""
@@ -128,7 +127,7 @@ class _Run:
             summary["link_seconds_per_step"] = recipe.network.network().seconds(busier) / steps
         write_atomically(results.path / "edge.safetensors", save(edge.learnt()))
         if model is not None and recipe.cut.kind != "sft":
-            write_folder(results.path / "model", lambda folder: _save_model(model, self.tokenizer, folder))
+            write_folder(results.path / "model", lambda folder: save_model(model, self.tokenizer, folder))
         results.write_summary(summary)
         print_summary(summary)
         write_page(results.path, summary, results.metrics(), recipe.dump())
@@ -214,9 +213,3 @@ class _Run:
             for name, learning in _LEARNING.items()
         ]
         print_table(["learning; kB of a step", "first cut", "second cut", "in all"], rows)
-
-
-def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    with quiet_transformers():
-        merge(model).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
