@@ -57,10 +57,11 @@ def rounds_of(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for record in records:
         if record["kind"] == "died":
             died.add(record["edge"])
-        elif record["kind"] == "meeting" and record["round"] not in rounds:
-            missed = {name: "died" if name in died else why for name, why in record["missed"].items()}
-            rounds[record["round"]] = {"round": record["round"], "members": record["members"], "missed": missed}
-            died -= set(record["members"])
+        elif record["kind"] == "meeting":
+            if record["round"] not in rounds:
+                missed = {name: "died" if name in died else why for name, why in record["missed"].items()}
+                rounds[record["round"]] = {"round": record["round"], "members": record["members"], "missed": missed}
+            died.discard(record["edge"])  # it is back
     return [rounds[number] for number in sorted(rounds) if number]
 
 

@@ -25,8 +25,8 @@ RECORDS = [
     {"kind": "died", "edge": "b", "detail": "killed"},
     meeting("a", 2, ["a"], {"b": "absent"}),
     meeting("b", 2, ["a"], {"b": "absent"}),
-    meeting("b", 3, ["a", "b"], {}),
-    meeting("a", 4, ["a"], {"b": "late"}),
+    meeting("a", 3, ["a"], {"b": "late"}),
+    meeting("a", 4, ["a", "b"], {}),
     judged("a", "together", 0.9, bytes_per_step=100.0),
 ]
 
@@ -35,8 +35,8 @@ def test_rounds_are_told_once_and_who_died_did_not_just_stay_away() -> None:
     assert summarise("run", ["b", "a"], RECORDS)["rounds"] == [
         {"round": 1, "members": ["a", "b"], "missed": {}},
         {"round": 2, "members": ["a"], "missed": {"b": "died"}},
-        {"round": 3, "members": ["a", "b"], "missed": {}},
-        {"round": 4, "members": ["a"], "missed": {"b": "late"}},
+        {"round": 3, "members": ["a"], "missed": {"b": "late"}},
+        {"round": 4, "members": ["a", "b"], "missed": {}},
     ]
 
 
