@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raycloud.errors import RecipeError
 
@@ -39,6 +39,14 @@ class Recipe(BaseModel):
     def dump(self) -> str:
         """The recipe as YAML with every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class Placement(Recipe):
+    """What one actor on a Ray cluster asks of its node, beside one unit of ``cloud`` or ``edge``."""
+
+    num_cpus: float = Field(0.25, ge=0)
+    """A fraction, so that the actors of a job and its driver fit on few cores; the threads say how many are used."""
+    num_gpus: float = Field(0.0, ge=0)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from raycloud.split.finetune.assembly import assemble, learning_of
 from raycloud.split.finetune.cloud import Packings
 from raycloud.split.finetune.crossing import crossing, fitting, per_cut
 from raycloud.split.finetune.edge import EdgeSide, Learning
-from raycloud.split.finetune.examples import Examples, examples_of, judge, order_of
+from raycloud.split.finetune.examples import Examples, examples_of, judge, lessons_of
 from raycloud.split.finetune.numbers import Packing
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.training.lora import attach
@@ -86,7 +86,7 @@ class Bench:
         self._fresh = {name: tensor.clone() for name, tensor in weights_of(self._pretrained.model).items()}
         recipe = recipe_of({})
         self.train, self.test, _ = examples_of(recipe, self._pretrained.tokenizer, console.print)
-        self.order: SampleOrder = order_of(self.train, recipe)
+        self.order: SampleOrder = lessons_of(self.train, recipe).order
         self.steps = self.order.steps_per_epoch
         self.width = int(self._pretrained.model.config.hidden_size)
         self.calibration = _some(self.train)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from raycloud.link.channel import Channel, LinkDown, Loopback
+from raycloud.link.channel import Channel, Connection, LinkDown, Loopback
 from raycloud.models.loading import Device, DType
 from raycloud.split.cloud.engine import Engine
 from raycloud.split.cloud.host import Host
@@ -23,36 +24,15 @@ CALLS_AT_ONCE = 64
 _CALL_S = 30.0
 
 
-class CloudSegment:
-    """The cloud's part of a model. Make it an actor with ``max_concurrency=CALLS_AT_ONCE``: waiting calls hold threads.
+class ActorService:
+    """A service on a link, as an actor: a base class.
 
     Args:
-        model: a whole model or an exported ``cloud`` directory.
-        plans: where it is cut; None for as exported.
-        limits: what is granted.
-        calibration: of the codecs; None offers casts only.
-        device: where the blocks go.
-        dtype: their parameters' type.
-        threads: of torch.
+        serve: handles one connection until it ends.
     """
 
-    def __init__(
-        self,
-        model: str,
-        plans: PlanSet | None = None,
-        *,
-        limits: Limits | None = None,
-        calibration: Calibrated | None = None,
-        device: Device = "auto",
-        dtype: DType = "auto",
-        threads: int = 1,
-    ) -> None:
-        torch.set_num_threads(threads)
-        part = load_cloud(model, plans, device=device, dtype=dtype)
-        self._engine = Engine(part, threads=threads)
-        host = Host(self._engine, Codecs(part.config.hidden_size, calibration), limits)
-        # Who may call an actor is inside the cluster's trust already.
-        self._service = Loopback(partial(host.serve, principal="cluster"))
+    def __init__(self, serve: Callable[[Connection], Awaitable[None]]) -> None:
+        self._service = Loopback(serve)
         self._channels: dict[int, Channel] = {}
         self._numbers = itertools.count()
 
@@ -82,8 +62,40 @@ class CloudSegment:
         return self._channels[number]
 
 
+class CloudSegment(ActorService):
+    """The cloud's part of a model. Make it an actor with ``max_concurrency=CALLS_AT_ONCE``: waiting calls hold threads.
+
+    Args:
+        model: a whole model or an exported ``cloud`` directory.
+        plans: where it is cut; None for as exported.
+        limits: what is granted.
+        calibration: of the codecs; None offers casts only.
+        device: where the blocks go.
+        dtype: their parameters' type.
+        threads: of torch.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        plans: PlanSet | None = None,
+        *,
+        limits: Limits | None = None,
+        calibration: Calibrated | None = None,
+        device: Device = "auto",
+        dtype: DType = "auto",
+        threads: int = 1,
+    ) -> None:
+        torch.set_num_threads(threads)
+        part = load_cloud(model, plans, device=device, dtype=dtype)
+        self._engine = Engine(part, threads=threads)
+        host = Host(self._engine, Codecs(part.config.hidden_size, calibration), limits)
+        # Who may call an actor is inside the cluster's trust already.
+        super().__init__(partial(host.serve, principal="cluster"))
+
+
 class ActorChannel:
-    """The edge's end of a channel to a :class:`CloudSegment` actor."""
+    """The edge's end of a channel to an :class:`ActorService`."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor

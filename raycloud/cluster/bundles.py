@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
-from raycloud.distill.recipe import DistillRecipe, Placement
-from raycloud.recipe import Recipe
+from raycloud.distill.recipe import DistillRecipe
+from raycloud.recipe import Placement, Recipe
+from raycloud.split.finetune.recipe import SplitTuneRecipe
 
 Bundle = dict[str, float]
 """Amounts by resource, all on one node."""
@@ -30,9 +31,16 @@ def tune_teacher_bundles(recipe: TuneTeacherRecipe) -> list[Bundle]:
     return [bundle(recipe.workers.placement, "cloud")] * recipe.workers.count
 
 
+def split_tune_bundles(recipe: SplitTuneRecipe) -> list[Bundle]:
+    """The cloud's part, then every edge; none where one edge trains beside the cloud's part or over a link."""
+    edges = [bundle(recipe.edge_placement, "edge")] * len(recipe.edges)
+    return [bundle(recipe.cloud_placement, "cloud"), *edges] if edges else []
+
+
 BUNDLES: dict[str, Callable[[Any], list[Bundle]]] = {
     "distill": distill_bundles,
     "tune_teacher": tune_teacher_bundles,
+    "split_tune": split_tune_bundles,
 }
 """By the recipe's ``job``; a job that is not here needs no cluster."""
 

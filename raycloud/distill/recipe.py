@@ -13,17 +13,9 @@ from raycloud.distill.objectives import AnyObjective, CrossEntropy
 from raycloud.distill.signals import SignalRecipe
 from raycloud.evaluation.recipe import GenerationRecipe
 from raycloud.models.loading import Device
-from raycloud.recipe import Recipe
+from raycloud.recipe import Placement, Recipe
 from raycloud.training.loop import TrainingRecipe
 from raycloud.training.lora import LoraRecipe
-
-
-class Placement(Recipe):
-    """What one actor asks of its node, beside one unit of ``cloud`` or ``edge``."""
-
-    num_cpus: float = Field(0.25, ge=0)
-    """A fraction, so that teacher, students and driver fit on few cores; the threads say how many are used."""
-    num_gpus: float = Field(0.0, ge=0)
 
 
 class TeacherRecipe(Recipe):

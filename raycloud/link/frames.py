@@ -61,6 +61,12 @@ class Kind(IntEnum):
     CODE_OK = 26
     FIT = 27
     FIT_OK = 28
+    ROUND = 29
+    ROUND_OK = 30
+    GIVE = 31
+    GIVE_OK = 32
+    TAKE = 33
+    TAKE_OK = 34
 
 
 class FrameError(LinkError):

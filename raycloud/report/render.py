@@ -14,6 +14,7 @@ from raycloud.report.comparison import write_comparison
 from raycloud.report.distillation import write_page
 from raycloud.report.privacy import write_privacy
 from raycloud.report.runs import PRIVACY, ROWS, run_at
+from raycloud.report.split_edges import write_page as write_split_edges
 from raycloud.report.split_tune import write_page as write_split_tune
 from raycloud.report.teacher import write_page as write_teacher
 from raycloud.results import RECIPE, SUMMARY, read_records
@@ -43,7 +44,9 @@ def render(folder: Path) -> Path:
             return folder / "report.html"
         case "split_tune":
             recipe = (folder / RECIPE).read_text(encoding="utf-8")
-            write_split_tune(folder, _read(folder / SUMMARY), read_records(folder / "metrics.jsonl"), recipe)
+            summary = _read(folder / SUMMARY)
+            write = write_split_edges if "edges" in summary else write_split_tune
+            write(folder, summary, read_records(folder / "metrics.jsonl"), recipe)
             return folder / "report.html"
         case "search":
             summary = _read(folder / SUMMARY)

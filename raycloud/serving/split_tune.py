@@ -50,7 +50,10 @@ def build_api(host: TuneHost, door: Doorkeeper) -> FastAPI:
 
 
 def app(settings: SplitTuneSettings) -> Application:
-    """The application that trains the middle of one model, for each edge by itself."""
+    """The application that trains the middle of one model, for each edge by itself or for those of a group together.
+
+    The members of a group come to one replica, as a session's connections do.
+    """
     tokens, plans = settings.tokens, PlanSet((settings.first,), (settings.second,))
     name = Path(settings.model.removeprefix("builtin:")).name
 

@@ -231,6 +231,12 @@ class Trainer:
         self.step_index += 1
         return sound
 
+    def jump(self, step: int) -> None:
+        """Go on with another step: the schedule is where that one is, and the moments stay as they are."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._skipped_in_a_row = 0
+        self.step_index = step
+
     @property
     def lr(self) -> float:
         """Of the next step, for groups without a rate of their own."""

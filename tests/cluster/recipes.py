@@ -1,4 +1,4 @@
-"""A distillation small enough to be killed many times: a random teacher of four narrow blocks, real text."""
+"""Runs small enough to be killed many times: random models of four narrow blocks, real text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raycloud.distill.recipe import DistillRecipe
+from raycloud.split.finetune.recipe import SplitTuneRecipe
 
 
 def small(teacher: Path, output: Path, /, **changes: Any) -> DistillRecipe:
@@ -28,3 +29,30 @@ def small(teacher: Path, output: Path, /, **changes: Any) -> DistillRecipe:
     for key, value in changes.items():
         values[key] = {**values[key], **value} if isinstance(values.get(key), dict) else value
     return DistillRecipe.model_validate(values)
+
+
+def split_edges(model: Path, output: Path, /, **changes: Any) -> SplitTuneRecipe:
+    """Two edges with two domains, three rounds of two steps."""
+    return SplitTuneRecipe.parse(
+        {
+            "output": str(output),
+            "model": str(model),
+            "split": 1,
+            "second": 3,
+            "task": {"kind": "language", "max_prompt": 80},
+            "data": {"source": "builtin:instruct", "max_length": 96, "limit": 24, "held_out": 4},
+            "cut": {"kind": "narrow", "rank": 6, "form": "int8"},
+            "training": {"lr": 5e-3, "batch_size": 4},
+            "checkpoint_every": 3,
+            "device": "cpu",
+            "threads": 1,
+            "edges": [
+                {"name": "store", "where": {"domain": ["product"]}},
+                {"name": "newsroom", "where": {"domain": ["news"]}},
+            ],
+            "rounds": {"count": 3, "steps": 2, "deadline_s": 30},
+            "cloud_placement": {"num_cpus": 0.1},
+            "edge_placement": {"num_cpus": 0.1},
+            **changes,
+        }
+    )

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.cluster.recipes import small
+from tests.cluster.recipes import small, split_edges
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -82,7 +82,7 @@ def submit(env: dict[str, str], name: str, *words: str) -> subprocess.CompletedP
 
 def test_every_job_is_submitted_in_a_test_here() -> None:
     """A new job wants a test like the next one."""
-    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == {"distill", "tune_teacher"}
+    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == {"distill", "split_tune", "tune_teacher"}
 
 
 def test_a_job_is_submitted_with_a_token(head: tuple[dict[str, str], int], recipe: Path, tmp_path: Path) -> None:
@@ -129,6 +129,19 @@ def doctor(env: dict[str, str], *words: str) -> tuple[int, dict[tuple[str, str],
     assert done.stdout, done.stderr
     findings = json.loads(done.stdout.splitlines()[-1])["findings"]
     return done.returncode, {(one["check"], one["level"]): one["what"] for one in findings}
+
+
+def test_edges_are_split_tuned_by_a_submitted_job(
+    head: tuple[dict[str, str], int], tiny_llama: Path, tmp_path: Path
+) -> None:
+    env, _ = head
+    path = tmp_path / "edges.yaml"
+    path.write_text(split_edges(tiny_llama, tmp_path / "run").dump())
+    done = submit(env, "edges", "--", "python", "jobs/split_tune.py", "--recipe", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "store: held-out perplexity" in done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [one["members"] for one in summary["rounds"]] == [["store", "newsroom"]] * 3
 
 
 def test_the_doctor_knows_token_ports_and_room(head: tuple[dict[str, str], int], recipe: Path) -> None:

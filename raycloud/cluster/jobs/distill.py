@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from raycloud.cluster.checkpoint import Checkpoint, Snapshot
 from raycloud.cluster.cloud_teacher import CloudTeacher, Findings, Start, TeacherFacts
 from raycloud.cluster.edge_student import Answer, Beat, EdgeStudent
-from raycloud.cluster.jobs.frame import Result, finished, on_cluster
+from raycloud.cluster.jobs.frame import Result, finished, on_cluster, placed
 from raycloud.cluster.metrics import RunMetrics
 from raycloud.cluster.rounds import Member, Round, run_round
 from raycloud.cluster.run_log import RunLog
@@ -28,7 +28,7 @@ from raycloud.data.prompts import example
 from raycloud.data.sources import load_rows, training_rows
 from raycloud.data.splits import select, shard
 from raycloud.distill.examination import ALL, Comparison, gap_closed
-from raycloud.distill.recipe import Cohort, DistillRecipe, Placement, StudentRecipe
+from raycloud.distill.recipe import Cohort, DistillRecipe, StudentRecipe
 from raycloud.distill.student import check_blocks, check_objective, check_vocabulary, own_tokenizer, student_from
 from raycloud.errors import ClusterError, DataError, ModelError
 from raycloud.evaluation.questions import ask
@@ -159,7 +159,7 @@ class _Run:
         return checkpoint
 
     def _start_teacher(self) -> None:
-        place = _place(self.recipe.teacher.placement, "cloud")
+        place = placed(self.recipe.teacher.placement, "cloud")
         actor: Any = ray.remote(max_restarts=-1, max_task_retries=-1, **place)(CloudTeacher)
         # Students find the replicas by name: a handle among their own constructor's arguments would tie restarts to it.
         run = uuid.uuid4().hex[:8]
@@ -222,7 +222,7 @@ class _Run:
         folder, members = self.state / "students", []
         for index, edge in enumerate(self.recipe.edges):
             cohort = self.recipe.cohort_of(edge)
-            options = {"max_restarts": -1, **_place(cohort.student.placement, "edge")}
+            options = {"max_restarts": -1, **placed(cohort.student.placement, "edge")}
             config = checkpoint.students[cohort.name].config
             actor = student.options(**options).remote(
                 index, self.recipe, config, self.names, folder, self.log.of(f"student {edge.name}")
@@ -369,10 +369,6 @@ class _Run:
 
         write_folder(self.results.path / (f"students/{name}" if name else "student"), fill)
         return model.num_parameters()
-
-
-def _place(placement: Placement, tier: str) -> dict[str, Any]:
-    return {"num_cpus": placement.num_cpus, "num_gpus": placement.num_gpus, "resources": {tier: 1}}
 
 
 def _plain(found: Findings) -> dict[str, Any]:

@@ -17,8 +17,15 @@ from raycloud.cluster.runtime import joined, stoppable
 from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
 from raycloud.distill.recipe import DistillRecipe
 from raycloud.errors import RaycloudError
+from raycloud.recipe import Placement
 from raycloud.report.console import console
 from raycloud.results import Mode, ResultDir, resumable
+from raycloud.split.finetune.recipe import SplitTuneRecipe
+
+
+def placed(placement: Placement, tier: str) -> dict[str, Any]:
+    """The options of an actor in the tier ``cloud`` or ``edge``."""
+    return {"num_cpus": placement.num_cpus, "num_gpus": placement.num_gpus, "resources": {tier: 1}}
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,9 @@ class Result:
 
 
 @contextmanager
-def on_cluster(recipe: DistillRecipe | TuneTeacherRecipe, mode: Mode) -> Iterator[tuple[ResultDir, RunLog]]:
+def on_cluster(
+    recipe: DistillRecipe | TuneTeacherRecipe | SplitTuneRecipe, mode: Mode
+) -> Iterator[tuple[ResultDir, RunLog]]:
     """The result directory of a run, open for as long as a cluster that can hold its actors is joined, and their log.
 
     Raises:

@@ -7,9 +7,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from raycloud.data.recipe import DataRecipe
-from raycloud.distill.recipe import Placement
 from raycloud.models.loading import Device, DType
-from raycloud.recipe import Recipe
+from raycloud.recipe import Placement, Recipe
 from raycloud.training.loop import TrainingRecipe
 from raycloud.training.lora import LoraRecipe
 

@@ -26,7 +26,7 @@ from raycloud.split.finetune.messages import (
     Optimised,
 )
 from raycloud.split.finetune.numbers import Coded, Packing
-from raycloud.split.finetune.state import load_state, state_of
+from raycloud.split.finetune.state import load_state, put, state_of
 from raycloud.split.finetune.tasks import Pooling, pooled
 from raycloud.training.draws import drawing, seed_of
 from raycloud.training.loop import Trainer
@@ -104,6 +104,19 @@ class CloudSide:
         """
         load_state(self.modules, self.trainer, state)
         self.step = step
+
+    def join(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """Go on with a step from weights that a group has made of its members', the optimiser's state its own.
+
+        Raises:
+            TrainingError: they are of other parameters.
+        """
+        put(self.modules, weights)
+        self._passes.clear()
+        self._spoiled = False
+        self.step = step
+        if self.trainer is not None:
+            self.trainer.jump(step)
 
     @property
     def outstanding(self) -> int:

@@ -31,7 +31,7 @@ from raycloud.split.finetune.messages import (
     Optimised,
 )
 from raycloud.split.finetune.numbers import Coded, Packing
-from raycloud.split.finetune.state import Checkpoints, load_state, state_of
+from raycloud.split.finetune.state import Checkpoints, load_state, put, state_of
 from raycloud.split.finetune.tasks import Pooling, Task, pooled
 from raycloud.training.draws import drawing, seed_of
 from raycloud.training.loop import Step, Sums, Trainer
@@ -41,7 +41,7 @@ class Cloud(Protocol):
     """The other side. Answers come in the order of the requests."""
 
     def send(self, request: Frame) -> None:
-        """Begin a request; FIT, FWD, BWD or OPT."""
+        """Begin a request; FIT, FWD, BWD or OPT, and GIVE, ROUND or TAKE where edges train together."""
         ...
 
     def receive(self) -> Frame:
@@ -157,6 +157,8 @@ class EdgeSide:
         self.packings, self.back, self.cloud, self.trainer = packings, back, cloud, trainer
         self.learning, self.seed, self._depth = learning, seed, depth
         self.clock = Clock()
+        self.ended: int | None = None
+        """Rounds that the group had ended when last heard; None for an edge that trains by itself."""
         self._spoiled = False
         self._unsettled = False
         """Whether the answer to an OPT is still to come: ahead of all others."""
@@ -233,6 +235,7 @@ class EdgeSide:
             self._unsettled = False
             told, _ = split_off(self._receive(), Optimised)
             self.clock.cloud += told.seconds
+            self.ended = told.ended
 
     def state(self) -> dict[str, Tensor]:
         """What the next step depends on, but for the cloud's side of it."""
@@ -250,6 +253,15 @@ class EdgeSide:
         """
         load_state(self.modules, self.trainer, state)
         self._unsettled = False
+
+    def join(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """Go on with a step from weights that a group has made of its members', the optimiser's state its own.
+
+        Raises:
+            TrainingError: they are of other parameters.
+        """
+        put(self.modules, weights)
+        self.trainer.jump(step)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:

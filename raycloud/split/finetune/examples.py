@@ -23,6 +23,8 @@ from raycloud.evaluation.spans import best_over, best_spans, exact_match, overla
 from raycloud.split.finetune.recipe import ClassificationRecipe, LanguageRecipe, SpanRecipe, SplitTuneRecipe
 
 _BATCH = 32
+_CALIBRATE, _TOGETHER = 64, 8
+"""Texts that codes are fitted to, in all and of a batch."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,48 @@ class Examples:
         for at in range(0, len(order), _BATCH):
             places = order[at : at + _BATCH]
             yield [self.samples[place] for place in places], self.batch(places)
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Which texts each step takes: a function of the step alone.
+
+    Args:
+        examples: to learn from.
+        order: of the micro-batches.
+        accumulate: how many of them make a step.
+    """
+
+    examples: Examples
+    order: SampleOrder
+    accumulate: int
+
+    def batches(self, step: int) -> list[Batch]:
+        """The micro-batches of a step."""
+        return [self.examples.batch(places) for places in self._places(step)]
+
+    def lengths(self, step: int) -> list[list[int]]:
+        """The tokens of each text, by micro-batch."""
+        return [[int(self.order.lengths[place]) for place in places] for places in self._places(step)]
+
+    def samples(self, step: int) -> int:
+        """How many texts a step takes."""
+        return sum(map(len, self._places(step)))
+
+    def _places(self, step: int) -> list[list[int]]:
+        return [self.order.indices(step * self.accumulate + micro) for micro in range(self.accumulate)]
+
+
+def calibration(examples: Examples) -> list[Batch]:
+    """Some of the texts in batches, spread over all of them."""
+    places = spread(len(examples.samples), _CALIBRATE)
+    return [examples.batch(places[at : at + _TOGETHER]) for at in range(0, len(places), _TOGETHER)]
+
+
+def lessons_of(examples: Examples, recipe: SplitTuneRecipe) -> Lessons:
+    """What each step of a recipe takes."""
+    order = SampleOrder(examples.lengths, recipe.training.batch_size, recipe.seed)
+    return Lessons(examples, order, recipe.training.accumulate)
 
 
 def examples_of(
@@ -109,11 +153,6 @@ def examples_of(
         for some in (train, held_out)
     ]
     return made[0], made[1], len(classes or ())
-
-
-def order_of(examples: Examples, recipe: SplitTuneRecipe) -> SampleOrder:
-    """Which texts each micro-batch takes."""
-    return SampleOrder(examples.lengths, recipe.training.batch_size, recipe.seed)
 
 
 @torch.no_grad()

@@ -1,14 +1,18 @@
-"""Split fine-tuning in the cloud: a session for each edge, with weights and an optimiser of its own."""
+"""Split fine-tuning in the cloud: a session for each edge, with weights and an optimiser of its own.
+
+Edges that train together bring their weights to rounds, and begin from what becomes of them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import copy
 import hashlib
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,10 +25,17 @@ from raycloud.link.hosting import Refused, Session, SessionHost, SessionLimits, 
 from raycloud.split.cloud.metrics import NoMetrics
 from raycloud.split.finetune.cloud import CloudSide, OutOfStep, Packings
 from raycloud.split.finetune.code import blank, load_decoder, plain
-from raycloud.split.finetune.messages import Began, Begin, Rows, Saved
+from raycloud.split.finetune.group import Group
+from raycloud.split.finetune.meeting import Meeting, read
+from raycloud.split.finetune.messages import Began, Begin, Given, Meet, Optimised, Rows, Saved, Take, Taken
 from raycloud.split.finetune.state import Checkpoints
 from raycloud.split.parts import CloudPart
 from raycloud.training.loop import Trainer
+
+_CHUNK = 2 * 2**20
+_WAIT_S = 4.0
+"""How long a ROUND whose round goes on is kept waiting: shorter than an edge waits for an answer of a sound cloud."""
+_LOOK_S = 0.05
 
 
 class TuneLimits(SessionLimits):
@@ -36,6 +47,8 @@ class TuneLimits(SessionLimits):
     """Of a micro-batch, its padding included."""
     micros: int = Field(default=32, ge=1)
     """Micro-batches whose gradient may be outstanding."""
+    part_bytes: int = Field(default=2**29, ge=0)
+    """Of the weights that an edge brings to a round."""
 
 
 @dataclass(kw_only=True)
@@ -47,10 +60,23 @@ class TuneSession(Session):
     side: CloudSide | None = None
     """Made by the first request, on the thread that computes."""
     ended: bool = False
+    meeting: Meeting | None = None
+    """Of the group that it trains with."""
+    given: bytearray = field(default_factory=bytearray)
+    """What it has brought of its own weights."""
+    taken: tuple[int, bytes] = (0, b"")
+    """What it is being given: the round, and the edges' weights."""
+
+    @property
+    def name(self) -> str:
+        """The edge's, within its group."""
+        return "" if self.asked.together is None else self.asked.together.name
 
 
 class TuneHost(SessionHost[TuneSession]):
-    """Trains with many edges, each by itself, one request at a time on one thread.
+    """Trains with many edges, each by itself or in a group, one request at a time on one thread.
+
+    The members of a group share a token and must come to one host: only a round brings them together.
 
     Args:
         part: the blocks that every session begins with; never changed.
@@ -60,7 +86,9 @@ class TuneHost(SessionHost[TuneSession]):
         threads: of torch; None leaves them as they are.
     """
 
-    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.CODE, Kind.FIT, Kind.FWD, Kind.BWD, Kind.OPT, Kind.SAVE})
+    kinds: ClassVar[frozenset[Kind]] = frozenset(
+        {Kind.CODE, Kind.FIT, Kind.FWD, Kind.BWD, Kind.OPT, Kind.SAVE, Kind.GIVE, Kind.ROUND, Kind.TAKE}
+    )
     _limits: TuneLimits
 
     def __init__(
@@ -73,8 +101,17 @@ class TuneHost(SessionHost[TuneSession]):
     ) -> None:
         super().__init__(limits or TuneLimits(), metrics or NoMetrics())
         self._part, self._folder = part, folder
+        self._meetings: dict[Path, Meeting] = {}
         start = (lambda: None) if threads is None else (lambda: torch.set_num_threads(threads))
         self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine", initializer=start)
+
+    def kept(self, group: str, principal: str) -> Group:
+        """A group as its latest round left it.
+
+        Raises:
+            TrainingError: no round has ended, or the file cannot be read.
+        """
+        return read(group_file(self._of(principal), group))[1]
 
     def close(self) -> None:
         """Stop, behind what is under way."""
@@ -94,12 +131,35 @@ class TuneHost(SessionHost[TuneSession]):
             if there.apart > there.width or there.width > 2 * width or (not there.narrow and there.width != width):
                 raise Refused("width", f"{there.width} numbers of a token, {there.apart} apart; rows have {width}")
         # Another principal's run must not be found, whatever id is guessed.
-        kept = Checkpoints(self._folder / hashlib.sha256(principal.encode()).hexdigest()[:16] / asked.run)
+        mine = self._of(principal)
+        kept = Checkpoints(mine / asked.run)
         if asked.restore is not None and asked.restore not in kept.steps():
             raise Refused("checkpoint", f"no checkpoint of step {asked.restore} of run {asked.run[:8]} is here")
+        meeting = None if asked.together is None else self._meeting(group_file(mine, asked.together.group), asked)
         return lambda: TuneSession(
-            id=frame.session, principal=principal, limits=self._limits, epoch=frame.epoch, asked=asked, kept=kept
+            id=frame.session,
+            principal=principal,
+            limits=self._limits,
+            epoch=frame.epoch,
+            asked=asked,
+            kept=kept,
+            meeting=meeting,
         )
+
+    def _of(self, principal: str) -> Path:
+        """Where what one principal's edges need is kept."""
+        return self._folder / hashlib.sha256(principal.encode()).hexdigest()[:16]
+
+    def _meeting(self, path: Path, asked: Begin) -> Meeting:
+        meeting = self._meetings.get(path)
+        if meeting is None:
+            try:
+                meeting = Meeting(path, asked)
+            except RaycloudError as error:
+                raise Refused("group", str(error)) from None
+        meeting.check(asked)
+        self._meetings[path] = meeting
+        return meeting
 
     def granted(self, session: TuneSession) -> Granted:
         """Lease and credit."""
@@ -115,21 +175,35 @@ class TuneHost(SessionHost[TuneSession]):
                 raise Refused("tokens", f"{padded}; allowed: {self._limits.tokens} tokens in all, {longest} of a text")
             if session.side is not None and session.side.outstanding >= self._limits.micros:
                 raise Refused("micros", f"{self._limits.micros} micro-batches are outstanding")
+        if frame.kind in (Kind.GIVE, Kind.ROUND, Kind.TAKE):
+            if session.meeting is None:
+                raise Refused("group", f"{frame.kind.name} is for edges that train in a group")
+            if frame.kind is Kind.ROUND:
+                return self._round(session, session.meeting, split_off(frame, Meet)[0])
         return asyncio.wrap_future(self._engine.submit(self._answer, session, frame))
 
     def freed(self, session: TuneSession) -> None:
         """Its weights and optimiser go with it; checkpoints stay."""
         session.side, session.ended = None, True
+        if session.meeting is not None:
+            self._engine.submit(session.meeting.group.leave, session.name, session.id)
+            if not any(other.meeting is session.meeting for other in self.held()):
+                self._meetings = {at: one for at, one in self._meetings.items() if one is not session.meeting}
+
+    async def _round(self, session: TuneSession, meeting: Meeting, asked: Meet) -> Frame:
+        """Its answer once the round has ended, or before the edge loses patience."""
+        until = time.monotonic() + _WAIT_S
+        while True:
+            ended, answer = await asyncio.wrap_future(self._engine.submit(self._meet, session, meeting, asked))
+            if ended or time.monotonic() >= until:
+                return answer
+            await asyncio.sleep(_LOOK_S)
 
     # -- on the thread that computes
 
     def _answer(self, session: TuneSession, frame: Frame) -> Frame:
-        if session.ended:
-            raise Refused("unknown-session", "the session ended")
         with _refusing():
-            if session.side is None:
-                session.side = self._side(session)
-            side = session.side
+            side = self._beside(session)
             if frame.kind is Kind.CODE:
                 _, raw = split_off(frame, Began)
                 load_decoder(side.decoder, raw)
@@ -140,7 +214,50 @@ class TuneHost(SessionHost[TuneSession]):
                     raise OutOfStep(f"step {asked.step} is to be saved in step {side.step}")
                 session.kept.save(side.step, side.state())
                 return with_bytes(Kind.SAVE_OK, asked)
-            return side.answer(frame)
+            if frame.kind is Kind.GIVE:
+                return self._give(session, *split_off(frame, Given))
+            if frame.kind is Kind.TAKE:
+                return self._take(session, side, split_off(frame, Take)[0])
+            answer = side.answer(frame)
+            if frame.kind is Kind.OPT and session.meeting is not None:
+                told, _ = split_off(answer, Optimised)
+                answer = with_bytes(Kind.OPT_OK, told.model_copy(update={"ended": session.meeting.ended}))
+            return answer
+
+    def _beside(self, session: TuneSession) -> CloudSide:
+        """The session's side; its edge is there once it has one."""
+        if session.ended:
+            raise Refused("unknown-session", "the session ended")
+        if session.side is None:
+            session.side = self._side(session)
+            if session.meeting is not None:
+                session.meeting.group.arrive(session.name, session.id)
+        return session.side
+
+    def _meet(self, session: TuneSession, meeting: Meeting, asked: Meet) -> tuple[bool, Frame]:
+        with _refusing():
+            side = self._beside(session)
+            ended, told = meeting.meet(session.name, session.id, asked, session.given, side)
+        return ended, with_bytes(Kind.ROUND_OK, told)
+
+    def _give(self, session: TuneSession, asked: Given, raw: bytes) -> Frame:
+        if asked.at == 0:
+            session.given.clear()
+        if asked.at != len(session.given):
+            raise OutOfStep(f"bytes from {asked.at} on came where {len(session.given)} should have")
+        if asked.at + len(raw) > self._limits.part_bytes:
+            raise ValueError(f"the edge's weights take more than {self._limits.part_bytes} bytes")
+        session.given += raw
+        return with_bytes(Kind.GIVE_OK, asked)
+
+    def _take(self, session: TuneSession, side: CloudSide, asked: Take) -> Frame:
+        """The bytes are of one round, whatever ends meanwhile."""
+        assert session.meeting is not None
+        if asked.at == 0:
+            session.taken = session.meeting.take(session.name, session.id, side)
+            session.given.clear()
+        ended, packed = session.taken
+        return with_bytes(Kind.TAKE_OK, Taken(ended=ended, size=len(packed)), packed[asked.at : asked.at + _CHUNK])
 
     def _side(self, session: TuneSession) -> CloudSide:
         """A side of the session's own, as it begins or as it was saved."""
@@ -169,11 +286,18 @@ class TuneHost(SessionHost[TuneSession]):
         return side
 
 
+def group_file(folder: Path, group: str) -> Path:
+    """Where a group is kept among the checkpoints of those who share a token."""
+    return folder / "groups" / f"{group}.safetensors"
+
+
 @contextmanager
 def _refusing() -> Iterator[None]:
     """What an edge may do wrong, in words that it is told."""
     try:
         yield
+    except Refused:
+        raise
     except OutOfStep as error:
         raise Refused("step", str(error)) from None
     except (ValueError, FrameError, RaycloudError) as error:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from raycloud.data.batches import Batch
+from raycloud.split.finetune.company import Company
 from raycloud.split.finetune.edge import Cloud, EdgeSide
 from raycloud.split.finetune.remote import SessionLost
 from raycloud.split.finetune.state import Checkpoints
@@ -23,6 +24,7 @@ def train(
     kept: Checkpoints,
     cloud_at: Callable[[int], Cloud],
     told: Callable[[Step], None] = lambda step: None,
+    company: Company | None = None,
 ) -> None:
     """Train to the last step, from the latest checkpoint if there is one.
 
@@ -38,6 +40,9 @@ def train(
         kept: the edge's.
         cloud_at: opens the other side again, as it was at a checkpoint.
         told: of every step, again if it is made again.
+        company: the group that the edge trains with, met between rounds of steps; a round that ended without this edge
+            is left between two steps. There is a checkpoint ahead of each meeting, and what the group has made of
+            everybody's weights is the group's to keep.
 
     Raises:
         LinkError: the cloud cannot be reached, or refuses.
@@ -47,15 +52,23 @@ def train(
         edge.load(kept.load(*latest))
     else:
         _save(edge, kept)
-    while (step := edge.trainer.step_index) < steps:
+    meets = company is not None
+    while True:
         try:
+            if meets and company is not None:
+                company.meet(edge)
+            step = edge.trainer.step_index
+            if step >= steps:
+                return
             told(edge.step(batches_of(step)))
-            if (step + 1) % every == 0 or step + 1 == steps:
+            meets = company is not None and company.due(edge)
+            if (step + 1) % every == 0 or step + 1 == steps or meets:
                 _save(edge, kept)
         except SessionLost as error:
             log.info("going back to step %d: %s", kept.steps()[-1], error)
             edge.cloud.close()
             _go_on(edge, kept, cloud_at)
+            meets = company is not None
 
 
 def _save(edge: EdgeSide, kept: Checkpoints) -> None:

@@ -4,6 +4,9 @@ A session begins with OPEN and, unless it goes on from a checkpoint, with the co
 cloud its end of the first one, FIT the rows that it fits the second one to. A step is FWD and BWD for each of its
 micro-batches, then OPT; SAVE may follow. Each has one answer, in the order of the requests. Payloads are a MessagePack
 map followed by coded numbers or tensors.
+
+Edges that train together meet between rounds of steps: GIVE, as often as it takes, and ROUND bring an edge's work,
+ROUND alone asks where the group stands, and with TAKE both sides begin from what the group made of everybody's.
 """
 
 from __future__ import annotations
@@ -40,6 +43,27 @@ class Agreed(Body):
         return Packing(self.form, self.width, self.apart)
 
 
+GroupName = Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
+"""Of a group, or of an edge in it."""
+
+
+class Together(Body):
+    """The group that an edge trains with. All members ask for the same, but for their names."""
+
+    group: GroupName
+    """Among those of one token."""
+    name: GroupName
+    """This edge's."""
+    edges: list[GroupName] = Field(min_length=1, max_length=1024)
+    """All names."""
+    steps: int = Field(ge=1)
+    """Of a round."""
+    deadline_s: float = Field(gt=0, allow_inf_nan=False)
+    """How long the first work of a round waits for that of the others."""
+    averaged: bool
+    """Whether the edges' own parts are averaged as well as the cloud's."""
+
+
 class Begin(Body):
     """OPEN: what both sides must agree on."""
 
@@ -63,6 +87,8 @@ class Begin(Body):
     """Of the first cut."""
     down: Agreed
     """Of the second one."""
+    together: Together | None = None
+    """None for an edge that trains by itself."""
 
 
 class Began(Body):
@@ -148,3 +174,47 @@ class Optimised(Body):
     step: int = Field(ge=0)
     """Of the next one."""
     seconds: float = Field(ge=0)
+    ended: int | None = None
+    """Rounds that the edge's group has ended, so that one that is late learns of it between two steps."""
+
+
+class Meet(Body):
+    """ROUND: this edge's work of a round, whose own weights GIVE brought; or where the group stands."""
+
+    round: int | None = Field(None, ge=0)
+    """The round that is worked for; 0 is the beginning, at which the group agrees on a code. None only asks."""
+    samples: int = Field(1, ge=1)
+    """That were trained on, by which it is averaged."""
+
+
+class Met(Body):
+    """ROUND_OK, within seconds: if the round has not ended yet, it is asked for again."""
+
+    ended: int = Field(ge=-1)
+    """The latest round that ended; -1 before the beginning."""
+    members: list[str]
+    """Whose work was averaged in it."""
+    missed: dict[str, str]
+    """Whose was not, and why."""
+
+
+class Given(Body):
+    """GIVE: some bytes of the edge's own weights as safetensors. GIVE_OK likewise, without them."""
+
+    at: int = Field(ge=0)
+    """Where they begin."""
+
+
+class Take(Body):
+    """TAKE: some bytes of the edges' weights as the group has them. At 0 the cloud's part takes over the group's."""
+
+    at: int = Field(ge=0)
+
+
+class Taken(Body):
+    """TAKE_OK: the bytes."""
+
+    ended: int = Field(ge=0)
+    """The round whose they are."""
+    size: int = Field(ge=0)
+    """Of all of them."""

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from raycloud.data.prompts import Format
 from raycloud.evaluation.labels import Metric
 from raycloud.models.loading import Device
-from raycloud.recipe import Recipe
+from raycloud.recipe import Placement, Recipe
 from raycloud.split.finetune.numbers import Form
 from raycloud.split.recipe import NetworkRecipe
 from raycloud.training.loop import TrainingRecipe
@@ -125,8 +125,30 @@ class BackRecipe(CutRecipe):
         return {"form": given} if isinstance(given, str) else given
 
 
+class EdgeRecipe(Recipe):
+    """One of several edges, and the texts that are its own."""
+
+    name: str = Field(pattern=r"^[\w-]{1,64}$")
+    where: dict[str, list[Any]] = {}
+    """Columns and the values this edge's rows have there, beside those of ``data.where``."""
+
+
+class RoundsRecipe(Recipe):
+    """Rounds of training, each ended by averaging the cloud's parts that the edges have trained."""
+
+    count: int = Field(4, gt=0)
+    steps: int = Field(25, gt=0)
+    """Optimiser steps of an edge in a round."""
+    deadline_s: float = Field(60.0, gt=0)
+    """So long the first edge that has done a round waits for the others; who is late is left out of it."""
+    parts: Literal["averaged", "private"] = "averaged"
+    """What becomes of the edges' own parts. ``averaged``: all begin with the code of the first edge, and first and last
+    part, head and code are averaged as well; they cross once a round. ``private``: they stay at the edge, each edge has
+    a code of its own, and only the cloud's blocks are averaged."""
+
+
 class SplitTuneRecipe(Recipe):
-    """An edge that holds the text and a cloud that holds the middle fine-tune one model together."""
+    """An edge, or several, that hold the texts and a cloud that holds the middle fine-tune one model together."""
 
     job: Literal["split_tune"] = "split_tune"
     output: str = "results/split-tune"
@@ -151,6 +173,7 @@ class SplitTuneRecipe(Recipe):
         lr=1e-4, schedule="linear", warmup_steps=25, weight_decay=0.01, batch_size=16
     )
     epochs: int = Field(2, gt=0)
+    """Edges that train together have ``rounds`` instead."""
     checkpoint_every: int = Field(50, gt=0)
     """Steps."""
     depth: int = Field(2, gt=0)
@@ -160,6 +183,17 @@ class SplitTuneRecipe(Recipe):
     threads: int = Field(0, ge=0)
     """CPU threads to compute with; 0 for as many as there are cores."""
     device: Device = "auto"
+    edges: list[EdgeRecipe] = []
+    """Edges that share the cloud's part, as actors on a Ray cluster or each as a device with ``--cloud``."""
+    rounds: RoundsRecipe = RoundsRecipe()
+    alone: bool = False
+    """Train every edge by itself first, for as many steps, to tell what the others' company brings."""
+    edge: str | None = None
+    """Which of the edges this device is, with ``--cloud``."""
+    group: str = Field("edges", pattern=r"^[\w.-]{1,64}$")
+    """What the edges' group is called at the cloud, with ``--cloud``; a run from the beginning needs a new name."""
+    cloud_placement: Placement = Placement()
+    edge_placement: Placement = Placement()
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -175,3 +209,35 @@ class SplitTuneRecipe(Recipe):
         if self.cut.kind == "sft" and self.split == 0:
             raise ValueError("split=0 leaves no block for the published cut (cut.kind=sft); allowed: 1 or more")
         return self
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        names = [edge.name for edge in self.edges]
+        if self.edge is not None and self.edge not in names:
+            raise ValueError(f"edge={self.edge}; allowed: {', '.join(names) or 'none without edges'}")
+        if not self.edges:
+            return self
+        if len(set(names)) < len(names):
+            raise ValueError(f"edges: names {', '.join(names)}; allowed: each once")
+        if self.lora is not None:
+            raise ValueError("lora: means of the factors are not the mean of their products; allowed with edges: null")
+        if self.cut.kind == "sft" or getattr(self.task, "pooling", "") == "first":
+            raise ValueError("edges are at the ends of links; allowed there: cut.kind narrow or plain, pooling mean")
+        if isinstance(self.task, ClassificationRecipe) and self.task.classes is None:
+            raise ValueError("task.classes: null, and no edge knows all texts; allowed with edges: the classes by name")
+        if self.learning == "last" and self.rounds.parts == "private":
+            raise ValueError("learning=last and rounds.parts=private leave the edges nothing in common to train")
+        return self
+
+    def of(self, name: str) -> SplitTuneRecipe:
+        """How one of the edges trains, as if there were no others.
+
+        Raises:
+            ValueError: there is no such edge.
+        """
+        for edge in self.edges:
+            if edge.name == name:
+                where = {**self.data.where, **edge.where}
+                data = self.data.model_copy(update={"where": where})
+                return self.model_copy(update={"edges": [], "edge": None, "data": data})
+        raise ValueError(f"no edge '{name}'")

@@ -13,7 +13,17 @@ from raycloud.link.frames import Frame, Granted, Kind, with_bytes
 from raycloud.split.finetune.code import tensors_of
 from raycloud.split.finetune.messages import Began, Begin, Saved
 
-_REPLIES = (Kind.FWD_OK, Kind.BWD_OK, Kind.OPT_OK, Kind.SAVE_OK, Kind.CODE_OK, Kind.FIT_OK)
+_REPLIES = (
+    Kind.FWD_OK,
+    Kind.BWD_OK,
+    Kind.OPT_OK,
+    Kind.SAVE_OK,
+    Kind.CODE_OK,
+    Kind.FIT_OK,
+    Kind.GIVE_OK,
+    Kind.ROUND_OK,
+    Kind.TAKE_OK,
+)
 
 
 class SessionLost(LinkError):

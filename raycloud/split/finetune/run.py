@@ -6,18 +6,16 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from raycloud.data.batches import Batch
-from raycloud.data.splits import spread
 from raycloud.errors import RecipeError
 from raycloud.link.channel import Channel
-from raycloud.models.loading import load, load_config, load_tokenizer, pick_device, quiet_transformers, resolve
+from raycloud.models.loading import load, load_config, load_tokenizer, pick_device, resolve
 from raycloud.report.console import bars, console
 from raycloud.report.split_tune import print_summary, write_page
 from raycloud.report.teacher import print_table
@@ -25,18 +23,16 @@ from raycloud.results import Mode, ResultDir, resumable, write_atomically, write
 from raycloud.split.finetune.assembly import assemble, ends_of, plan_of
 from raycloud.split.finetune.crossing import crossing, fitting, per_cut, per_direction
 from raycloud.split.finetune.edge import Clock, Cloud, EdgeSide, Learning, LocalCloud
-from raycloud.split.finetune.examples import Examples, examples_of, judge, order_of
+from raycloud.split.finetune.examples import Examples, calibration, examples_of, judge, lessons_of
 from raycloud.split.finetune.loop import train
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.remote import RemoteCloud
 from raycloud.split.finetune.state import Checkpoints
+from raycloud.split.finetune.whole import save_model
 from raycloud.split.parts import load_edge
 from raycloud.split.plan import PlanSet
 from raycloud.training.loop import Step
-from raycloud.training.lora import merge
 
-_CALIBRATE, _TOGETHER = 64, 8
-"""Texts that the codes are fitted to, in all and of a batch."""
 _BEFORE = -1
 """The step of the record of what the model could before the first one."""
 _LEARNING = {
@@ -67,6 +63,8 @@ def run(recipe: SplitTuneRecipe, mode: Mode = "new", connect: Connect | None = N
     Raises:
         RaycloudError: model, data, cloud or result directory cannot be had, or training cannot go on.
     """
+    if recipe.edges:
+        raise RecipeError("edges: several, and this is one edge's run; allowed: an empty list")
     if recipe.network is not None and connect is None:
         raise RecipeError(
             "network is given and the cloud's side is in this process; allowed: null, or a cloud elsewhere"
@@ -88,8 +86,8 @@ class _Run:
         where, self.device = resolve(recipe.model, console.print), pick_device(recipe.device)
         self.tokenizer = load_tokenizer(where)
         self.texts, held_out, classes = examples_of(recipe, self.tokenizer, console.print)
-        self.order = order_of(self.texts, recipe)
-        steps = max(1, recipe.epochs * self.order.steps_per_epoch // recipe.training.accumulate)
+        self.lessons = lessons_of(self.texts, recipe)
+        steps = max(1, recipe.epochs * self.lessons.order.steps_per_epoch // recipe.training.accumulate)
         kept = Checkpoints(results.path / "checkpoints" / "edge")
         latest = max(kept.steps(), default=None)
         edge, model, cloud_at = (self._local if self.connect is None else self._remote)(classes, steps, latest)
@@ -131,7 +129,7 @@ class _Run:
             summary["link_seconds_per_step"] = recipe.network.network().seconds(busier) / steps
         write_atomically(results.path / "edge.safetensors", save(edge.learnt()))
         if model is not None and recipe.cut.kind != "sft":
-            write_folder(results.path / "model", lambda folder: _save_model(model, self.tokenizer, folder))
+            write_folder(results.path / "model", lambda folder: save_model(model, self.tokenizer, folder))
         results.write_summary(summary)
         print_summary(summary)
         write_page(results.path, summary, results.metrics(), recipe.dump())
@@ -139,10 +137,7 @@ class _Run:
         return summary
 
     def _calibration(self) -> list[Batch]:
-        places = spread(len(self.texts.samples), _CALIBRATE)
-        return [
-            self.texts.batch(places[at : at + _TOGETHER]).to(self.device) for at in range(0, len(places), _TOGETHER)
-        ]
+        return [batch.to(self.device) for batch in calibration(self.texts)]
 
     def _local(
         self, classes: int, steps: int, latest: int | None
@@ -192,7 +187,6 @@ class _Run:
             )
 
     def _train(self, edge: EdgeSide, kept: Checkpoints, cloud_at: Callable[[int], Cloud], steps: int) -> None:
-        accumulate = self.recipe.training.accumulate
         with bars(steps) as shown:
 
             def told(step: Step) -> None:
@@ -202,10 +196,7 @@ class _Run:
 
             train(
                 edge,
-                lambda step: [
-                    self.texts.batch(self.order.indices(step * accumulate + micro)).to(self.device)
-                    for micro in range(accumulate)
-                ],
+                lambda step: [batch.to(self.device) for batch in self.lessons.batches(step)],
                 steps=steps,
                 every=self.recipe.checkpoint_every,
                 kept=kept,
@@ -215,13 +206,9 @@ class _Run:
 
     def _crossed(self, edge: EdgeSide, learning: Learning, steps: int) -> Counter[str]:
         """What so many steps send, by kind of message."""
-        lengths, accumulate = self.texts.lengths, self.recipe.training.accumulate
         sizes: Counter[str] = Counter()
         for step in range(steps):
-            micros = [
-                [lengths[at] for at in self.order.indices(step * accumulate + micro)] for micro in range(accumulate)
-            ]
-            sizes += crossing(step, micros, edge.packings, edge.back, learning)
+            sizes += crossing(step, self.lessons.lengths(step), edge.packings, edge.back, learning)
         return sizes
 
     def _fitted(self, edge: EdgeSide) -> Counter[str]:
@@ -233,7 +220,7 @@ class _Run:
 
     def _print_bytes(self, edge: EdgeSide) -> None:
         """What a step will send, for each choice of what learns."""
-        some = max(1, min(self.order.steps_per_epoch // self.recipe.training.accumulate, 50))
+        some = max(1, min(self.lessons.order.steps_per_epoch // self.recipe.training.accumulate, 50))
         rows = [
             [name, *(f"{size / some / 1e3:,.1f}" for size in per_cut(self._crossed(edge, learning, some)))]
             for name, learning in _LEARNING.items()
@@ -241,9 +228,3 @@ class _Run:
         print_table(["learning; kB of a step", "first cut", "second cut", "in all"], rows)
         if codes := self._fitted(edge).total():
             console.print(f"codes, once: {codes / 1e3:,.1f} kB")
-
-
-def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    with quiet_transformers():
-        merge(model).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)

@@ -29,17 +29,40 @@ def learnt(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     return found
 
 
-def _codes(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The ends of the codes, whether or not they learn: unlike the model's weights no one else has them."""
-    ends = {name: modules[name] for name in ("encoder", "decoder") if name in modules}
-    return {f"{side}.{name}": tensor for side, module in ends.items() for name, tensor in module.state_dict().items()}
+def codes(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """All of the ends of codes, trained or not, and which coordinates they send apart.
+
+    They were fitted to texts that are not there any more, and edges that are averaged begin with those of one of them.
+    What else is not trained is a function of the model.
+    """
+    return {
+        f"{side}.{name}": tensor
+        for side in ("encoder", "decoder")
+        if side in modules
+        for name, tensor in modules[side].state_dict().items()
+    }
+
+
+def put(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> None:
+    """Copy some of what :func:`learnt` and :func:`codes` name into modules.
+
+    Raises:
+        TrainingError: the modules have no such tensors.
+    """
+    mine = {**learnt(modules), **codes(modules)}
+    odd = [name for name in weights if name not in mine or mine[name].shape != weights[name].shape]
+    if odd:
+        raise TrainingError(f"the group's weights do not fit this side: the first of {len(odd)} is '{odd[0]}'")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            mine[name].copy_(tensor)
 
 
 def state_of(modules: Mapping[str, nn.Module], trainer: Trainer | None) -> dict[str, Tensor]:
     """As plain tensors, for safetensors."""
     optimiser = trainer.state() if trainer is not None else {}
     return {
-        **_codes(modules),
+        **codes(modules),
         **{name: parameter.detach() for name, parameter in learnt(modules).items()},
         **{_OPTIMISER + name: tensor for name, tensor in optimiser.items()},
     }
@@ -51,7 +74,7 @@ def load_state(modules: Mapping[str, nn.Module], trainer: Trainer | None, state:
     Raises:
         TrainingError: the state is of other parameters.
     """
-    mine = {**_codes(modules), **learnt(modules)}
+    mine = {**codes(modules), **learnt(modules)}
     theirs = {name: tensor for name, tensor in state.items() if not name.startswith(_OPTIMISER)}
     odd = sorted(mine.keys() ^ theirs.keys()) or [name for name in mine if mine[name].shape != theirs[name].shape]
     if odd:

@@ -187,6 +187,16 @@ def test_a_network_is_for_a_cloud_elsewhere(tiny_llama: Path, tmp_path: Path) ->
         ({"split": 0, "cut": {"kind": "sft"}}, "allowed: 1 or more"),
         ({"task": {"kind": "span", "stride": 96}}, "task.stride=96; allowed: 164 or more"),
         ({"cut": {"form": "int3"}}, "cut.form"),
+        ({"edges": [{"name": "a"}, {"name": "a"}]}, "edges: names a, a; allowed: each once"),
+        ({"edges": [{"name": "a"}], "edge": "b"}, "edge=b; allowed: a"),
+        ({"edge": "b"}, "edge=b; allowed: none without edges"),
+        ({"edges": [{"name": "a"}], "lora": {"r": 2}}, "not the mean of their products"),
+        ({"edges": [{"name": "a"}], "cut": {"kind": "sft"}}, "allowed there: cut.kind narrow or plain"),
+        ({"edges": [{"name": "a"}], "task": {"kind": "classification"}}, "task.classes: null"),
+        (
+            {"edges": [{"name": "a"}], "cut": {"kind": "plain"}, "learning": "last", "rounds": {"parts": "private"}},
+            "nothing in common",
+        ),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
