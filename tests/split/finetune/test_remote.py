@@ -229,6 +229,7 @@ def test_a_lost_cloud_comes_back_with_both_codes(service: Service, tmp_path: Pat
     edge.cloud = service.at(None)
     edge.fit(calibration(language=False))
     edge.step(batches(0, 2, language=False))
+    edge.settle()
     edge.cloud.save(1)
     kept, before = edge.state(), edge.predict(batch)
     edge.cloud.close()
