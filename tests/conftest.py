@@ -11,6 +11,8 @@ from pathlib import Path
 os.environ.setdefault("RAYCLOUD_CACHE", str(Path.home() / ".cache" / "raycloud"))
 os.environ["HOME"] = tempfile.mkdtemp(prefix="raycloud-home-")
 os.environ["RAY_AUTH_MODE"] = "disabled"
+# Ray's workers would have to wait for the tests that run beside them.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 os.environ.pop("RAY_ADDRESS", None)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -22,12 +24,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """What shares a process under ``--dist loadgroup``: a file, for its fixtures, and all tests on the local Ray."""
-    for item in items:
-        on_ray = "local_ray" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if on_ray else item.nodeid.partition("::")[0]))
+    on_ray = "local_ray" in getattr(item, "fixturenames", ())
+    item.add_marker(pytest.mark.xdist_group("ray" if on_ray else item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session")
