@@ -21,9 +21,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/raycloud distill --recipe jobs/recipes/demo.yaml --overwrite
 
-# On two cores; tests of one file stay together, and so do all that share the one local Ray.
 test: install
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/pytest --numprocesses 2 --dist loadscope
 
 test-slow: install
 	$(BIN)/pytest -m 'slow or cluster'

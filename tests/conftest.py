@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything reads them. Ray leaves files in the home of whoever runs it; the cache of built-ins stays the user's.
 os.environ.setdefault("RAYCLOUD_CACHE", str(Path.home() / ".cache" / "raycloud"))
@@ -19,15 +20,23 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from xdist.scheduler import LoadScopeScheduling
 
 # Tiny models gain nothing from a second thread, and on a busy machine threads wait for one another at every operation.
 torch.set_num_threads(1)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """What shares a process under ``--dist loadgroup``: a file, for its fixtures, and all tests on the local Ray."""
-    on_ray = "local_ray" in getattr(item, "fixturenames", ())
-    item.add_marker(pytest.mark.xdist_group("ray" if on_ray else item.nodeid.partition("::")[0]))
+class Together(LoadScopeScheduling):
+    """Under ``--dist``: tests of one file stay in one process for its fixtures, and those of the rooms that know ray,
+    for their one Ray."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "ray" if file.startswith(("tests/cluster/", "tests/search/", "tests/serving/")) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
+    return Together(config, log)
 
 
 @pytest.fixture(scope="session")

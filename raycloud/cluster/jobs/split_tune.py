@@ -93,7 +93,7 @@ class Edge:
     """Records of that process."""
     listening: ray.ObjectRef | None = None
     down: bool = False
-    """Whether it died and has not been heard since."""
+    """Whether it died and its next process has not been heard yet."""
     failures: list[str] = field(default_factory=list)
 
 
@@ -229,7 +229,9 @@ class _Run:
         except (RayError, GetTimeoutError):
             return []
         edge.heard = len(news) + (edge.heard if pid == edge.pid else 0)
-        edge.pid, edge.down = pid, False
+        # What a process said before it died may be heard after that.
+        edge.down = edge.down and pid == edge.pid
+        edge.pid = pid
         for record in news:
             self.journal.add(record)
         return list(news)
