@@ -92,9 +92,17 @@ class Edge:
     heard: int = 0
     """Records of that process."""
     listening: ray.ObjectRef | None = None
-    down: bool = False
-    """Whether it died and its next process has not been heard yet."""
+    asked: int = 0
+    """Its process, as far as it was known, when it was last told what to do."""
+    lost: int | None = None
+    """The process whose death is known."""
     failures: list[str] = field(default_factory=list)
+
+
+def _told_to(edge: Edge, what: What) -> ray.ObjectRef:
+    edge.asked = edge.pid
+    ref: ray.ObjectRef = edge.actor.do.remote(what)
+    return ref
 
 
 class _Run:
@@ -150,7 +158,7 @@ class _Run:
     def _all(self, what: What, edges: list[Edge]) -> None:
         """Have every edge do one thing; once one is done, whoever is not heard of for long is not waited for."""
         wanted = [edge for edge in edges if not self.journal.judged(edge.name, what)]
-        calls = {edge.actor.do.remote(what): edge for edge in wanted}
+        calls = {_told_to(edge, what): edge for edge in wanted}
         for edge in wanted:
             edge.failures = []
         forgetting: list[ray.ObjectRef] = []
@@ -170,7 +178,7 @@ class _Run:
                         forgetting.append(edge.actor.forget.remote(what))
                         done = True
                     elif len(edge.failures) < _ATTEMPTS:
-                        calls[edge.actor.do.remote(what)] = edge
+                        calls[_told_to(edge, what)] = edge
         if forgetting:
             ray.wait(forgetting, num_returns=len(forgetting), timeout=_NEWS_S)
         for edge in calls.values():
@@ -195,8 +203,8 @@ class _Run:
             edge.failures.append((str(cause) or type(cause).__name__).splitlines()[0])
             tell(_LOG, f"'{edge.name}' failed: {edge.failures[-1]}", logging.WARNING)
         except RayError as error:
-            if not edge.down:  # while it starts again, Ray says so to every call
-                edge.down = True
+            if edge.lost != edge.asked:  # while it starts again, Ray says so to every call
+                edge.lost = edge.asked
                 self.journal.add({"kind": "died", "edge": edge.name, "detail": str(error).splitlines()[0]})
                 tell(_LOG, f"'{edge.name}' died; it is started again, and the others go on", logging.WARNING)
             time.sleep(_POLL_S)
@@ -229,8 +237,6 @@ class _Run:
         except (RayError, GetTimeoutError):
             return []
         edge.heard = len(news) + (edge.heard if pid == edge.pid else 0)
-        # What a process said before it died may be heard after that.
-        edge.down = edge.down and pid == edge.pid
         edge.pid = pid
         for record in news:
             self.journal.add(record)
