@@ -33,7 +33,7 @@ from raycloud.split.plan import PlanSet, SplitPlan
 
 FIRST, SECOND = 3, 6
 NETWORK = Network(mbit_s=10.0, rtt_ms=50.0)
-BATCH, MICROS, STEPS = 32, 12, 4
+BATCH, MICROS, STEPS = 32, 12, 2
 CUTS: dict[str, dict[str, Any]] = {
     "ours, 36 bytes": {"kind": "narrow", "rank": 34, "form": "int8"},
     "plain, 1536 bytes": PLAIN,
