@@ -13,8 +13,7 @@ from typing import Any
 
 from raycloud.benchmarks.measure import SMOLLM2, show
 from raycloud.benchmarks.split_tune import Unsplit
-from raycloud.data.batches import Batch, SampleOrder
-from raycloud.data.splits import spread
+from raycloud.data.batches import SampleOrder
 from raycloud.models.loading import load
 from raycloud.models.weights import load_weights, weights_of
 from raycloud.report.console import bars, console
@@ -22,7 +21,7 @@ from raycloud.split.finetune.assembly import assemble, learning_of
 from raycloud.split.finetune.cloud import Packings
 from raycloud.split.finetune.crossing import crossing, fitting, per_cut
 from raycloud.split.finetune.edge import EdgeSide, Learning
-from raycloud.split.finetune.examples import Examples, examples_of, judge, lessons_of
+from raycloud.split.finetune.examples import calibration, examples_of, judge, lessons_of
 from raycloud.split.finetune.numbers import Packing
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.training.lora import attach
@@ -58,8 +57,8 @@ CUTS: dict[str, dict[str, Any]] = {
 }
 """At each cut 4 coordinates cross as they are: without them the row at the first token spoils the scale of all."""
 QUICK = ("rank 572, int4, first part and codes fixed",)
-_CALIBRATE, _TOGETHER = 32, 8
-"""Texts that the codes are fitted to, in all and of a batch."""
+_CALIBRATE = 32
+"""Texts that the codes are fitted to."""
 
 
 def recipe_of(cut: Mapping[str, Any]) -> SplitTuneRecipe:
@@ -89,7 +88,7 @@ class Bench:
         self.order: SampleOrder = lessons_of(self.train, recipe).order
         self.steps = self.order.steps_per_epoch
         self.width = int(self._pretrained.model.config.hidden_size)
-        self.calibration = _some(self.train)
+        self.calibration = calibration(self.train, _CALIBRATE)
 
     def learner(self, name: str) -> Unsplit | EdgeSide:
         """One that begins with the pretrained weights, in modules of its own."""
@@ -119,11 +118,6 @@ class Bench:
         narrow = {"first": recipe.cut.kind == "narrow", "second": recipe.back.kind == "narrow"}
         lengths = [batch.valid.sum(dim=1).tolist() for batch in self.calibration]
         return self.crossed(packings, learning_of(recipe), fitting(lengths, packings, self.width, **narrow))
-
-
-def _some(examples: Examples) -> list[Batch]:
-    places = spread(len(examples.samples), _CALIBRATE)
-    return [examples.batch(places[at : at + _TOGETHER]) for at in range(0, len(places), _TOGETHER)]
 
 
 def run(as_json: bool = False, quick: bool = False) -> dict[str, Any]:

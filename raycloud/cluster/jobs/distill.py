@@ -14,13 +14,12 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError, RayTaskError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from raycloud.cluster.checkpoint import Checkpoint, Snapshot
 from raycloud.cluster.cloud_teacher import CloudTeacher, Findings, Start, TeacherFacts
 from raycloud.cluster.edge_student import Answer, Beat, EdgeStudent
-from raycloud.cluster.jobs.frame import Result, finished, on_cluster, placed
+from raycloud.cluster.jobs.frame import Result, answered, finished, on_cluster, placed
 from raycloud.cluster.metrics import RunMetrics
 from raycloud.cluster.rounds import Member, Round, run_round
 from raycloud.cluster.run_log import RunLog
@@ -42,8 +41,6 @@ from raycloud.results import RECIPE, Mode, ResultDir, write_atomically, write_fo
 from raycloud.training.lora import check_targets, merge, save_adapter
 
 _LOG = logging.getLogger(__name__)
-_ANSWER_S = 3600.0
-"""The longest one answer of the teacher may take: loading it, cutting a student, an examination."""
 
 
 def run(recipe: DistillRecipe, mode: Mode = "new") -> Result:
@@ -168,22 +165,14 @@ class _Run:
             actor.options(name=name).remote(self.recipe, self.log.of(f"teacher {index}"))
             for index, name in enumerate(self.names)
         ]
-        ready: list[TeacherFacts] = self._ask([replica.prepare.remote() for replica in self.replicas])
+        ready: list[TeacherFacts] = answered([replica.prepare.remote() for replica in self.replicas], "teacher")
         self.teacher = ready[0]
-
-    def _ask(self, refs: Any) -> Any:
-        try:
-            return ray.get(refs, timeout=_ANSWER_S)
-        except RayTaskError:
-            raise
-        except RayError as error:
-            raise ClusterError(f"the teacher does not answer: {str(error).splitlines()[0]}") from error
 
     def _keep_signals(self) -> None:
         """Have the teacher say once, and on disk, all that the students will ask."""
         with bars(100) as progress:
             for ref in self.replicas[0].keep_signals.remote():
-                done, total = self._ask(ref)
+                done, total = answered(ref, "teacher")
                 progress.move("signals kept, %", 100 * done // max(1, total), f"{done} of {total} samples")
 
     def _first_checkpoint(self) -> Checkpoint:
@@ -191,9 +180,9 @@ class _Run:
         for cohort in self.recipe.cohorts:
             name = f" '{cohort.name}'" if len(self.recipe.cohorts) > 1 else ""
             with working(f"student{name} {'cut from the teacher' if cohort.student.model is None else 'loaded'}"):
-                start: Start = self._ask(self.replicas[0].start.remote(cohort.name))
+                start: Start = answered(self.replicas[0].start.remote(cohort.name), "teacher")
             with working(f"teacher and student{name} examined"):
-                teacher: Findings = self._ask(self.replicas[0].teacher_scores.remote(cohort.name))
+                teacher: Findings = answered(self.replicas[0].teacher_scores.remote(cohort.name), "teacher")
                 before = self._findings(cohort.name, start.config, start.weights)
             students[cohort.name] = Snapshot(start.config, start.weights)
             found[cohort.name] = {"blocks": start.blocks, "tokens": 0, "teacher": _plain(teacher)}
@@ -211,8 +200,8 @@ class _Run:
         return passed
 
     def _findings(self, cohort: str, config: PretrainedConfig, weights: Weights, *, answer: bool = True) -> Findings:
-        found: Findings = self._ask(
-            self.replicas[0].scores.remote(cohort, config, ray.put(dict(weights)), answer=answer)
+        found: Findings = answered(
+            self.replicas[0].scores.remote(cohort, config, ray.put(dict(weights)), answer=answer), "teacher"
         )
         return found
 
@@ -323,8 +312,8 @@ class _Run:
                 answer.name: after if len(answers) == 1 else self._findings(name, config, answer.weights, answer=False)
                 for answer in answers
             }
-            compared: Comparison = self._ask(
-                self.replicas[0].compare.remote(name, config, ray.put(dict(student.weights)))
+            compared: Comparison = answered(
+                self.replicas[0].compare.remote(name, config, ray.put(dict(student.weights))), "teacher"
             )
         return {
             "after": _plain(after),
@@ -355,7 +344,7 @@ class _Run:
 
     def _save(self, cohort: Cohort, student: Snapshot, name: str) -> int:
         """Write a student as a model that ``transformers`` loads, and its adapters by themselves; its parameters."""
-        frozen: Weights = self._ask(self.replicas[0].frozen.remote(cohort.name))
+        frozen: Weights = answered(self.replicas[0].frozen.remote(cohort.name), "teacher")
         model = student_from(student.config, student.weights, frozen, cohort.student, torch.device("cpu"))
         tokenizer = own_tokenizer(cohort.student, self.teacher.tokenizer) or self.teacher.tokenizer
         if cohort.student.lora is not None:  # before they are merged

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayTaskError
+import ray
+from ray.exceptions import RayError, RayTaskError
 
 from raycloud.cluster.bundles import bundles_of
 from raycloud.cluster.capacity import summed
@@ -16,16 +17,34 @@ from raycloud.cluster.run_log import RunLog, gathered
 from raycloud.cluster.runtime import joined, stoppable
 from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
 from raycloud.distill.recipe import DistillRecipe
-from raycloud.errors import RaycloudError
+from raycloud.errors import ClusterError, RaycloudError
 from raycloud.recipe import Placement
 from raycloud.report.console import console
 from raycloud.results import Mode, ResultDir, resumable
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 
+_ANSWER_S = 3600.0
+"""The longest one answer of a cloud actor may take: loading its model, cutting a student, an examination."""
+
 
 def placed(placement: Placement, tier: str) -> dict[str, Any]:
     """The options of an actor in the tier ``cloud`` or ``edge``."""
     return {"num_cpus": placement.num_cpus, "num_gpus": placement.num_gpus, "resources": {tier: 1}}
+
+
+def answered(refs: Any, who: str) -> Any:
+    """What an actor in the cloud, which a job cannot do without, answers.
+
+    Raises:
+        RayTaskError: it failed at what it was asked.
+        ClusterError: it does not answer.
+    """
+    try:
+        return ray.get(refs, timeout=_ANSWER_S)
+    except RayTaskError:
+        raise
+    except RayError as error:
+        raise ClusterError(f"the {who} does not answer: {str(error).splitlines()[0]}") from error
 
 
 @dataclass(frozen=True)

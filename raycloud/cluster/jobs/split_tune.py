@@ -22,7 +22,7 @@ from torch import Tensor
 from raycloud.cluster.actor_channel import CALLS_AT_ONCE
 from raycloud.cluster.cloud_tuner import CloudTuner
 from raycloud.cluster.edge_tuner import EdgeTuner, What
-from raycloud.cluster.jobs.frame import Result, finished, on_cluster, placed
+from raycloud.cluster.jobs.frame import Result, answered, finished, on_cluster, placed
 from raycloud.cluster.run_log import RunLog
 from raycloud.data.sources import load_rows
 from raycloud.errors import ClusterError, LinkError, RaycloudError, TrainingError
@@ -36,8 +36,6 @@ from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.whole import save_whole
 
 _LOG = logging.getLogger(__name__)
-_ANSWER_S = 3600.0
-"""The longest that loading the cloud's part may take."""
 _POLL_S = 0.5
 _NEWS_S = 10.0
 _ATTEMPTS = 3
@@ -130,15 +128,7 @@ class _Run:
         options["max_concurrency"] = max(CALLS_AT_ONCE, 4 * len(self.recipe.edges))
         actor: Any = ray.remote(CloudTuner)
         self.cloud = actor.options(**options).remote(self.recipe, self.results.path / "cloud", self.log.of("cloud"))
-        self._ask(self.cloud.ready.remote())
-
-    def _ask(self, ref: Any) -> Any:
-        try:
-            return ray.get(ref, timeout=_ANSWER_S)
-        except RayTaskError:
-            raise
-        except RayError as error:
-            raise ClusterError(f"the cloud does not answer: {str(error).splitlines()[0]}") from error
+        answered(self.cloud.ready.remote(), "cloud")
 
     def _start_edges(self) -> list[Edge]:
         # The control group answers while the edge trains.
@@ -243,7 +233,7 @@ class _Run:
         return list(news)
 
     def _finish(self) -> Result:
-        cloud, edge = self._ask(self.cloud.group.remote(self.results.run_id))
+        cloud, edge = answered(self.cloud.group.remote(self.results.run_id), "cloud")
         shared: dict[str, Tensor] = {**cloud, **{f"edge/{name}": tensor for name, tensor in edge.items()}}
         write_atomically(self.results.path / "group.safetensors", save(shared))
         if self.recipe.rounds.parts == "averaged":

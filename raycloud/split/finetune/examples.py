@@ -23,8 +23,8 @@ from raycloud.evaluation.spans import best_over, best_spans, exact_match, overla
 from raycloud.split.finetune.recipe import ClassificationRecipe, LanguageRecipe, SpanRecipe, SplitTuneRecipe
 
 _BATCH = 32
-_CALIBRATE, _TOGETHER = 64, 8
-"""Texts that codes are fitted to, in all and of a batch."""
+_TOGETHER = 8
+"""Texts of a batch that codes are fitted to."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class Lessons:
         return [self.order.indices(step * self.accumulate + micro) for micro in range(self.accumulate)]
 
 
-def calibration(examples: Examples) -> list[Batch]:
-    """Some of the texts in batches, spread over all of them."""
-    places = spread(len(examples.samples), _CALIBRATE)
+def calibration(examples: Examples, texts: int = 64) -> list[Batch]:
+    """So many of the texts in batches, spread over all of them."""
+    places = spread(len(examples.samples), texts)
     return [examples.batch(places[at : at + _TOGETHER]) for at in range(0, len(places), _TOGETHER)]
 
 

@@ -165,8 +165,8 @@ class _Run:
         assert connect is not None
         plans = PlanSet.of(plan_of(recipe, load_config(resolve(recipe.model, console.print))))
         part = load_edge(recipe.model, plans, device=recipe.device, dtype="float32", training=True)
-        calibration = self._calibration()
-        ends = ends_of(recipe, part.first, part.last, calibration, classes=classes, total_steps=steps)
+        fitted_to = self._calibration()
+        ends = ends_of(recipe, part.first, part.last, fitted_to, classes=classes, total_steps=steps)
         begin = ends.begin(part.fingerprint, self.results.run_id)
 
         def cloud_at(step: int | None) -> Cloud:
@@ -174,7 +174,7 @@ class _Run:
 
         edge = ends.edge(cloud_at(latest))
         if latest is None:
-            edge.fit(calibration)
+            edge.fit(fitted_to)
         return edge, None, cloud_at
 
     def _judged(self, edge: EdgeSide, held_out: Examples) -> dict[str, float]:
