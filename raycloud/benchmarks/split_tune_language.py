@@ -15,6 +15,7 @@ from raycloud.benchmarks.measure import SMOLLM2, show
 from raycloud.benchmarks.split_tune import Unsplit
 from raycloud.data.batches import SampleOrder
 from raycloud.models.loading import load
+from raycloud.models.segments import Segment
 from raycloud.models.weights import load_weights, weights_of
 from raycloud.report.console import bars, console
 from raycloud.split.finetune.assembly import assemble, learning_of
@@ -24,7 +25,7 @@ from raycloud.split.finetune.edge import EdgeSide, Learning
 from raycloud.split.finetune.examples import calibration, examples_of, judge, lessons_of
 from raycloud.split.finetune.numbers import Packing
 from raycloud.split.finetune.recipe import SplitTuneRecipe
-from raycloud.training.lora import attach
+from raycloud.training.lora import adapt
 
 MODEL = SMOLLM2
 SPLIT, SECOND = 4, 28
@@ -98,7 +99,8 @@ class Bench:
         if name in CUTS:
             return assemble(model, recipe, self.calibration, total_steps=self.steps)
         assert recipe.lora is not None
-        return Unsplit(attach(model, recipe.lora, recipe.seed), recipe, self.steps)
+        adapt(Segment(model), recipe.lora, recipe.seed)
+        return Unsplit(model, recipe, self.steps)
 
     def perplexity(self, learner: Unsplit | EdgeSide) -> float:
         """On the held-out texts."""

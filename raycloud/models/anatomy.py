@@ -95,6 +95,12 @@ FAMILIES: tuple[Anatomy, ...] = (
 _BY_TYPE = {model_type: record for record in FAMILIES for model_type in record.model_types}
 
 
+def pooler_of(model: PreTrainedModel) -> nn.Module | None:
+    """What a family itself makes of a text's first row, such as BERT's pooler; None where it has no such thing."""
+    pooler: nn.Module | None = getattr(base_of(model), "pooler", None)
+    return pooler
+
+
 def anatomy_of(config: PretrainedConfig) -> Anatomy:
     """The record for a model's family.
 

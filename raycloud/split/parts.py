@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,9 +11,11 @@ from typing import Literal
 import torch
 from huggingface_hub import save_torch_state_dict
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from raycloud.errors import ModelError, ResultError
+from raycloud.models.anatomy import pooler_of
 from raycloud.models.attention import PLAIN
 from raycloud.models.checkpoint import CONFIG, Checkpoint, materialise, skeleton, stored_names
 from raycloud.models.layout import lay_out_for_one_row
@@ -55,6 +57,8 @@ class EdgePart:
     fingerprint: str
     source: str
     """Where the tokenizer is."""
+    pooler: nn.Module | None = None
+    """The family's own, if it has one and it was asked for."""
 
     @property
     def config(self) -> PretrainedConfig:
@@ -124,6 +128,7 @@ def load_edge(
     dtype: DType = "auto",
     attention: Attention = "sdpa",
     training: bool = False,
+    pooler: bool = False,
     notify: Callable[[str], None] = lambda line: None,
 ) -> EdgePart:
     """The edge's part of a model.
@@ -135,6 +140,7 @@ def load_edge(
         dtype: the parameters' type.
         attention: the attention implementation of ``transformers``.
         training: leaves the weights laid out as the library has them, in memory of their own.
+        pooler: load the family's own as well, if it has one.
         notify: told one line before each download or conversion.
 
     Raises:
@@ -143,9 +149,11 @@ def load_edge(
     where, plans, fingerprint, checkpoint, config = _source(source, plans, "edge", notify)
     model, place = _skeleton(config, device, dtype, attention)
     first, last = _segments(model, plans, "edge")
-    materialise(model, [first, last], checkpoint, place)
-    _ready([first, last], training)
-    return EdgePart(first, last, plans, fingerprint, where)
+    behind = pooler_of(model) if pooler else None
+    beside = [] if behind is None else [behind]
+    materialise(model, [first, last, *beside], checkpoint, place)
+    _ready([first, last], training, beside)
+    return EdgePart(first, last, plans, fingerprint, where, behind)
 
 
 def load_cloud(
@@ -167,12 +175,12 @@ def load_cloud(
     return CloudPart(middle, plans, fingerprint)
 
 
-def _ready(segments: list[Segment], training: bool) -> None:
+def _ready(segments: list[Segment], training: bool, beside: Sequence[nn.Module] = ()) -> None:
     if not training:
         lay_out_for_one_row(segments)
         return
-    for segment in segments:
-        for parameter in segment.parameters():
+    for module in (*segments, *beside):
+        for parameter in module.parameters():
             parameter.data = parameter.data.clone()  # they may be the file's pages
 
 

@@ -6,6 +6,7 @@ and head finds them. What is saved is a PEFT directory.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,8 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from raycloud.errors import ModelError
 from raycloud.models.anatomy import blocks_of
+from raycloud.models.segments import Segment
 from raycloud.models.weights import Weights, fill, weights_of
 from raycloud.recipe import Recipe
+from raycloud.training.draws import seed_of
 
 if TYPE_CHECKING:  # takes a second to import, and most recipes have no adapters
     from peft import LoraConfig
@@ -42,11 +45,11 @@ class LoraRecipe(Recipe):
     """Names of the linear maps inside a block, such as ``q_proj``; None for all of them."""
 
 
-def linear_maps(model: PreTrainedModel) -> dict[str, type[nn.Module]]:
+def linear_maps(blocks: Iterable[nn.Module]) -> dict[str, type[nn.Module]]:
     """The linear maps inside a plain model's blocks, by the last part of their name, and their kind."""
     return {
         name.rpartition(".")[2]: kind
-        for block in blocks_of(model)
+        for block in blocks
         for name, module in block.named_modules()
         for kind in (nn.Linear, Conv1D)
         if isinstance(module, kind)
@@ -62,23 +65,27 @@ def check_targets(config: PretrainedConfig, recipe: LoraRecipe) -> None:
     if recipe.targets is None:
         return
     with torch.device("meta"):
-        maps = linear_maps(AutoModelForCausalLM.from_config(config))
-    for name in recipe.targets:
+        maps = linear_maps(blocks_of(AutoModelForCausalLM.from_config(config)))
+    _chosen(recipe, maps)
+
+
+def _chosen(recipe: LoraRecipe, maps: Collection[str]) -> list[str]:
+    for name in recipe.targets or ():
         if name not in maps:
             raise ModelError(f"lora.targets: no linear map '{name}' in the blocks; allowed: {', '.join(maps)}")
+    return recipe.targets or list(maps)
 
 
-def lora_config(model: PreTrainedModel, recipe: LoraRecipe) -> LoraConfig:
-    """The recipe as PEFT has it, for this model.
+def lora_config(blocks: Iterable[nn.Module], recipe: LoraRecipe) -> LoraConfig:
+    """The recipe as PEFT has it, for these blocks.
 
     Raises:
-        ModelError: see :func:`check_targets`.
+        ModelError: they have no map of a name that the recipe gives.
     """
     from peft import LoraConfig
 
-    check_targets(model.config, recipe)
-    maps = linear_maps(model)
-    targets = recipe.targets or list(maps)
+    maps = linear_maps(blocks)
+    targets = _chosen(recipe, maps)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.r,
@@ -95,15 +102,33 @@ def attach(model: PreTrainedModel, recipe: LoraRecipe, seed: int) -> PreTrainedM
     Their random halves are a function of the seed and of the model's shapes.
 
     Raises:
-        ModelError: see :func:`check_targets`.
+        ModelError: see :func:`lora_config`.
     """
     from peft import get_peft_model
 
-    config = lora_config(model, recipe)
+    config = lora_config(blocks_of(model), recipe)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted: PreTrainedModel = get_peft_model(model, config, adapter_name=_NAME).get_base_model()  # type: ignore[assignment]
     return adapted
+
+
+def adapt(segment: Segment, recipe: LoraRecipe, seed: int) -> None:
+    """Likewise for a part of a model, wherever the other parts are.
+
+    The random halves are a function of the seed and of a block's number, so that parts in different places have the
+    adapters of the whole model.
+
+    Raises:
+        ModelError: see :func:`lora_config`.
+    """
+    from peft import inject_adapter_in_model
+
+    segment.requires_grad_(False)
+    for number, block in enumerate(segment.blocks, segment.lo):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, f"adapters of block {number}"))
+            inject_adapter_in_model(lora_config([block], recipe), block, adapter_name=_NAME)
 
 
 def adapter_of(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from ray import serve
 from safetensors.torch import load_file
 
 from raycloud.edge.cloud import Cloud
-from raycloud.errors import LinkError, RecipeError
+from raycloud.errors import LinkError, ModelError
 from raycloud.link.meter import Meter
 from raycloud.serving.split_tune import SplitTuneSettings, app
 from raycloud.split.finetune.run import run
@@ -38,16 +39,19 @@ def url(serve_port: int, tiny_llama: Path, tmp_path_factory: pytest.TempPathFact
     serve.delete("split-tune")
 
 
-def test_over_serve_as_in_one_process(url: str, tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, {"lora": {"r": 2}}], ids=["all weights", "adapters"])
+def test_over_serve_as_in_one_process(url: str, tiny_llama: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     # In float32: where numbers are rounded to bytes, a difference in the last bit of one may become a whole step.
     cut, meter = {"kind": "narrow", "rank": 6, "form": "float32"}, Meter()
-    here = run(recipe(tiny_llama, tmp_path / "here", cut=cut))
-    there = run(recipe(tiny_llama, tmp_path / "there", cut=cut), connect=partial(Cloud(url, TOKEN).channel, meter))
+    here = run(recipe(tiny_llama, tmp_path / "here", cut=cut, **changes))
+    connect = partial(Cloud(url, TOKEN).channel, meter)
+    there = run(recipe(tiny_llama, tmp_path / "there", cut=cut, **changes), connect=connect)
     assert there["perplexity"] == pytest.approx(here["perplexity"], rel=1e-5)
     assert there["bytes_per_step"] == here["bytes_per_step"]
     assert meter.total > 6 * there["bytes_per_step"]
     ours, theirs = (load_file(tmp_path / name / "edge.safetensors") for name in ("there", "here"))
     assert ours.keys() == theirs.keys()
+    assert any("lora_A" in name for name in ours) == ("lora" in changes)
     apart = torch.cat([(ours[key] - theirs[key]).flatten() for key in theirs])
     assert float(apart.norm() / torch.cat([theirs[key].flatten() for key in theirs]).norm()) < 1e-4
 
@@ -58,8 +62,8 @@ def test_a_cloud_says_no_in_one_line(url: str, tiny_llama: Path, tmp_path: Path)
         run(recipe(tiny_llama, tmp_path / "a"), connect=partial(Cloud(url, "guess").channel, Meter()))
     with pytest.raises(LinkError, match=r"blocks \[2, 3\) are asked for, \[1, 3\) are here"):
         run(recipe(tiny_llama, tmp_path / "b", split=2), connect=connect)
-    with pytest.raises(RecipeError, match="lora: not over a link"):
-        run(recipe(tiny_llama, tmp_path / "c", lora={"r": 2}), connect=connect)
+    with pytest.raises(ModelError, match=r"lora\.targets: no linear map 'c_attn' in the blocks; allowed: q_proj"):
+        run(recipe(tiny_llama, tmp_path / "c", lora={"targets": ["c_attn"]}), connect=connect)
 
 
 def test_settings_are_checked() -> None:

@@ -17,6 +17,7 @@ from raycloud.models.segments import Segment
 from raycloud.models.weights import weights_of
 from raycloud.training.lora import (
     LoraRecipe,
+    adapt,
     adapter_of,
     attach,
     learnt_weights,
@@ -107,6 +108,28 @@ def test_a_saved_adapter_is_peft_s_and_a_merged_model_is_plain(family: str, tmp_
     whole.save_pretrained(tmp_path / "whole")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float64)
     assert all(torch.equal(one, weights_of(whole)[name]) for name, one in weights_of(again).items() if one.ndim > 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_in_different_places_have_the_adapters_of_the_whole_model(family: str) -> None:
+    model, *copies = (tiny(family) for _ in range(4))
+    before = logits(model)
+    adapt(Segment(model), RECIPE, seed=3)
+    assert torch.equal(logits(model), before)
+    learns = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    assert learns.keys() == adapter_of(model).keys()
+    parts = [
+        Segment(copies[0], 0, 1, head=False),
+        Segment(copies[1], 1, 4, embed=False, head=False),
+        Segment(copies[2], 4, embed=False),
+    ]
+    for part in parts:
+        adapt(part, RECIPE, seed=3)
+    found = {name: tensor for one in copies for name, tensor in adapter_of(one).items()}
+    assert found.keys() == learns.keys()
+    assert all(torch.equal(found[name], learns[name]) for name in learns)
+    halves = [name for name in learns if "lora_A" in name and ".0." not in name]
+    assert any(not torch.equal(learns[name], learns[name.replace(".1.", ".2.")]) for name in halves)
 
 
 def test_targets_say_which_maps_are_adapted() -> None:

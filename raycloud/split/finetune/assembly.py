@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from raycloud.data.batches import Batch
 from raycloud.errors import ModelError, RecipeError
-from raycloud.models.anatomy import base_of
+from raycloud.models.anatomy import pooler_of
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.cloud import CloudSide, Packings
 from raycloud.split.finetune.code import Code, blank, check_sizes, narrow, plain, published
@@ -30,7 +30,7 @@ from raycloud.split.finetune.state import Checkpoints
 from raycloud.split.finetune.tasks import Classification, Language, Pooling, Regression, Span, Task, TextHead
 from raycloud.split.plan import SplitPlan
 from raycloud.training.loop import Trainer
-from raycloud.training.lora import attach
+from raycloud.training.lora import adapt
 
 
 def plan_of(recipe: SplitTuneRecipe, config: PretrainedConfig) -> SplitPlan:
@@ -173,16 +173,8 @@ class Ends:
             RecipeError: the recipe asks for what only one process can do.
         """
         recipe = self.recipe
-        alone = {
-            "lora": recipe.lora is not None,
-            "cut.kind=sft": recipe.cut.kind == "sft",
-            # The edge would have to load the model's own pooler, which belongs to no segment.
-            "task.pooling=first": self.task.pooling == "first",
-        }
-        for name, asked in alone.items():
-            if asked:
-                allowed = "all weights, cut.kind narrow or plain, task.pooling mean"
-                raise RecipeError(f"{name}: not over a link; allowed there: {allowed}")
+        if recipe.cut.kind == "sft":
+            raise RecipeError("cut.kind=sft: not over a link; allowed there: narrow or plain")
         return Begin(
             fingerprint=fingerprint,
             first=self.plan.first,
@@ -191,6 +183,7 @@ class Ends:
             seed=recipe.seed,
             total_steps=self.total_steps,
             training=recipe.training,
+            lora=recipe.lora,
             cloud=self.learning.cloud,
             back=self.back,
             up=_agreed(recipe.cut, self.code),
@@ -229,6 +222,9 @@ def ends_of(
     """
     device, width = calibration[0].ids.device, int(first.config.hidden_size)
     plan = plan_of(recipe, first.config)
+    if recipe.lora is not None:
+        for segment in (first, last):
+            adapt(segment, recipe.lora, recipe.seed)
     task = task_of(recipe, last, classes, pooler)
     code, back = code_of(recipe.cut, first, calibration), code_back(recipe.back, width)
     for module in (task.head, code.encoder, back.decoder):
@@ -275,11 +271,11 @@ def assemble(
         ModelError: the model cannot be cut so.
     """
     plan = plan_of(recipe, model.config)
-    pooler: nn.Module | None = getattr(base_of(model), "pooler", None)
-    if recipe.lora is not None:
-        attach(model, recipe.lora, recipe.seed)
+    pooler = pooler_of(model)
     first, last = Segment(model, 0, plan.first, embed=True, head=False), Segment(model, plan.second, embed=False)
     middle = Segment(model, plan.first, plan.second, embed=False, head=False)
+    if recipe.lora is not None:
+        adapt(middle, recipe.lora, recipe.seed)
     ends = ends_of(recipe, first, last, calibration, classes=classes, total_steps=total_steps, pooler=pooler)
     if not ends.learning.cloud:
         middle.requires_grad_(False)

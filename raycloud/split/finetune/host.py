@@ -31,6 +31,7 @@ from raycloud.split.finetune.messages import Began, Begin, Given, Meet, Optimise
 from raycloud.split.finetune.state import Checkpoints
 from raycloud.split.parts import CloudPart
 from raycloud.training.loop import Trainer
+from raycloud.training.lora import adapt
 
 _CHUNK = 2 * 2**20
 _WAIT_S = 4.0
@@ -263,6 +264,8 @@ class TuneHost(SessionHost[TuneSession]):
         """A side of the session's own, as it begins or as it was saved."""
         asked, width = session.asked, int(self._part.config.hidden_size)
         middle = copy.deepcopy(self._part.middle)
+        if asked.lora is not None:
+            adapt(middle, asked.lora, asked.seed)
         if not asked.cloud:
             middle.requires_grad_(False)
         up, down = (

@@ -126,9 +126,17 @@ class Member:
     def _ends(self, what: str) -> tuple[Ends, Begin]:
         """This edge's part of the model as it begins, and what it asks of the cloud."""
         recipe = self._recipe
-        part = load_edge(recipe.model, self._plans, device=recipe.device, dtype="float32", training=True)
+        part = load_edge(
+            recipe.model, self._plans, device=recipe.device, dtype="float32", training=True, pooler=recipe.first_rows
+        )
         ends = ends_of(
-            recipe, part.first, part.last, self._calibration(), classes=self._classes, total_steps=self.steps
+            recipe,
+            part.first,
+            part.last,
+            self._calibration(),
+            classes=self._classes,
+            total_steps=self.steps,
+            pooler=part.pooler,
         )
         run = hashlib.sha256(f"{self._run}/{self.name}/{what}".encode()).hexdigest()[:32]
         return ends, ends.begin(part.fingerprint, run)

@@ -19,6 +19,7 @@ from raycloud.link.frames import Body
 from raycloud.split.finetune.numbers import Form, Packing
 from raycloud.split.finetune.tasks import Pooling
 from raycloud.training.loop import TrainingRecipe
+from raycloud.training.lora import LoraRecipe
 
 Unit = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """See :class:`~raycloud.split.finetune.numbers.Coded`."""
@@ -79,6 +80,8 @@ class Begin(Body):
     """Of dropout and of rounding."""
     total_steps: int = Field(ge=1)
     training: TrainingRecipe
+    lora: LoraRecipe | None = None
+    """Adapters that learn in place of the blocks' own weights."""
     cloud: bool
     """Whether the cloud's part learns."""
     back: Pooling

@@ -195,6 +195,11 @@ class SplitTuneRecipe(Recipe):
     cloud_placement: Placement = Placement()
     edge_placement: Placement = Placement()
 
+    @property
+    def first_rows(self) -> bool:
+        """Whether the head reads nothing but the first row of a text, through the model's own pooler."""
+        return isinstance(self.task, ClassificationRecipe | RegressionRecipe) and self.task.pooling == "first"
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.second is not None and self.second <= self.split:
@@ -221,8 +226,8 @@ class SplitTuneRecipe(Recipe):
             raise ValueError(f"edges: names {', '.join(names)}; allowed: each once")
         if self.lora is not None:
             raise ValueError("lora: means of the factors are not the mean of their products; allowed with edges: null")
-        if self.cut.kind == "sft" or getattr(self.task, "pooling", "") == "first":
-            raise ValueError("edges are at the ends of links; allowed there: cut.kind narrow or plain, pooling mean")
+        if self.cut.kind == "sft":
+            raise ValueError("edges are at the ends of links; allowed there: cut.kind narrow or plain")
         if isinstance(self.task, ClassificationRecipe) and self.task.classes is None:
             raise ValueError("task.classes: null, and no edge knows all texts; allowed with edges: the classes by name")
         if self.learning == "last" and self.rounds.parts == "private":

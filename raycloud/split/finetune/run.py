@@ -164,9 +164,11 @@ class _Run:
         recipe, connect = self.recipe, self.connect
         assert connect is not None
         plans = PlanSet.of(plan_of(recipe, load_config(resolve(recipe.model, console.print))))
-        part = load_edge(recipe.model, plans, device=recipe.device, dtype="float32", training=True)
+        part = load_edge(
+            recipe.model, plans, device=recipe.device, dtype="float32", training=True, pooler=recipe.first_rows
+        )
         fitted_to = self._calibration()
-        ends = ends_of(recipe, part.first, part.last, fitted_to, classes=classes, total_steps=steps)
+        ends = ends_of(recipe, part.first, part.last, fitted_to, classes=classes, total_steps=steps, pooler=part.pooler)
         begin = ends.begin(part.fingerprint, self.results.run_id)
 
         def cloud_at(step: int | None) -> Cloud:

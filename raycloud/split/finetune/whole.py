@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from raycloud.models.anatomy import pooler_of
 from raycloud.models.loading import load, quiet_transformers
 from raycloud.models.segments import Segment
 from raycloud.models.weights import Weights
@@ -29,14 +31,16 @@ def save_whole(recipe: SplitTuneRecipe, weights: Weights, folder: Path) -> None:
     pretrained = load(recipe.model, device="cpu", dtype="float32")
     model = pretrained.model
     plan = plan_of(recipe, model.config)
-    parts = {
+    parts: dict[str, nn.Module] = {
         "first": Segment(model, 0, plan.first, embed=True, head=False),
         "middle": Segment(model, plan.first, plan.second, embed=False, head=False),
         "last": Segment(model, plan.second, embed=False),
     }
+    if recipe.first_rows and (pooler := pooler_of(model)) is not None:
+        parts["head.pooler"] = pooler
     with torch.no_grad():
-        for part, segment in parts.items():
-            for name, parameter in segment.named_parameters():
+        for part, module in parts.items():
+            for name, parameter in module.named_parameters():
                 if (learned := weights.get(f"{part}.{name}")) is not None:
                     parameter.copy_(learned)
     save_model(model, pretrained.tokenizer, folder)

@@ -13,12 +13,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from raycloud.errors import Interrupted, RecipeError
+from raycloud.link.channel import Loopback
 from raycloud.models.loading import load
 from raycloud.results import read_records
 from raycloud.split.finetune.assembly import assemble
 from raycloud.split.finetune.edge import EdgeSide
+from raycloud.split.finetune.host import TuneHost
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.run import run
+from raycloud.split.parts import load_cloud
+from raycloud.split.plan import PlanSet, SplitPlan
 from raycloud.training.loop import Step
 from tests.split.finetune.wiring import batches, values
 
@@ -170,6 +174,36 @@ def test_answers_are_learned_as_spans_of_their_texts(tmp_path: Path) -> None:
     )
     assert summary["f1"] > summary["f1_before"] + 0.3
     assert summary["exact_match"] > 0.5
+
+
+def test_over_a_link_the_first_row_goes_through_the_models_own_pooler(tmp_path: Path) -> None:
+    def made(name: str) -> SplitTuneRecipe:
+        return SplitTuneRecipe.parse(
+            {
+                "output": str(tmp_path / name),
+                "task": {"kind": "classification", "label": "domain", "pooling": "first"},
+                "data": {"limit": 16, "held_out": 8, "max_length": 48},
+                "cut": {"rank": 16, "form": "float32"},
+                "training": {"lr": 1e-3, "batch_size": 8},
+                "epochs": 1,
+                "threads": 1,
+            }
+        )
+
+    here = run(made("here"))
+    part = load_cloud("builtin:minilm-l6", PlanSet.of(SplitPlan(3, 6)), device="cpu", dtype="float32", training=True)
+    host = TuneHost(part, tmp_path / "cloud", threads=1)
+    loopback = Loopback(lambda connection: host.serve(connection, "me"))
+    try:
+        there = run(made("there"), connect=lambda session: loopback.connect())
+    finally:
+        loopback.close()
+        host.close()
+    assert there["bytes_per_step"] == here["bytes_per_step"]
+    ours, theirs = (load_file(tmp_path / name / "edge.safetensors") for name in ("there", "here"))
+    assert ours.keys() == theirs.keys()
+    assert {"head.pooler.dense.weight", "head.classifier.weight"} <= ours.keys()
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
 
 
 def test_a_network_is_for_a_cloud_elsewhere(tiny_llama: Path, tmp_path: Path) -> None:
