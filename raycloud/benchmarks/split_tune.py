@@ -26,10 +26,9 @@ from raycloud.models.segments import Segment
 from raycloud.models.weights import load_weights, weights_of
 from raycloud.report.console import bars, console
 from raycloud.split.finetune.assembly import assemble, task_of
-from raycloud.split.finetune.cloud import Packings
 from raycloud.split.finetune.crossing import crossing, per_cut
 from raycloud.split.finetune.edge import EdgeSide, Learning
-from raycloud.split.finetune.numbers import Packing
+from raycloud.split.finetune.numbers import Packing, Packings
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.tasks import pooled
 from raycloud.training.draws import drawing

@@ -78,6 +78,8 @@ class Batch:
     labels: Tensor
     types: Tensor | None = None
     """(B, T): 1 for tokens of the second text of a pair, in families that are told so."""
+    places: tuple[int, ...] | None = None
+    """Which samples of their data set they are, where somebody asks."""
 
     @property
     def targets(self) -> int:
@@ -93,7 +95,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         types = None if self.types is None else self.types.to(device)
-        return Batch(self.ids.to(device), self.valid.to(device), self.labels.to(device), types)
+        return Batch(self.ids.to(device), self.valid.to(device), self.labels.to(device), types, self.places)
 
 
 def encode(

@@ -13,11 +13,11 @@ from raycloud.data.batches import Batch
 from raycloud.errors import ModelError, RecipeError
 from raycloud.models.anatomy import pooler_of
 from raycloud.models.segments import Segment
-from raycloud.split.finetune.cloud import CloudSide, Packings
+from raycloud.split.finetune.cloud import CloudSide
 from raycloud.split.finetune.code import Code, blank, check_sizes, narrow, plain, published
 from raycloud.split.finetune.edge import Cloud, EdgeSide, Learning, LocalCloud
 from raycloud.split.finetune.messages import Agreed, Begin
-from raycloud.split.finetune.numbers import Packing
+from raycloud.split.finetune.numbers import Packing, Packings
 from raycloud.split.finetune.recipe import (
     BackRecipe,
     ClassificationRecipe,
@@ -192,7 +192,14 @@ class Ends:
 
 
 def _agreed(cut: CutRecipe, code: Code) -> Agreed:
-    return Agreed(form=cut.form, width=code.width, apart=code.apart, narrow=cut.kind == "narrow", trained=cut.trained)
+    return Agreed(
+        form=cut.form,
+        width=code.width,
+        apart=code.apart,
+        narrow=cut.kind == "narrow",
+        trained=cut.trained,
+        changes=cut.changes,
+    )
 
 
 def ends_of(
@@ -243,7 +250,8 @@ def ends_of(
         if not learns or (cut.kind == "narrow" and not cut.trained):
             end.requires_grad_(False)
     packings = Packings(
-        Packing(recipe.cut.form, code.width, code.apart), Packing(recipe.back.form, back.width, back.apart)
+        Packing(recipe.cut.form, code.width, code.apart, recipe.cut.changes),
+        Packing(recipe.back.form, back.width, back.apart, recipe.back.changes),
     )
     return Ends(recipe, plan, first, last, task, code, back, packings, back_of(task, last), learning, total_steps)
 

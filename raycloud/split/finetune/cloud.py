@@ -15,6 +15,7 @@ from raycloud.errors import LinkError
 from raycloud.link.frames import Frame, Kind, split_off, with_bytes
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.code import Encoder, narrow, tensors_of
+from raycloud.split.finetune.memory import ENTRY_BYTES, Memory
 from raycloud.split.finetune.messages import (
     Backward,
     Backwarded,
@@ -25,7 +26,7 @@ from raycloud.split.finetune.messages import (
     Optimise,
     Optimised,
 )
-from raycloud.split.finetune.numbers import Coded, Packing
+from raycloud.split.finetune.numbers import Coded, Packings
 from raycloud.split.finetune.state import load_state, put, state_of
 from raycloud.split.finetune.tasks import Pooling, pooled
 from raycloud.training.draws import drawing, seed_of
@@ -37,14 +38,6 @@ CALIBRATION_ROWS = 2**15
 
 class OutOfStep(LinkError):
     """A message that does not follow on those before it."""
-
-
-@dataclass(frozen=True)
-class Packings:
-    """How numbers cross each cut, rows and gradients alike."""
-
-    first: Packing
-    second: Packing
 
 
 @dataclass(frozen=True)
@@ -82,6 +75,7 @@ class CloudSide:
         self.packings, self.pooling, self.trainer, self.seed = packings, pooling, trainer, seed
         self._parts = {f"block {middle.lo + place}": block for place, block in enumerate(middle.blocks)}
         self._parts["decoder"] = decoder
+        self.memory = Memory(packings)
         self._passes: dict[int, _Pass] = {}
         self._calibration: list[Tensor] = []
         self._spoiled = False
@@ -94,7 +88,7 @@ class CloudSide:
 
     def state(self) -> dict[str, Tensor]:
         """What the next step depends on, but for the edge's side of it."""
-        return state_of(self.modules, self.trainer)
+        return {**state_of(self.modules, self.trainer), **self.memory.state()}
 
     def load(self, step: int, state: Mapping[str, Tensor]) -> None:
         """Go on with a step where :meth:`state` was taken.
@@ -102,6 +96,7 @@ class CloudSide:
         Raises:
             TrainingError: it is of other parameters.
         """
+        self.memory.load(state)
         load_state(self.modules, self.trainer, state)
         self.step = step
 
@@ -166,16 +161,26 @@ class CloudSide:
     def _forward(self, asked: Forward, payload: bytes, started: float) -> Frame:
         if asked.returns and (asked.step != self.step or asked.micro in self._passes):
             raise OutOfStep(f"rows of step {asked.step}, micro-batch {asked.micro} came in step {self.step}")
-        numbers = self.packings.first.unpack(Coded(asked.unit, payload), sum(asked.lengths)).to(self._device)
+        places, payload = self._which(asked, payload)
+        coded = Coded(asked.unit, payload)
+        numbers = self.memory.unpack("first", coded, places, asked.lengths).to(self._device)
         numbers.requires_grad_(asked.returns)
         lengths = torch.tensor(asked.lengths, device=self._device)
         with torch.set_grad_enabled(asked.returns), self._mode(asked.training, asked.step, asked.micro):
             out = self.encoder(self._through(numbers, lengths))
         if asked.returns:
             self._passes[asked.micro] = _Pass(numbers, out)
-        coded = self.packings.second.pack(out)
+        rows = asked.lengths if self.pooling == "rows" else [1] * len(asked.lengths)
+        coded = self.memory.pack("second", out, places, rows)
         told = Forwarded(unit=coded.unit, seconds=time.perf_counter() - started)
         return with_bytes(Kind.FWD_OK, told, coded.payload, rows=len(out))
+
+    def _which(self, asked: Forward, payload: bytes) -> tuple[list[int], bytes]:
+        """Which texts are visited again, where changes cross, and the coded numbers."""
+        if not (asked.training and self.memory.kept):
+            return [], payload
+        size = ENTRY_BYTES * len(asked.lengths)
+        return self.memory.heard(payload[:size]), payload[size:]
 
     def _through(self, numbers: Tensor, lengths: Tensor) -> Tensor:
         """Rows (n, d) at the second cut, of numbers (n, width) at the first one."""

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from raycloud.link.frames import Body, Kind, with_bytes
-from raycloud.split.finetune.cloud import Packings
 from raycloud.split.finetune.code import blank, tensors_of
 from raycloud.split.finetune.edge import Learning
+from raycloud.split.finetune.memory import ENTRY_BYTES
 from raycloud.split.finetune.messages import (
     Backward,
     Backwarded,
@@ -20,7 +20,7 @@ from raycloud.split.finetune.messages import (
     Optimise,
     Optimised,
 )
-from raycloud.split.finetune.numbers import Packing
+from raycloud.split.finetune.numbers import Packing, Packings
 from raycloud.split.finetune.tasks import Pooling
 
 FIRST, SECOND = ("FWD", "BWD_OK", "CODE", "FIT"), ("FWD_OK", "BWD", "FIT_OK")
@@ -79,7 +79,8 @@ def crossing(
         rows = tokens if back == "rows" else len(lengths)
         first, second = packings.first.bytes_per_row, packings.second.bytes_per_row
         sent = Forward(step=step, micro=micro, training=True, returns=returns, lengths=list(lengths), unit=0.0)
-        _add(sizes, Kind.FWD, sent, tokens * first)
+        which = ENTRY_BYTES * len(lengths) if packings.changes else 0
+        _add(sizes, Kind.FWD, sent, tokens * first + which)
         _add(sizes, Kind.FWD_OK, Forwarded(unit=0.0, seconds=0.0), rows * second)
         if returns:
             last = micro == len(micros) - 1

@@ -18,8 +18,9 @@ from raycloud.errors import LinkError
 from raycloud.link.frames import Frame, Kind, split_off, with_bytes
 from raycloud.link.meter import Meter
 from raycloud.models.segments import Segment
-from raycloud.split.finetune.cloud import CloudSide, Packings
+from raycloud.split.finetune.cloud import CloudSide
 from raycloud.split.finetune.code import Decoder, load_decoder
+from raycloud.split.finetune.memory import Memory
 from raycloud.split.finetune.messages import (
     Backward,
     Backwarded,
@@ -30,7 +31,7 @@ from raycloud.split.finetune.messages import (
     Optimise,
     Optimised,
 )
-from raycloud.split.finetune.numbers import Coded, Packing
+from raycloud.split.finetune.numbers import Coded, Packing, Packings
 from raycloud.split.finetune.state import Checkpoints, load_state, put, state_of
 from raycloud.split.finetune.tasks import Pooling, Task, pooled
 from raycloud.training.draws import drawing, seed_of
@@ -156,6 +157,7 @@ class EdgeSide:
         self.first, self.encoder, self.decoder, self.last, self.task = first, encoder, decoder, last, task
         self.packings, self.back, self.cloud, self.trainer = packings, back, cloud, trainer
         self.learning, self.seed, self._depth = learning, seed, depth
+        self.memory = Memory(packings)
         self.clock = Clock()
         self.ended: int | None = None
         """Rounds that the group had ended when last heard; None for an edge that trains by itself."""
@@ -239,7 +241,7 @@ class EdgeSide:
 
     def state(self) -> dict[str, Tensor]:
         """What the next step depends on, but for the cloud's side of it."""
-        return state_of(self.modules, self.trainer)
+        return {**state_of(self.modules, self.trainer), **self.memory.state()}
 
     def learnt(self) -> dict[str, Tensor]:
         """The weights among it."""
@@ -252,6 +254,7 @@ class EdgeSide:
             TrainingError: it is of other parameters.
         """
         load_state(self.modules, self.trainer, state)
+        self.memory.load(state)
         self._unsettled = False
 
     def join(self, step: int, weights: Mapping[str, Tensor]) -> None:
@@ -270,7 +273,7 @@ class EdgeSide:
         self.cloud.send(self._rows(batch, numbers, 0, training=False))
         told, payload = split_off(self._receive(), Forwarded)
         self.clock.cloud += told.seconds
-        return self._behind(self._arrived(told.unit, payload, batch), batch, 0, training=False)
+        return self._behind(self._arrived(told.unit, payload, batch, []), batch, 0, training=False)
 
     def _begin(self, number: int, batch: Batch) -> _Micro:
         with self._working(), torch.set_grad_enabled(self.learning.ahead):
@@ -284,7 +287,7 @@ class EdgeSide:
         told, payload = split_off(answer, Forwarded)
         self.clock.cloud += told.seconds
         with self._working():
-            leaf = self._arrived(told.unit, payload, micro.batch).requires_grad_()
+            leaf = self._arrived(told.unit, payload, micro.batch, self._places(micro.batch)).requires_grad_()
             outputs = self._behind(leaf, micro.batch, micro.number, training=True)
             loss = self.task.loss(outputs, micro.batch)
             (loss.sum / sums.tokens).backward()
@@ -336,20 +339,34 @@ class EdgeSide:
             return self.task.outputs(rows, batch)
 
     def _rows(self, batch: Batch, numbers: Tensor, number: int, *, training: bool) -> Frame:
-        coded = self.packings.first.pack(numbers)
+        places, lengths = self._places(batch) if training else [], _lengths(batch)
+        which = self.memory.announce(places)
+        coded = self.memory.pack("first", numbers, places, lengths)
         ours = Forward(
             step=self.trainer.step_index,
             micro=number,
             training=training,
             returns=training and (self.learning.ahead or self.learning.cloud),
-            lengths=_lengths(batch),
+            lengths=lengths,
             unit=coded.unit,
         )
-        return with_bytes(Kind.FWD, ours, coded.payload, rows=len(numbers))
+        return with_bytes(Kind.FWD, ours, which + coded.payload, rows=len(numbers))
 
-    def _arrived(self, unit: float, payload: bytes, batch: Batch) -> Tensor:
-        count = int(batch.valid.sum()) if self.back == "rows" else len(batch.ids)
-        return _unpacked(self.packings.second, Coded(unit, payload), count).to(batch.ids.device)
+    def _places(self, batch: Batch) -> Sequence[int]:
+        """Which texts a batch of a step is, where that matters."""
+        if not self.memory.kept:
+            return []
+        if batch.places is None:
+            raise ValueError("changes of texts cross, and the batch does not say which texts it is")
+        return batch.places
+
+    def _arrived(self, unit: float, payload: bytes, batch: Batch, places: Sequence[int]) -> Tensor:
+        counts = _lengths(batch) if self.back == "rows" else [1] * len(batch.ids)
+        try:
+            numbers = self.memory.unpack("second", Coded(unit, payload), places, counts)
+        except ValueError as error:
+            raise LinkError(f"the cloud's numbers cannot be used: {error}") from None
+        return numbers.to(batch.ids.device)
 
     def _chance(self, number: int, cut: str) -> torch.Generator:
         return torch.Generator().manual_seed(seed_of(self.seed, self.trainer.step_index, number, cut))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ class Lessons:
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of a step."""
-        return [self.examples.batch(places) for places in self._places(step)]
+        return [replace(self.examples.batch(places), places=tuple(places)) for places in self._places(step)]
 
     def lengths(self, step: int) -> list[list[int]]:
         """The tokens of each text, by micro-batch."""

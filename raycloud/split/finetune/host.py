@@ -23,11 +23,12 @@ from raycloud.errors import RaycloudError
 from raycloud.link.frames import Frame, FrameError, Granted, Kind, body, split_off, with_bytes
 from raycloud.link.hosting import Refused, Session, SessionHost, SessionLimits, SessionMetrics
 from raycloud.split.cloud.metrics import NoMetrics
-from raycloud.split.finetune.cloud import CloudSide, OutOfStep, Packings
+from raycloud.split.finetune.cloud import CloudSide, OutOfStep
 from raycloud.split.finetune.code import blank, load_decoder, plain
 from raycloud.split.finetune.group import Group
 from raycloud.split.finetune.meeting import Meeting, read
 from raycloud.split.finetune.messages import Began, Begin, Given, Meet, Optimised, Rows, Saved, Take, Taken
+from raycloud.split.finetune.numbers import Packings
 from raycloud.split.finetune.state import Checkpoints
 from raycloud.split.parts import CloudPart
 from raycloud.training.loop import Trainer
@@ -48,6 +49,8 @@ class TuneLimits(SessionLimits):
     """Of a micro-batch, its padding included."""
     micros: int = Field(default=32, ge=1)
     """Micro-batches whose gradient may be outstanding."""
+    memory_bytes: int = Field(default=2**30, ge=0)
+    """Of the numbers of texts that are remembered where only changes cross."""
     part_bytes: int = Field(default=2**29, ge=0)
     """Of the weights that an edge brings to a round."""
 
@@ -176,6 +179,8 @@ class TuneHost(SessionHost[TuneSession]):
                 raise Refused("tokens", f"{padded}; allowed: {self._limits.tokens} tokens in all, {longest} of a text")
             if session.side is not None and session.side.outstanding >= self._limits.micros:
                 raise Refused("micros", f"{self._limits.micros} micro-batches are outstanding")
+            if session.side is not None and session.side.memory.nbytes > self._limits.memory_bytes:
+                raise Refused("memory", f"what texts were takes more than {self._limits.memory_bytes} bytes")
         if frame.kind in (Kind.GIVE, Kind.ROUND, Kind.TAKE):
             if session.meeting is None:
                 raise Refused("group", f"{frame.kind.name} is for edges that train in a group")

@@ -3,7 +3,8 @@
 A session begins with OPEN and, unless it goes on from a checkpoint, with the codes of narrow cuts: CODE brings the
 cloud its end of the first one, FIT the rows that it fits the second one to. A step is FWD and BWD for each of its
 micro-batches, then OPT; SAVE may follow. Each has one answer, in the order of the requests. Payloads are a MessagePack
-map followed by coded numbers or tensors.
+map followed by coded numbers or tensors. Where changes cross, FWD has between the two which texts they are, by their
+numbers in the edge's data set, and how often each was there before.
 
 Edges that train together meet between rounds of steps: GIVE, as often as it takes, and ROUND bring an edge's work,
 ROUND alone asks where the group stands, and with TAKE both sides begin from what the group made of everybody's.
@@ -37,11 +38,13 @@ class Agreed(Body):
     """Whether they are a code with an encoder and a decoder, and not rows as they are."""
     trained: bool
     """Whether each of these learns with the side that holds it."""
+    changes: bool = False
+    """Whether from a text's second visit on only the change crosses."""
 
     @property
     def packing(self) -> Packing:
         """The numbers as bytes."""
-        return Packing(self.form, self.width, self.apart)
+        return Packing(self.form, self.width, self.apart, self.changes)
 
 
 GroupName = Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]

@@ -39,11 +39,14 @@ class Packing:
         form: of ordinary numbers.
         width: numbers of a row.
         apart: of these the first so many are sent as float16, as they would spoil the scale of the others.
+        changes: whether only the change crosses where both sides know a text; see
+            :class:`~raycloud.split.finetune.memory.Memory`.
     """
 
     form: Form
     width: int
     apart: int = 0
+    changes: bool = False
 
     @property
     def _steps(self) -> Even | None:
@@ -112,3 +115,16 @@ class Packing:
         if not bool(numbers.isfinite().all()):
             raise ValueError("the numbers are not all finite")
         return numbers
+
+
+@dataclass(frozen=True)
+class Packings:
+    """How numbers cross each cut, rows and gradients alike."""
+
+    first: Packing
+    second: Packing
+
+    @property
+    def changes(self) -> bool:
+        """Whether changes cross at either cut, and so both sides must know which text is which."""
+        return self.first.changes or self.second.changes

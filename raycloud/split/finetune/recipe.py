@@ -110,6 +110,9 @@ class CutRecipe(Recipe):
     """Whether each map of ``narrow`` learns with the side that holds it."""
     form: Form = "int8"
     """How a number crosses, and its gradient."""
+    changes: bool = False
+    """From a text's second visit on only send how its numbers have changed (AQ-SGD, arXiv 2206.01299), which rounds
+    more finely for as many bytes. Both sides remember the numbers of all texts, four bytes each."""
 
 
 class BackRecipe(CutRecipe):
@@ -211,6 +214,8 @@ class SplitTuneRecipe(Recipe):
                 f"task.max_question={task.max_question} and task.stride={task.stride}; "
                 f"allowed: {task.max_question + task.stride + 4} or more"
             )
+        if (self.cut.changes or self.back.changes) and not self.edges and self.epochs == 1:
+            raise ValueError("epochs=1 visits no text a second time (cut.changes or back.changes); allowed: 2 or more")
         if self.cut.kind == "sft" and self.split == 0:
             raise ValueError("split=0 leaves no block for the published cut (cut.kind=sft); allowed: 1 or more")
         return self

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from raycloud.errors import TrainingError
 from raycloud.results import write_atomically
+from raycloud.split.finetune.memory import MEMORY
 from raycloud.training.loop import Trainer
 
 _OPTIMISER = "optimiser/"
@@ -75,7 +76,7 @@ def load_state(modules: Mapping[str, nn.Module], trainer: Trainer | None, state:
         TrainingError: the state is of other parameters.
     """
     mine = {**codes(modules), **learnt(modules)}
-    theirs = {name: tensor for name, tensor in state.items() if not name.startswith(_OPTIMISER)}
+    theirs = {name: tensor for name, tensor in state.items() if not name.startswith((_OPTIMISER, MEMORY))}
     odd = sorted(mine.keys() ^ theirs.keys()) or [name for name in mine if mine[name].shape != theirs[name].shape]
     if odd:
         raise TrainingError(
@@ -85,7 +86,9 @@ def load_state(modules: Mapping[str, nn.Module], trainer: Trainer | None, state:
         for name, tensor in mine.items():
             tensor.copy_(theirs[name])
     if trainer is not None:
-        trainer.load_state({name.removeprefix(_OPTIMISER): t for name, t in state.items() if name not in theirs})
+        trainer.load_state(
+            {name.removeprefix(_OPTIMISER): t for name, t in state.items() if name.startswith(_OPTIMISER)}
+        )
 
 
 class Checkpoints:

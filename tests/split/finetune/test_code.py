@@ -127,9 +127,12 @@ def test_a_code_for_few_steps_spans_the_same_with_coefficients_of_one_size() -> 
     assert spread(evenly) < spread(plainly) / 2
 
 
+@pytest.mark.parametrize("changes", [False, True])
 @pytest.mark.parametrize("form", ["int8", "int4"])
 @pytest.mark.parametrize(("family", "second", "back"), [("bert", 6, None), ("bert", 6, 5), ("gpt2", 4, 7)])
-def test_bytes_told_in_advance_are_those_that_cross(family: str, second: int, back: int | None, form: Form) -> None:
+def test_bytes_told_in_advance_are_those_that_cross(
+    family: str, second: int, back: int | None, form: Form, changes: bool
+) -> None:
     meter, language = Meter(), family != "bert"
     edge = split(
         model_of(family),
@@ -139,6 +142,7 @@ def test_bytes_told_in_advance_are_those_that_cross(family: str, second: int, ba
         code=six_numbers,
         back=back,
         form=form,
+        changes=changes,
         meter=meter,
     )
     mine = batches(0, 3, language=language)

@@ -91,18 +91,19 @@ def _written(folder: Path, made: SplitTuneRecipe) -> Path:
     return folder / "recipe.yaml"
 
 
+@pytest.mark.parametrize("changes", [False, True])
 def test_a_run_with_codes_at_both_cuts_ends_alike_after_a_stop(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: bool
 ) -> None:
-    back = {"kind": "narrow", "rank": 12, "outliers": 1, "form": "int4"}
-    summary = run(recipe(tiny_llama, tmp_path / "whole", back=back))
+    back = {"kind": "narrow", "rank": 12, "outliers": 1, "form": "int4", "changes": changes}
+    summary = run(recipe(tiny_llama, tmp_path / "whole", back=back, epochs=2))
     assert summary["perplexity"] < summary["perplexity_before"]
     assert summary["bytes_of_codes"] > 0
-    monkeypatch.setattr(EdgeSide, "step", _stopping(EdgeSide.step, at=3))
+    monkeypatch.setattr(EdgeSide, "step", _stopping(EdgeSide.step, at=9))
     with pytest.raises(Interrupted, match="--resume"):
-        run(recipe(tiny_llama, tmp_path / "parts", back=back))
+        run(recipe(tiny_llama, tmp_path / "parts", back=back, epochs=2))
     monkeypatch.undo()
-    again = run(recipe(tiny_llama, tmp_path / "parts", back=back), "resume")
+    again = run(recipe(tiny_llama, tmp_path / "parts", back=back, epochs=2), "resume")
     assert again["perplexity"] == summary["perplexity"]
     ours, theirs = (load_file(tmp_path / name / "edge.safetensors") for name in ("parts", "whole"))
     assert all(ours[key].equal(theirs[key]) for key in theirs)
@@ -217,6 +218,7 @@ def test_a_network_is_for_a_cloud_elsewhere(tiny_llama: Path, tmp_path: Path) ->
     [
         ({"back": {"kind": "sft"}}, "back.kind: input should be 'narrow' or 'plain', got 'sft'"),
         ({"back": "int3"}, "back.form: .*, got 'int3'"),
+        ({"back": {"changes": True}}, "epochs=1 visits no text a second time"),
         ({"split": 3}, "split=3 and second=3; allowed: split < second"),
         ({"split": 0, "cut": {"kind": "sft"}}, "allowed: 1 or more"),
         ({"task": {"kind": "span", "stride": 96}}, "task.stride=96; allowed: 164 or more"),

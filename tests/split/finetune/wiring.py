@@ -18,12 +18,12 @@ from raycloud.link.channel import Channel, Loopback
 from raycloud.link.meter import Meter
 from raycloud.models.anatomy import base_of, blocks_of
 from raycloud.models.segments import Segment
-from raycloud.split.finetune.cloud import CloudSide, Packings
+from raycloud.split.finetune.cloud import CloudSide
 from raycloud.split.finetune.code import Code, blank, plain
 from raycloud.split.finetune.edge import EdgeSide, Learning, LocalCloud
 from raycloud.split.finetune.host import TuneHost, TuneLimits
 from raycloud.split.finetune.messages import Agreed, Begin
-from raycloud.split.finetune.numbers import Form, Packing
+from raycloud.split.finetune.numbers import Form, Packing, Packings
 from raycloud.split.finetune.remote import RemoteCloud
 from raycloud.split.finetune.tasks import Classification, Language, Pooling, Task, TextHead, pooled
 from raycloud.split.parts import CloudPart
@@ -57,7 +57,7 @@ def batches(step: int, micros: int = 2, *, language: bool) -> list[Batch]:
     """Texts of uneven lengths, padded on the right."""
     chance = torch.Generator().manual_seed(1000 + step)
     made = []
-    for _ in range(micros):
+    for micro in range(micros):
         lengths = torch.randint(3, 12, (4,), generator=chance)
         valid = torch.arange(int(lengths.max())) < lengths[:, None]
         ids = torch.randint(3, 97, valid.shape, generator=chance).masked_fill(~valid, 0)
@@ -67,7 +67,8 @@ def batches(step: int, micros: int = 2, *, language: bool) -> list[Batch]:
             labels = ids.roll(-1, dims=1).masked_fill(~follows, IGNORE)
         else:
             labels = torch.randint(0, CLASSES, (4,), generator=chance)
-        made.append(Batch(ids, valid, labels))
+        first = 4 * (micros * step + micro)
+        made.append(Batch(ids, valid, labels, places=tuple(range(first, first + 4))))
     return made
 
 
@@ -119,6 +120,7 @@ def split(
     code: Callable[[Segment], Code] | None = None,
     back: int | None = None,
     form: Form = "float32",
+    changes: bool = False,
     depth: int = 1,
     meter: Meter | None = None,
 ) -> EdgeSide:
@@ -131,8 +133,8 @@ def split(
     task: Task = Classification(head, "mean") if head is not None else Language(last)
     pooling: Pooling = task.pooling if second == len(blocks_of(model)) else "rows"
     packings = Packings(
-        Packing(form, cut.width, cut.apart),
-        Packing("float32" if back is None else form, behind.width, behind.apart),
+        Packing(form, cut.width, cut.apart, changes),
+        Packing("float32" if back is None else form, behind.width, behind.apart, changes),
     )
     cloud = CloudSide(
         middle,
@@ -234,6 +236,7 @@ def _agreed(packing: Packing, end: nn.Module) -> Agreed:
         apart=packing.apart,
         narrow=not isinstance(end, nn.Identity),
         trained=True,
+        changes=packing.changes,
     )
 
 

@@ -1,0 +1,76 @@
+"""Both ends remember the same of each text, and what changes little arrives nearly as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from raycloud.split.finetune.memory import Memory
+from raycloud.split.finetune.numbers import Form, Packing, Packings
+
+WIDTH, COUNTS, PLACES = 16, [3, 5], [7, 2]
+
+
+def packings(form: Form, changes: bool = True) -> Packings:
+    return Packings(Packing(form, WIDTH, 2, changes), Packing("float32", WIDTH))
+
+
+def visit(ends: tuple[Memory, Memory], numbers: Tensor) -> Tensor:
+    """What arrives."""
+    sender, receiver = ends
+    places = receiver.heard(sender.announce(PLACES))
+    assert places == PLACES
+    return receiver.unpack("first", sender.pack("first", numbers, PLACES, COUNTS), places, COUNTS)
+
+
+def assert_alike(one: Memory, other: Memory) -> None:
+    ours, theirs = one.state(), other.state()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("form", ["float16", "int8", "int4"])
+def test_what_changes_little_arrives_nearly_as_it_was(form: Form) -> None:
+    chance = torch.Generator().manual_seed(0)
+    ends = Memory(packings(form)), Memory(packings(form))
+    numbers = torch.randn(sum(COUNTS), WIDTH, generator=chance)
+    errors = []
+    for _ in range(4):
+        arrived = visit(ends, numbers)
+        assert_alike(*ends)
+        errors.append(float((arrived - numbers).norm()))
+        numbers = numbers + 0.02 * torch.randn(numbers.shape, generator=chance)
+    plain = Packing(form, WIDTH, 2)
+    wholly = plain.unpack(plain.pack(numbers), len(numbers))
+    assert errors[0] > 5 * errors[1] > 0
+    assert float((wholly - numbers).norm()) > 5 * max(errors[1:])
+
+
+def test_where_no_changes_cross_nothing_is_remembered() -> None:
+    ends = Memory(packings("int8", changes=False)), Memory(packings("int8", changes=False))
+    assert not ends[0].kept
+    assert ends[0].state() == {}
+
+
+def test_what_is_remembered_is_kept_as_tensors() -> None:
+    numbers = torch.randn(sum(COUNTS), WIDTH, generator=torch.Generator().manual_seed(1))
+    ends = Memory(packings("int4")), Memory(packings("int4"))
+    visit(ends, numbers)
+    again = Memory(packings("int4")), Memory(packings("int4"))
+    for memory, kept in zip(again, ends, strict=True):
+        memory.load(kept.state())
+        assert memory.nbytes == numbers.nbytes
+    assert torch.equal(visit(again, numbers), visit(ends, numbers))
+    again[0].load({})
+    assert again[0].nbytes == 0
+
+
+def test_ends_that_remember_different_things_find_out() -> None:
+    numbers = torch.ones(sum(COUNTS), WIDTH)
+    ends = Memory(packings("int8")), Memory(packings("int8"))
+    visit(ends, numbers)
+    with pytest.raises(ValueError, match="text 7 crossed 0 times for one side and 1 for the other"):
+        ends[1].heard(Memory(packings("int8")).announce(PLACES))
+    with pytest.raises(ValueError, match="text 7 has 5 rows, it had 3"):
+        ends[0].pack("first", numbers, PLACES, COUNTS[::-1])
