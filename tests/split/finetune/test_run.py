@@ -177,7 +177,8 @@ def test_answers_are_learned_as_spans_of_their_texts(tmp_path: Path) -> None:
     assert summary["exact_match"] > 0.5
 
 
-def test_over_a_link_the_first_row_goes_through_the_models_own_pooler(tmp_path: Path) -> None:
+@pytest.mark.parametrize("learning", ["all", "last"])
+def test_over_a_link_the_first_row_goes_through_the_models_own_pooler(tmp_path: Path, learning: str) -> None:
     def made(name: str) -> SplitTuneRecipe:
         return SplitTuneRecipe.parse(
             {
@@ -186,6 +187,7 @@ def test_over_a_link_the_first_row_goes_through_the_models_own_pooler(tmp_path: 
                 "data": {"limit": 16, "held_out": 8, "max_length": 48},
                 "cut": {"rank": 16, "form": "float32"},
                 "training": {"lr": 1e-3, "batch_size": 8},
+                "learning": learning,
                 "epochs": 1,
                 "threads": 1,
             }
