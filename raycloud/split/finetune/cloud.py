@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from raycloud.errors import LinkError
 from raycloud.link.frames import Frame, Kind, split_off, with_bytes
 from raycloud.models.segments import Segment
-from raycloud.split.finetune.code import Encoder, narrow, tensors_of
+from raycloud.split.finetune.code import Encoder, load_decoder, narrow, tensors_of
 from raycloud.split.finetune.memory import ENTRY_BYTES, Memory
 from raycloud.split.finetune.messages import (
+    PIECE_BYTES,
     Backward,
     Backwarded,
     Fit,
@@ -25,6 +26,7 @@ from raycloud.split.finetune.messages import (
     Forwarded,
     Optimise,
     Optimised,
+    Piece,
 )
 from raycloud.split.finetune.numbers import Coded, Packings
 from raycloud.split.finetune.state import load_state, put, state_of
@@ -78,6 +80,8 @@ class CloudSide:
         self.memory = Memory(packings)
         self._passes: dict[int, _Pass] = {}
         self._calibration: list[Tensor] = []
+        self._brought = bytearray()
+        self._fitted = b""
         self._spoiled = False
         self.step = 0
 
@@ -137,6 +141,8 @@ class CloudSide:
                 return self._optimise(split_off(request, Optimise)[0], started)
             case Kind.FIT:
                 return self._fit(*split_off(request, Fit))
+            case Kind.CODE:
+                return self._code(*split_off(request, Piece))
             case _:
                 raise OutOfStep(f"{request.kind.name} has no place within a step")
 
@@ -156,7 +162,25 @@ class CloudSide:
         rows, self._calibration = torch.cat(self._calibration), []
         code = narrow(rows, packing.width - packing.apart, packing.apart, even=packing.form == "int4")
         self.encoder.load_state_dict(code.encoder.state_dict())
-        return with_bytes(Kind.FIT_OK, Fitted(), tensors_of(code.decoder))
+        self._fitted = tensors_of(code.decoder)
+        return with_bytes(Kind.FIT_OK, Fitted())
+
+    def _code(self, asked: Piece, raw: bytes) -> Frame:
+        """A piece of the first cut's decoder for this side, or of the second one's for the edge."""
+        if not asked.up:
+            told = asked.model_copy(update={"size": len(self._fitted)})
+            return with_bytes(Kind.CODE_OK, told, self._fitted[asked.at : asked.at + PIECE_BYTES])
+        wanted = len(tensors_of(self.decoder))
+        if asked.at != len(self._brought) or asked.size != wanted or asked.at + len(raw) > wanted:
+            raise ValueError(
+                f"bytes {asked.at} to {asked.at + len(raw)} of {asked.size} of a decoder came where "
+                f"those from {len(self._brought)} to {wanted} at most are wanted"
+            )
+        self._brought += raw
+        if len(self._brought) == wanted:
+            load_decoder(self.decoder, bytes(self._brought))
+            self._brought.clear()
+        return with_bytes(Kind.CODE_OK, asked)
 
     def _forward(self, asked: Forward, payload: bytes, started: float) -> Frame:
         if asked.returns and (asked.step != self.step or asked.micro in self._passes):

@@ -17,10 +17,8 @@ from torch import Tensor
 from raycloud.errors import LinkError
 from raycloud.link.frames import Kind, split_off, with_bytes
 from raycloud.split.finetune.edge import Cloud, EdgeSide
-from raycloud.split.finetune.messages import Given, Meet, Met, Take, Taken, Together
+from raycloud.split.finetune.messages import PIECE_BYTES, Given, Meet, Met, Take, Taken, Together
 from raycloud.split.finetune.state import codes
-
-_CHUNK = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,8 @@ class Company:
             return 0
         weights = edge.learnt() if number else codes(edge.modules)
         packed = save({name: tensor.contiguous() for name, tensor in weights.items()})
-        for at in range(0, len(packed), _CHUNK):
-            edge.cloud.send(with_bytes(Kind.GIVE, Given(at=at), packed[at : at + _CHUNK]))
+        for at in range(0, len(packed), PIECE_BYTES):
+            edge.cloud.send(with_bytes(Kind.GIVE, Given(at=at), packed[at : at + PIECE_BYTES]))
             edge.cloud.receive()
         return len(packed)
 

@@ -5,30 +5,48 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from raycloud.link.frames import Body, Kind, with_bytes
+from raycloud.errors import RecipeError
+from raycloud.link.frames import HEADER_BYTES, MAX_CONTROL, MAX_FRAME, Body, Kind, with_bytes
 from raycloud.split.finetune.code import blank, tensors_of
 from raycloud.split.finetune.edge import Learning
 from raycloud.split.finetune.memory import ENTRY_BYTES
 from raycloud.split.finetune.messages import (
+    PIECE_BYTES,
     Backward,
     Backwarded,
-    Began,
     Fit,
     Fitted,
     Forward,
     Forwarded,
     Optimise,
     Optimised,
+    Piece,
 )
 from raycloud.split.finetune.numbers import Packing, Packings
 from raycloud.split.finetune.tasks import Pooling
 
-FIRST, SECOND = ("FWD", "BWD_OK", "CODE", "FIT"), ("FWD_OK", "BWD", "FIT_OK")
+FIRST, SECOND = ("FWD", "BWD_OK", "CODE", "FIT"), ("FWD_OK", "BWD", "FIT_OK", "CODE_OK")
 """The kinds of messages that cross each cut, or bring its code."""
 
 
 def _add(sizes: Counter[str], kind: Kind, body: Body, more: int = 0) -> None:
     sizes[kind.name] += len(with_bytes(kind, body).pack()) + more
+
+
+def check_frames(tokens: int, packings: Packings, back: Pooling) -> None:
+    """Whether a micro-batch of so many tokens fits one frame at either cut.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    row = packings.first.bytes_per_row
+    if back == "rows":  # otherwise a row for each text
+        row = max(row, packings.second.bytes_per_row)
+    if tokens * row > (room := MAX_FRAME - HEADER_BYTES - MAX_CONTROL):
+        raise RecipeError(
+            f"training.batch_size: {tokens:,} tokens of {row:,} bytes take {tokens * row / 1e6:.1f} MB, a frame holds "
+            f"{room / 1e6:.1f}; allowed: fewer texts at once, with more training.accumulate, or a smaller form"
+        )
 
 
 def fitting(
@@ -49,14 +67,20 @@ def fitting(
         return len(tensors_of(blank(width, packing.width, packing.apart).decoder))
 
     if first:
-        _add(sizes, Kind.CODE, Began(), decoder(packings.first))
-        _add(sizes, Kind.CODE_OK, Began())
+        size = decoder(packings.first)
+        for at in range(0, size, PIECE_BYTES):
+            _add(sizes, Kind.CODE, Piece(up=True, at=at, size=size), min(PIECE_BYTES, size - at))
+            _add(sizes, Kind.CODE_OK, Piece(up=True, at=at, size=size))
     if second:
         for number, lengths in enumerate(batches):
             last = number == len(batches) - 1
             rows = sum(lengths) * packings.first.bytes_per_row
             _add(sizes, Kind.FIT, Fit(lengths=list(lengths), last=last, unit=0.0), rows)
-            _add(sizes, Kind.FIT_OK, Fitted(), decoder(packings.second) if last else 0)
+            _add(sizes, Kind.FIT_OK, Fitted())
+        size = decoder(packings.second)
+        for at in range(0, size, PIECE_BYTES):
+            _add(sizes, Kind.CODE, Piece(up=False, at=at, size=0))
+            _add(sizes, Kind.CODE_OK, Piece(up=False, at=at, size=size), min(PIECE_BYTES, size - at))
     return sizes
 
 

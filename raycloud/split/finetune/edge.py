@@ -30,6 +30,7 @@ from raycloud.split.finetune.messages import (
     Forwarded,
     Optimise,
     Optimised,
+    Piece,
 )
 from raycloud.split.finetune.numbers import Coded, Packing, Packings
 from raycloud.split.finetune.state import Checkpoints, load_state, put, state_of
@@ -195,9 +196,17 @@ class EdgeSide:
             last = number == len(batches) - 1
             ours = Fit(lengths=_lengths(batch), last=last, unit=coded.unit)
             self.cloud.send(with_bytes(Kind.FIT, ours, coded.payload, rows=len(numbers)))
-            _, raw = split_off(self._receive(), Fitted)
+            split_off(self._receive(), Fitted)
+        packed, size = bytearray(), 1
+        while len(packed) < size:
+            self.cloud.send(with_bytes(Kind.CODE, Piece(up=False, at=len(packed), size=0)))
+            told, some = split_off(self._receive(), Piece)
+            if not some:
+                raise LinkError("the cloud's code cannot be used: it has no bytes")
+            size = told.size
+            packed += some
         try:
-            load_decoder(self.decoder, raw)
+            load_decoder(self.decoder, bytes(packed))
         except ValueError as error:
             raise LinkError(f"the cloud's code cannot be used: {error}") from None
 

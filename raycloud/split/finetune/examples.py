@@ -45,11 +45,11 @@ class Examples:
         """Some of them, padded on the right."""
         return self.join([self.samples[place] for place in places])
 
-    def in_length_order(self) -> Iterator[tuple[list[Any], Batch]]:
-        """All of them, for evaluation: the samples and what they are as a batch."""
+    def in_length_order(self, together: int) -> Iterator[tuple[list[Any], Batch]]:
+        """All of them, so many at once, for evaluation: the samples and what they are as a batch."""
         order = np.argsort(self.lengths, kind="stable").tolist()
-        for at in range(0, len(order), _BATCH):
-            places = order[at : at + _BATCH]
+        for at in range(0, len(order), together):
+            places = order[at : at + together]
             yield [self.samples[place] for place in places], self.batch(places)
 
 
@@ -74,6 +74,10 @@ class Lessons:
     def lengths(self, step: int) -> list[list[int]]:
         """The tokens of each text, by micro-batch."""
         return [[int(self.order.lengths[place]) for place in places] for places in self._places(step)]
+
+    def largest(self, steps: int) -> int:
+        """The tokens of the largest micro-batch of so many steps."""
+        return max(sum(lengths) for step in range(steps) for lengths in self.lengths(step))
 
     def samples(self, step: int) -> int:
         """How many texts a step takes."""
@@ -166,7 +170,7 @@ def judge(
 
     def said() -> Iterator[tuple[list[Any], Batch, Tensor]]:
         done = 0
-        for samples, batch in examples.in_length_order():
+        for samples, batch in examples.in_length_order(min(_BATCH, recipe.training.batch_size)):
             told(done := done + len(samples))
             yield samples, batch, predict(batch).float().cpu()
 

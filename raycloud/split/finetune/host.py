@@ -24,17 +24,16 @@ from raycloud.link.frames import Frame, FrameError, Granted, Kind, body, split_o
 from raycloud.link.hosting import Refused, Session, SessionHost, SessionLimits, SessionMetrics
 from raycloud.split.cloud.metrics import NoMetrics
 from raycloud.split.finetune.cloud import CloudSide, OutOfStep
-from raycloud.split.finetune.code import blank, load_decoder, plain
+from raycloud.split.finetune.code import blank, plain
 from raycloud.split.finetune.group import Group
 from raycloud.split.finetune.meeting import Meeting, read
-from raycloud.split.finetune.messages import Began, Begin, Given, Meet, Optimised, Rows, Saved, Take, Taken
+from raycloud.split.finetune.messages import PIECE_BYTES, Begin, Given, Meet, Optimised, Rows, Saved, Take, Taken
 from raycloud.split.finetune.numbers import Packings
 from raycloud.split.finetune.state import Checkpoints
 from raycloud.split.parts import CloudPart
 from raycloud.training.loop import Trainer
 from raycloud.training.lora import adapt
 
-_CHUNK = 2 * 2**20
 _WAIT_S = 4.0
 """How long a ROUND whose round goes on is kept waiting: shorter than an edge waits for an answer of a sound cloud."""
 _LOOK_S = 0.05
@@ -210,10 +209,6 @@ class TuneHost(SessionHost[TuneSession]):
     def _answer(self, session: TuneSession, frame: Frame) -> Frame:
         with _refusing():
             side = self._beside(session)
-            if frame.kind is Kind.CODE:
-                _, raw = split_off(frame, Began)
-                load_decoder(side.decoder, raw)
-                return with_bytes(Kind.CODE_OK, Began())
             if frame.kind is Kind.SAVE:
                 asked, _ = split_off(frame, Saved)
                 # A cloud that does not learn is told of no step.
@@ -264,7 +259,7 @@ class TuneHost(SessionHost[TuneSession]):
             session.taken = session.meeting.take(session.name, session.id, side)
             session.given.clear()
         ended, packed = session.taken
-        return with_bytes(Kind.TAKE_OK, Taken(ended=ended, size=len(packed)), packed[asked.at : asked.at + _CHUNK])
+        return with_bytes(Kind.TAKE_OK, Taken(ended=ended, size=len(packed)), packed[asked.at : asked.at + PIECE_BYTES])
 
     def _side(self, session: TuneSession) -> CloudSide:
         """A side of the session's own, as it begins or as it was saved."""

@@ -18,7 +18,7 @@ from raycloud.models.loading import load_config, load_tokenizer, pick_device, re
 from raycloud.results import write_atomically
 from raycloud.split.finetune.assembly import Ends, ends_of, plan_of
 from raycloud.split.finetune.company import Company, Meeting
-from raycloud.split.finetune.crossing import crossing, per_cut
+from raycloud.split.finetune.crossing import check_frames, crossing, per_cut
 from raycloud.split.finetune.edge import Cloud, EdgeSide
 from raycloud.split.finetune.examples import calibration, examples_of, judge, lessons_of
 from raycloud.split.finetune.journal import Record
@@ -138,6 +138,7 @@ class Member:
             total_steps=self.steps,
             pooler=part.pooler,
         )
+        check_frames(self._lessons.largest(self.steps), ends.packings, ends.back)
         run = hashlib.sha256(f"{self._run}/{self.name}/{what}".encode()).hexdigest()[:32]
         return ends, ends.begin(part.fingerprint, run)
 

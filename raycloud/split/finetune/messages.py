@@ -1,10 +1,10 @@
 """What edge and cloud say to each other while they train. No text, token id, label or mask is in any of it.
 
 A session begins with OPEN and, unless it goes on from a checkpoint, with the codes of narrow cuts: CODE brings the
-cloud its end of the first one, FIT the rows that it fits the second one to. A step is FWD and BWD for each of its
-micro-batches, then OPT; SAVE may follow. Each has one answer, in the order of the requests. Payloads are a MessagePack
-map followed by coded numbers or tensors. Where changes cross, FWD has between the two which texts they are, by their
-numbers in the edge's data set, and how often each was there before.
+cloud its end of the first one, FIT the rows that it fits the second one to, CODE the edge its end of that. A step is
+FWD and BWD for each of its micro-batches, then OPT; SAVE may follow. Each has one answer, in the order of the requests.
+Payloads are a MessagePack map followed by coded numbers or tensors. Where changes cross, FWD has between the two which
+texts they are, by their numbers in the edge's data set, and how often each was there before.
 
 Edges that train together meet between rounds of steps: GIVE, as often as it takes, and ROUND bring an edge's work,
 ROUND alone asks where the group stands, and with TAKE both sides begin from what the group made of everybody's.
@@ -21,6 +21,9 @@ from raycloud.split.finetune.numbers import Form, Packing
 from raycloud.split.finetune.tasks import Pooling
 from raycloud.training.loop import TrainingRecipe
 from raycloud.training.lora import LoraRecipe
+
+PIECE_BYTES = 2 * 2**20
+"""Of tensors in one frame, at most."""
 
 Unit = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """See :class:`~raycloud.split.finetune.numbers.Coded`."""
@@ -97,8 +100,18 @@ class Begin(Body):
     """None for an edge that trains by itself."""
 
 
-class Began(Body):
-    """CODE: the decoder's tensors follow as safetensors. CODE_OK likewise, without them."""
+class Piece(Body):
+    """CODE: some bytes of the first cut's decoder as safetensors, or the wish for some of the second one's.
+
+    CODE_OK: the same without bytes, or with them.
+    """
+
+    up: bool
+    """Whether it is the first cut's, which the cloud needs."""
+    at: int = Field(ge=0)
+    """Where they begin."""
+    size: int = Field(ge=0)
+    """Of all of them; of no meaning in a wish."""
 
 
 class Rows(Body):
@@ -117,7 +130,7 @@ class Fit(Rows):
 
 
 class Fitted(Body):
-    """FIT_OK: after the last rows the decoder's tensors follow as safetensors."""
+    """FIT_OK: the rows are there; after the last of them, so is the code."""
 
 
 class Saved(Body):

@@ -11,7 +11,7 @@ from raycloud.link.caller import Caller
 from raycloud.link.channel import Channel
 from raycloud.link.frames import Frame, Granted, Kind, with_bytes
 from raycloud.split.finetune.code import tensors_of
-from raycloud.split.finetune.messages import Began, Begin, Saved
+from raycloud.split.finetune.messages import PIECE_BYTES, Begin, Piece, Saved
 
 _REPLIES = (
     Kind.FWD_OK,
@@ -50,8 +50,11 @@ class RemoteCloud:
             connect, asked, Granted, lambda frame: frame, _lost, _REPLIES, patience_s
         )
         if asked.up.narrow and asked.restore is None:
-            self.send(with_bytes(Kind.CODE, Began(), tensors_of(decoder)))
-            self.receive()
+            packed = tensors_of(decoder)
+            for at in range(0, len(packed), PIECE_BYTES):
+                ours = Piece(up=True, at=at, size=len(packed))
+                self.send(with_bytes(Kind.CODE, ours, packed[at : at + PIECE_BYTES]))
+                self.receive()
 
     def send(self, request: Frame) -> None:
         """Send it off, or keep it until the cloud has room."""

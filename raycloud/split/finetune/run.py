@@ -21,7 +21,7 @@ from raycloud.report.split_tune import print_summary, write_page
 from raycloud.report.teacher import print_table
 from raycloud.results import Mode, ResultDir, resumable, write_atomically, write_folder
 from raycloud.split.finetune.assembly import assemble, ends_of, plan_of
-from raycloud.split.finetune.crossing import crossing, fitting, per_cut, per_direction
+from raycloud.split.finetune.crossing import check_frames, crossing, fitting, per_cut, per_direction
 from raycloud.split.finetune.edge import Clock, Cloud, EdgeSide, Learning, LocalCloud
 from raycloud.split.finetune.examples import Examples, calibration, examples_of, judge, lessons_of
 from raycloud.split.finetune.loop import train
@@ -169,6 +169,7 @@ class _Run:
         )
         fitted_to = self._calibration()
         ends = ends_of(recipe, part.first, part.last, fitted_to, classes=classes, total_steps=steps, pooler=part.pooler)
+        check_frames(self.lessons.largest(steps), ends.packings, ends.back)
         begin = ends.begin(part.fingerprint, self.results.run_id)
 
         def cloud_at(step: int | None) -> Cloud:

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from raycloud.errors import ModelError
+from raycloud.link.frames import Kind, with_bytes
 from raycloud.link.meter import Meter
 from raycloud.models.segments import Segment
-from raycloud.split.finetune.code import Code, narrow, published
+from raycloud.split.finetune.code import Code, narrow, published, tensors_of
 from raycloud.split.finetune.crossing import crossing, fitting, per_cut
 from raycloud.split.finetune.edge import Learning
+from raycloud.split.finetune.messages import Piece
 from raycloud.split.finetune.numbers import Coded, Form, Packing
 from tests.models.families import tiny
 from tests.split.finetune.wiring import WIDTH, batches, calibration, head_of, model_of, split
@@ -125,6 +127,28 @@ def test_a_code_for_few_steps_spans_the_same_with_coefficients_of_one_size() -> 
         return float(sizes.max() / sizes.min())
 
     assert spread(evenly) < spread(plainly) / 2
+
+
+def test_a_code_larger_than_a_frame_comes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("cloud", "crossing"):
+        monkeypatch.setattr(f"raycloud.split.finetune.{module}.PIECE_BYTES", 300)
+    meter = Meter()
+    edge = split(model_of("gpt2"), 2, 4, code=six_numbers, back=7, form="int8", meter=meter)
+    cloud = edge.cloud.side  # type: ignore[attr-defined]
+    fitted = [batch.valid.sum(dim=1).tolist() for batch in calibration(language=True)]
+    assert fitting(fitted, edge.packings, WIDTH, first=False, second=True) == meter.payload
+    assert edge.decoder.weight.detach().norm() > 1  # type: ignore[union-attr, operator]
+    packed = tensors_of(cloud.decoder)
+    assert len(packed) > 900
+    before = cloud.decoder.weight.detach().clone()
+    with torch.no_grad():
+        cloud.decoder.weight.zero_()
+    for at in range(0, len(packed), 300):
+        ours = Piece(up=True, at=at, size=len(packed))
+        cloud.answer(with_bytes(Kind.CODE, ours, packed[at : at + 300]))
+    assert torch.equal(cloud.decoder.weight, before)
+    with pytest.raises(ValueError, match="bytes 300 to 301 of 5 of a decoder came where those from 0 to"):
+        cloud.answer(with_bytes(Kind.CODE, Piece(up=True, at=300, size=5), b"x"))
 
 
 @pytest.mark.parametrize("changes", [False, True])

@@ -17,7 +17,7 @@ from raycloud.errors import LinkError
 from raycloud.link.channel import Channel
 from raycloud.link.frames import HEADER_BYTES
 from raycloud.models.segments import Segment
-from raycloud.split.finetune.code import Code, narrow
+from raycloud.split.finetune.code import Code, narrow, tensors_of
 from raycloud.split.finetune.edge import EdgeSide
 from raycloud.split.finetune.host import TuneLimits
 from raycloud.split.finetune.loop import train
@@ -216,7 +216,7 @@ def test_a_cloud_refuses_what_it_has_not(service: Service) -> None:
 
 def test_a_decoder_that_is_none_is_refused(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     edge = fresh()
-    monkeypatch.setattr("raycloud.split.finetune.cloud.tensors_of", lambda decoder: b"no tensors at all")
+    monkeypatch.setattr("raycloud.split.finetune.cloud.tensors_of", lambda decoder: b"x" * len(tensors_of(decoder)))
     edge.cloud = service.at(None)
     with closing(edge.cloud), pytest.raises(LinkError, match="the cloud's code cannot be used: the decoder cannot be"):
         edge.fit(calibration(language=False))

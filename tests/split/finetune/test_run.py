@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from raycloud.errors import Interrupted, RecipeError
-from raycloud.link.channel import Loopback
+from raycloud.link.channel import Channel, Loopback
 from raycloud.models.loading import load
 from raycloud.results import read_records
 from raycloud.split.finetune.assembly import assemble
@@ -207,6 +207,18 @@ def test_over_a_link_the_first_row_goes_through_the_models_own_pooler(tmp_path: 
     assert ours.keys() == theirs.keys()
     assert {"head.pooler.dense.weight", "head.classifier.weight"} <= ours.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
+
+
+def test_a_micro_batch_that_no_frame_holds_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    def connect(session: str) -> Channel:
+        raise AssertionError
+
+    changes = {"model": "builtin:minilm-l6", "second": None, "task": {"kind": "classification", "label": "domain"}}
+    data = {"source": "builtin:reviews", "limit": 600, "held_out": 8}
+    mine = recipe(tmp_path, tmp_path / "out", cut={"kind": "plain", "form": "float32"})
+    mine = SplitTuneRecipe.parse({**mine.model_dump(), **changes, "data": data, "training": {"batch_size": 600}})
+    with pytest.raises(RecipeError, match=r"training\.batch_size: .* MB, a frame holds 8\.3; allowed: fewer"):
+        run(mine, connect=connect)
 
 
 def test_a_network_is_for_a_cloud_elsewhere(tiny_llama: Path, tmp_path: Path) -> None:
