@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from raycloud.data.batches import Batch
 from raycloud.split.finetune.company import Company
@@ -51,10 +52,11 @@ def train(
     if latest := kept.steps()[-1:]:
         edge.load(kept.load(*latest))
     else:
-        _save(edge, kept)
-    meets = company is not None
-    while True:
-        try:
+        keep(edge, kept)
+
+    def go() -> None:
+        meets = company is not None
+        while True:
             if meets and company is not None:
                 company.meet(edge)
             step = edge.trainer.step_index
@@ -63,22 +65,30 @@ def train(
             told(edge.step(batches_of(step)))
             meets = company is not None and company.due(edge)
             if (step + 1) % every == 0 or step + 1 == steps or meets:
-                _save(edge, kept)
-        except SessionLost as error:
-            log.info("going back to step %d: %s", kept.steps()[-1], error)
-            edge.cloud.close()
-            _go_on(edge, kept, cloud_at)
-            meets = company is not None
+                keep(edge, kept)
+
+    lasting(go, edge, kept, cloud_at)
 
 
-def _save(edge: EdgeSide, kept: Checkpoints) -> None:
+def keep(edge: EdgeSide, kept: Checkpoints) -> None:
+    """A checkpoint of both sides."""
     step = edge.trainer.step_index
     edge.settle()
     edge.cloud.save(step)
     kept.save(step, edge.state())
 
 
-def _go_on(edge: EdgeSide, kept: Checkpoints, cloud_at: Callable[[int], Cloud]) -> None:
-    step = kept.steps()[-1]
-    edge.load(kept.load(step))
-    edge.cloud = cloud_at(step)
+T = TypeVar("T")
+
+
+def lasting(work: Callable[[], T], edge: EdgeSide, kept: Checkpoints, cloud_at: Callable[[int], Cloud]) -> T:
+    """What comes of something that needs the cloud, begun anew from the latest checkpoint if it loses its session."""
+    while True:
+        try:
+            return work()
+        except SessionLost as error:
+            step = kept.steps()[-1]
+            log.info("going back to step %d: %s", step, error)
+            edge.cloud.close()
+            edge.load(kept.load(step))
+            edge.cloud = cloud_at(step)

@@ -24,7 +24,7 @@ from raycloud.split.finetune.assembly import assemble, ends_of, plan_of
 from raycloud.split.finetune.crossing import check_frames, crossing, fitting, per_cut, per_direction
 from raycloud.split.finetune.edge import Clock, Cloud, EdgeSide, Learning, LocalCloud
 from raycloud.split.finetune.examples import Examples, calibration, examples_of, judge, lessons_of
-from raycloud.split.finetune.loop import train
+from raycloud.split.finetune.loop import keep, lasting, train
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.remote import RemoteCloud
 from raycloud.split.finetune.state import Checkpoints
@@ -94,15 +94,20 @@ class _Run:
         self._print_bytes(edge)
         begun = latest or 0
         results.keep_metrics(lambda record: record["step"] < begun)
-        if latest is None:
-            results.log({"step": _BEFORE, **self._judged(edge, held_out)})
+        if not results.metrics():
+            if latest is None:
+                keep(edge, kept)
+            else:
+                edge.load(kept.load(latest))
+            found = lasting(lambda: self._judged(edge, held_out), edge, kept, cloud_at)
+            results.log({"step": _BEFORE, **found})
         before = {name: value for name, value in results.metrics()[0].items() if name != "step"}
         started, edge.clock = time.perf_counter(), Clock()
         try:
             self._train(edge, kept, cloud_at, steps)
             taken = time.perf_counter() - started
             clock = replace(edge.clock)
-            after = self._judged(edge, held_out)
+            after = lasting(lambda: self._judged(edge, held_out), edge, kept, cloud_at)
         finally:
             edge.cloud.close()
         made = max(1, steps - begun)

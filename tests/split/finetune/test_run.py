@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from raycloud.data.batches import Batch
 from raycloud.errors import Interrupted, RecipeError
 from raycloud.link.channel import Channel, Loopback
 from raycloud.models.loading import load
@@ -177,31 +181,74 @@ def test_answers_are_learned_as_spans_of_their_texts(tmp_path: Path) -> None:
     assert summary["exact_match"] > 0.5
 
 
+class Host:
+    """A cloud for MiniLM's blocks [3, 6), behind channels, that can be killed."""
+
+    def __init__(self, folder: Path) -> None:
+        plans = PlanSet.of(SplitPlan(3, 6))
+        self._part = load_cloud("builtin:minilm-l6", plans, device="cpu", dtype="float32", training=True)
+        self._folder = folder
+        self._start()
+
+    def _start(self) -> None:
+        self._host = TuneHost(self._part, self._folder, threads=1)
+        self._loopback = Loopback(lambda connection: self._host.serve(connection, "me"))
+
+    def connect(self, session: str) -> Channel:
+        return self._loopback.connect()
+
+    def kill(self) -> None:
+        self.close()
+        self._start()
+
+    def close(self) -> None:
+        self._loopback.close()
+        self._host.close()
+
+
+def reviews(output: Path, **changes: Any) -> SplitTuneRecipe:
+    return SplitTuneRecipe.parse(
+        {
+            "output": str(output),
+            "task": {"kind": "classification", "label": "domain", **changes.pop("task", {})},
+            "data": {"limit": 16, "held_out": 24, "max_length": 48},
+            "cut": {"rank": 16, "form": "float32"},
+            "training": {"lr": 1e-3, "batch_size": 8},
+            "epochs": 1,
+            "threads": 1,
+            **changes,
+        }
+    )
+
+
+def test_a_cloud_that_is_lost_while_held_out_texts_are_judged_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = run(reviews(tmp_path / "here"))
+    with closing(Host(tmp_path / "cloud")) as cloud:
+        predict, times = EdgeSide.predict, itertools.count()
+
+        def breaking(self: EdgeSide, batch: Batch) -> Tensor:
+            if next(times) in (1, 6):  # before training, and after it
+                cloud.kill()
+            return predict(self, batch)
+
+        monkeypatch.setattr(EdgeSide, "predict", breaking)
+        there = run(reviews(tmp_path / "there"), connect=cloud.connect)
+    assert next(times) == 2 * (2 + 3)
+    assert {name: there[name] for name in ("accuracy_before", "accuracy")} == {
+        name: here[name] for name in ("accuracy_before", "accuracy")
+    }
+
+
 @pytest.mark.parametrize("learning", ["all", "last"])
 def test_over_a_link_the_first_row_goes_through_the_models_own_pooler(tmp_path: Path, learning: str) -> None:
     def made(name: str) -> SplitTuneRecipe:
-        return SplitTuneRecipe.parse(
-            {
-                "output": str(tmp_path / name),
-                "task": {"kind": "classification", "label": "domain", "pooling": "first"},
-                "data": {"limit": 16, "held_out": 8, "max_length": 48},
-                "cut": {"rank": 16, "form": "float32"},
-                "training": {"lr": 1e-3, "batch_size": 8},
-                "learning": learning,
-                "epochs": 1,
-                "threads": 1,
-            }
-        )
+        return reviews(tmp_path / name, task={"pooling": "first"}, learning=learning)
 
     here = run(made("here"))
-    part = load_cloud("builtin:minilm-l6", PlanSet.of(SplitPlan(3, 6)), device="cpu", dtype="float32", training=True)
-    host = TuneHost(part, tmp_path / "cloud", threads=1)
-    loopback = Loopback(lambda connection: host.serve(connection, "me"))
-    try:
-        there = run(made("there"), connect=lambda session: loopback.connect())
-    finally:
-        loopback.close()
-        host.close()
+    with closing(Host(tmp_path / "cloud")) as cloud:
+        there = run(made("there"), connect=cloud.connect)
     assert there["bytes_per_step"] == here["bytes_per_step"]
     ours, theirs = (load_file(tmp_path / name / "edge.safetensors") for name in ("there", "here"))
     assert ours.keys() == theirs.keys()
@@ -213,10 +260,9 @@ def test_a_micro_batch_that_no_frame_holds_is_refused_before_anything_is_sent(tm
     def connect(session: str) -> Channel:
         raise AssertionError
 
-    changes = {"model": "builtin:minilm-l6", "second": None, "task": {"kind": "classification", "label": "domain"}}
-    data = {"source": "builtin:reviews", "limit": 600, "held_out": 8}
-    mine = recipe(tmp_path, tmp_path / "out", cut={"kind": "plain", "form": "float32"})
-    mine = SplitTuneRecipe.parse({**mine.model_dump(), **changes, "data": data, "training": {"batch_size": 600}})
+    mine = reviews(
+        tmp_path / "out", cut={"kind": "plain", "form": "float32"}, data={"limit": 600}, training={"batch_size": 600}
+    )
     with pytest.raises(RecipeError, match=r"training\.batch_size: .* MB, a frame holds 8\.3; allowed: fewer"):
         run(mine, connect=connect)
 
