@@ -111,7 +111,8 @@ class SessionHost(ABC, Generic[S]):
 
     def held(self) -> list[S]:
         """The sessions themselves."""
-        return [attached.session for attached in self._attached.values()]
+        # A copy first, at one go: other threads ask as well.
+        return [attached.session for attached in list(self._attached.values())]
 
     async def serve(self, connection: Connection, principal: str) -> None:
         """Speak with one connection until it ends; its session outlives it by the lease.

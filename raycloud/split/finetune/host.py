@@ -29,7 +29,7 @@ from raycloud.split.finetune.group import Group
 from raycloud.split.finetune.meeting import Meeting, read
 from raycloud.split.finetune.messages import PIECE_BYTES, Begin, Given, Meet, Optimised, Rows, Saved, Take, Taken
 from raycloud.split.finetune.numbers import Packings
-from raycloud.split.finetune.state import Checkpoints
+from raycloud.split.finetune.state import GROUPS, Checkpoints, forget
 from raycloud.split.parts import CloudPart
 from raycloud.training.loop import Trainer
 from raycloud.training.lora import adapt
@@ -48,6 +48,8 @@ class TuneLimits(SessionLimits):
     """Of a micro-batch, its padding included."""
     micros: int = Field(default=32, ge=1)
     """Micro-batches whose gradient may be outstanding."""
+    runs: int = Field(default=64, ge=1)
+    """Whose checkpoints are kept for one principal; those that saved one longest ago go first."""
     memory_bytes: int = Field(default=2**30, ge=0)
     """Of the numbers of texts that are remembered where only changes cross."""
     part_bytes: int = Field(default=2**29, ge=0)
@@ -215,6 +217,8 @@ class TuneHost(SessionHost[TuneSession]):
                 if session.asked.cloud and asked.step != side.step:
                     raise OutOfStep(f"step {asked.step} is to be saved in step {side.step}")
                 session.kept.save(asked.step, side.state())
+                spare = {other.asked.run for other in self.held() if other.principal == session.principal}
+                forget(self._of(session.principal), self._limits.runs, spare)
                 return with_bytes(Kind.SAVE_OK, asked)
             if frame.kind is Kind.GIVE:
                 return self._give(session, *split_off(frame, Given))
@@ -292,7 +296,7 @@ class TuneHost(SessionHost[TuneSession]):
 
 def group_file(folder: Path, group: str) -> Path:
     """Where a group is kept among the checkpoints of those who share a token."""
-    return folder / "groups" / f"{group}.safetensors"
+    return folder / GROUPS / f"{group}.safetensors"
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from raycloud.results import write_atomically
 from raycloud.split.finetune.memory import MEMORY
 from raycloud.training.loop import Trainer
 
+GROUPS = "groups"
+"""Beside the folders of runs: what groups have made of their members' work."""
 _OPTIMISER = "optimiser/"
 
 
@@ -89,6 +92,21 @@ def load_state(modules: Mapping[str, nn.Module], trainer: Trainer | None, state:
         trainer.load_state(
             {name.removeprefix(_OPTIMISER): t for name, t in state.items() if name.startswith(_OPTIMISER)}
         )
+
+
+def forget(folder: Path, most: int, spare: Collection[str]) -> None:
+    """Remove all runs of a folder but those that saved a checkpoint last, so many of them, and those to be spared.
+
+    Args:
+        folder: holds a folder for each run, as :class:`Checkpoints` fills it.
+        most: runs that stay.
+        spare: names of runs that go on.
+    """
+    runs = [path for path in folder.iterdir() if any(path.glob("*.safetensors")) and path.name != GROUPS]
+    runs.sort(key=lambda path: path.stat().st_mtime)
+    for path in runs[:-most]:
+        if path.name not in spare:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class Checkpoints:

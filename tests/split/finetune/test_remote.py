@@ -253,6 +253,19 @@ def test_a_lost_cloud_comes_back_with_both_codes(service: Service, tmp_path: Pat
         assert torch.equal(again.predict(batch), before)
 
 
+def test_only_the_latest_runs_are_kept(tmp_path: Path) -> None:
+    with closing(Service(fresh(), tmp_path / "cloud", TuneLimits(runs=2))) as service:
+        first = service.at(None)  # goes on, and is spared
+        first.save(0)
+        for number in range(1, 5):
+            service.begin = service.begin.model_copy(update={"run": str(number) * 32})
+            with closing(service.at(None)) as cloud:
+                cloud.save(0)
+        kept = {path.parent.name[0] for path in (tmp_path / "cloud").glob("*/*/0.safetensors")}
+        assert kept == {"0", "3", "4"}
+        first.close()
+
+
 def test_texts_beyond_what_is_granted_are_refused(tmp_path: Path) -> None:
     edge = fresh()
     with closing(Service(edge, tmp_path / "cloud", TuneLimits(tokens=8))) as service:
