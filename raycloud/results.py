@@ -66,6 +66,12 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
+def kept_at(folder: Path, about: Any, suffix: str) -> Path:
+    """Where a folder has what is a function of ``about``, plain JSON, and of nothing else."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
+    return folder / f"{digest}.{suffix}"
+
+
 def kept_json(folder: Path, about: Any, compute: Callable[[], Any]) -> Any:
     """What ``compute`` returns, as plain JSON; what a folder has of it from an earlier time is not computed again.
 
@@ -74,8 +80,7 @@ def kept_json(folder: Path, about: Any, compute: Callable[[], Any]) -> Any:
         about: all that it depends on, as plain JSON.
         compute: called where there is no file yet, or none that can be read.
     """
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
-    path = folder / f"{digest}.json"
+    path = kept_at(folder, about, "json")
     with suppress(OSError, ValueError):
         return json.loads(path.read_text(encoding="utf-8"))
     found = compute()

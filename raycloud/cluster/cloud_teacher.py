@@ -212,8 +212,16 @@ class CloudTeacher:
                 group: [rows[place] for place in spread(len(rows), recipe.samples)]
                 for group, rows in sorted(groups.items())
             }
+            kept = self._recipe.teacher.signals
             self._examiners[words] = Examiner(
-                self._teacher, own, held_out, data.format, max_length=data.max_length, max_prompt=data.max_prompt
+                self._teacher,
+                own,
+                held_out,
+                data.format,
+                max_length=data.max_length,
+                max_prompt=data.max_prompt,
+                kept=None if kept is None else Path(kept) / "held_out",
+                name=self._name,
             )
         return self._examiners[words]
 

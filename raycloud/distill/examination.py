@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +32,7 @@ from raycloud.evaluation.rouge import rouge_l
 from raycloud.models.generation import greedy
 from raycloud.models.loading import Pretrained
 from raycloud.models.segments import Segment
+from raycloud.results import kept_at, write_atomically
 
 ALL = "(all)"
 _BATCH = 16
@@ -111,6 +117,8 @@ class Examiner:
         form: of the prompts.
         max_length: tokens of prompt and response.
         max_prompt: tokens of the prompt.
+        kept: folder for what the teacher makes of the texts, which is then not computed again.
+        name: of the teacher, by which its weights are told from others'; needed for ``kept``.
     """
 
     def __init__(
@@ -122,6 +130,8 @@ class Examiner:
         *,
         max_length: int,
         max_prompt: int,
+        kept: Path | None = None,
+        name: str = "",
     ) -> None:
         self._pretrained, self._teacher, self._tokenizer = teacher, Segment(teacher.model), teacher.tokenizer
         self._own = own or teacher.tokenizer
@@ -139,10 +149,29 @@ class Examiner:
                 pairs = Pairs(rows, own, self._tokenizer, form, **options)
                 batches, asked, partner = _paired(pairs)
                 self._words = self._words or Words(pairs.map, self._device)
-            said = list(final_rows(self._teacher, self._here(asked)))
-            reference = judge_rows(self._teacher, said, chunk=_CHUNK)
-            rows_of_all = torch.cat([some for some, _ in said])
-            self._groups[group] = _Group(batches, _text_of_each(batches), partner, rows_of_all, reference)
+            said = self._kept(asked, kept, name)
+            reference = Judgement(said["nll"], said["guesses"])
+            here = said["rows"].to(self._device)
+            self._groups[group] = _Group(batches, _text_of_each(batches), partner, here, reference)
+
+    def _kept(self, asked: Sequence[Batch], folder: Path | None, name: str) -> dict[str, Tensor]:
+        """The teacher's final rows at the labelled tokens, and its judgement of them."""
+        if folder is None:
+            return self._said(asked)
+        texts = hashlib.sha256(b"".join(t.numpy().tobytes() for one in asked for t in (one.ids, one.labels)))
+        dtype = str(next(self._teacher.parameters()).dtype)
+        path = kept_at(folder, {"teacher": name, "texts": texts.hexdigest(), "dtype": dtype}, "safetensors")
+        with suppress(OSError, SafetensorError):
+            return load_file(path)
+        said = self._said(asked)
+        write_atomically(path, save(said))
+        return said
+
+    def _said(self, asked: Sequence[Batch]) -> dict[str, Tensor]:
+        pairs = list(final_rows(self._teacher, self._here(asked)))
+        reference = judge_rows(self._teacher, pairs, chunk=_CHUNK)
+        rows = torch.cat([some for some, _ in pairs]).cpu()
+        return {"rows": rows, "nll": reference.nll, "guesses": reference.guesses}
 
     def _here(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         return (batch.to(self._device) for batch in batches)

@@ -65,6 +65,26 @@ def test_a_student_with_its_own_tokenizer_is_compared_where_both_have_a_token(ti
     assert 0 <= examined.scores[ALL].agreement <= 1
 
 
+@pytest.mark.parametrize("own", [None, ["the phone film is summer"] * 20], ids=["one tokenizer", "two"])
+def test_what_the_teacher_makes_of_the_texts_is_kept(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: list[str] | None
+) -> None:
+    teacher, words = load(str(tiny_llama), device="cpu"), None if own is None else trained(300, own)
+    keeping = {**LENGTHS, "kept": tmp_path, "name": "teacher"}
+    first = Examiner(teacher, words, ROWS, "plain", **keeping)
+    assert len(list(tmp_path.iterdir())) == len(ROWS)
+    monkeypatch.setattr("raycloud.distill.examination.final_rows", lambda *_: pytest.fail("asked again"))
+    again = Examiner(teacher, words, ROWS, "plain", **keeping)
+    assert again.teacher() == first.teacher()
+    assert again.student(teacher.model) == first.student(teacher.model)
+    monkeypatch.undo()
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"x")
+    assert Examiner(teacher, words, ROWS, "plain", **keeping).teacher() == first.teacher()
+    Examiner(teacher, words, ROWS, "plain", **{**keeping, "name": "another"})
+    assert len(list(tmp_path.iterdir())) == 2 * len(ROWS)
+
+
 def test_answers_are_scored_against_references(tiny_llama: Path) -> None:
     teacher = load(str(tiny_llama), device="cpu")
     rows = [{"instruction": "Say it.", "input": "", "output": "The answer."}] * 3
