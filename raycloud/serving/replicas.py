@@ -13,6 +13,8 @@ from ray.serve import Application
 from raycloud.models.loading import Device, DType
 from raycloud.serving.door import tokens_of
 
+_STICKY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+
 
 class ReplicaSettings(BaseModel):
     """The arguments of an application; on the command line as ``key=value``, in a config file under ``args``."""
@@ -55,7 +57,7 @@ def api_of(title: str, leave: Callable[[], Awaitable[None]]) -> FastAPI:
 
 
 def replicated(
-    name: str, build: Callable[[], FastAPI], settings: ReplicaSettings, *, edges: int, idle: int, **options: Any
+    name: str, build: Callable[[], FastAPI], settings: ReplicaSettings, *, edges: int, idle: int, sticky: bool = False
 ) -> Application:
     """The application whose replicas each run one API.
 
@@ -65,10 +67,12 @@ def replicated(
         settings: how many replicas, and what each claims.
         edges: how many a replica serves at once; with half as many on each, another one is started.
         idle: sockets beyond them that wait or are turned away.
-        options: of the deployment, beside these.
+        sticky: all connections of a session, or of whatever else a connection says it belongs to, come to one replica
+            for as long as that is there.
     """
     # A WebSocket counts for its whole life.
     sockets = edges + idle
+    router: dict[str, Any] = {"request_router_config": {"request_router_class": _STICKY}} if sticky else {}
     deployment = serve.deployment(
         name=name,
         max_ongoing_requests=sockets,
@@ -83,6 +87,6 @@ def replicated(
             "num_gpus": settings.num_gpus,
             "resources": settings.resources,
         },
-        **options,
+        **router,
     )
     return deployment(serve.ingress(build)()).bind()

@@ -23,7 +23,6 @@ from raycloud.split.parts import CloudPart, load_cloud
 from raycloud.split.plan import PlanSet
 from raycloud.split.terms import Codecs
 
-_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _IDLE_SOCKETS = 256
 
 
@@ -107,6 +106,4 @@ def app(settings: SplitSettings) -> Application:
         return build_api(name, part, host, Offer.of(part, codecs, settings.limits), calibration, Doorkeeper(tokens))
 
     # A session returns to its replica; where that is gone it is rebuilt from what the edge kept.
-    router = {"request_router_class": _ROUTER}
-    edges = settings.limits.sessions
-    return replicated("split", build, settings, edges=edges, idle=_IDLE_SOCKETS, request_router_config=router)
+    return replicated("split", build, settings, edges=settings.limits.sessions, idle=_IDLE_SOCKETS, sticky=True)

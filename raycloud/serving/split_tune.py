@@ -63,4 +63,4 @@ def app(settings: SplitTuneSettings) -> Application:
         host = TuneHost(part, folder, settings.limits, RayMetrics(name), settings.threads)
         return build_api(host, Doorkeeper(tokens))
 
-    return replicated("split-tune", build, settings, edges=settings.limits.sessions, idle=_IDLE_SOCKETS)
+    return replicated("split-tune", build, settings, edges=settings.limits.sessions, idle=_IDLE_SOCKETS, sticky=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from raycloud.edge.cloud import Cloud
 from raycloud.errors import LinkError, ModelError
 from raycloud.link.meter import Meter
 from raycloud.serving.split_tune import SplitTuneSettings, app
+from raycloud.split.finetune.device import run_edge
 from raycloud.split.finetune.run import run
 from tests.split.finetune.test_run import recipe
 
@@ -64,6 +66,40 @@ def test_a_cloud_says_no_in_one_line(url: str, tiny_llama: Path, tmp_path: Path)
         run(recipe(tiny_llama, tmp_path / "b", split=2), connect=connect)
     with pytest.raises(ModelError, match=r"lora\.targets: no linear map 'c_attn' in the blocks; allowed: q_proj"):
         run(recipe(tiny_llama, tmp_path / "c", lora={"targets": ["c_attn"]}), connect=connect)
+
+
+def test_the_members_of_a_group_come_to_one_of_several_replicas(
+    serve_port: int, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Where each of three went anywhere, two replicas would part them three times out of four."""
+    settings = SplitTuneSettings(
+        model=str(tiny_llama),
+        first=1,
+        second=3,
+        checkpoints=str(tmp_path / "checkpoints"),
+        token=TOKEN,
+        num_cpus=0.1,
+        threads=1,
+        min_replicas=2,
+        max_replicas=2,
+    )
+    names = ["a", "b", "c"]
+    changes = {"edges": [{"name": name} for name in names], "rounds": {"count": 1, "steps": 1}}
+    serve.run(app(settings), name="split-tune-2", route_prefix="/split-tune-2")
+    try:
+        cloud = Cloud(f"ws://127.0.0.1:{serve_port}/split-tune-2/v1/split-tune", TOKEN)
+
+        def device(group: str, name: str) -> list[dict[str, Any]]:
+            mine = recipe(tiny_llama, tmp_path / group / name, **changes, edge=name, group=group)
+            rounds: list[dict[str, Any]] = run_edge(mine, partial(cloud.channel, Meter()))["rounds"]
+            return rounds
+
+        for group in ("one", "other"):
+            with ThreadPoolExecutor(len(names)) as pool:
+                for rounds in pool.map(partial(device, group), names):
+                    assert rounds == [{"round": 1, "members": names, "missed": {}}]
+    finally:
+        serve.delete("split-tune-2")
 
 
 def test_settings_are_checked() -> None:
