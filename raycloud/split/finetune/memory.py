@@ -38,16 +38,13 @@ class Memory:
             cut: {} for cut, packing in self._packings.items() if packing.changes
         }
         self._visits: dict[int, int] = {}
+        self.nbytes = 0
+        """Of all numbers; counted as they come, for another thread may ask."""
 
     @property
     def kept(self) -> bool:
         """Whether anything is remembered at all."""
         return bool(self._numbers)
-
-    @property
-    def nbytes(self) -> int:
-        """Of all numbers."""
-        return sum(numbers.nbytes for texts in self._numbers.values() for numbers in texts.values())
 
     def announce(self, places: Sequence[int]) -> bytes:
         """Begin a visit of texts; for the other side, which they are and how often each has crossed before."""
@@ -113,6 +110,7 @@ class Memory:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Remember what was remembered when :meth:`state` was taken."""
         self._visits = dict(state[_VISITS].tolist()) if _VISITS in state else {}
+        self.nbytes = 0
         for cut in self._numbers:
             self._numbers[cut] = {}
             if (listed := state.get(f"{MEMORY}{cut}/places")) is not None:
@@ -138,5 +136,7 @@ class Memory:
 
     def _keep(self, cut: Cut, numbers: Tensor, places: Sequence[int], counts: Sequence[int]) -> None:
         # Copies: what is handed on may be changed, and a text seen twice at once is remembered as it was last.
+        texts = self._numbers[cut]
         for place, some in zip(places, numbers.split(list(counts)), strict=True):
-            self._numbers[cut][place] = some.clone()
+            self.nbytes += some.nbytes - (texts[place].nbytes if place in texts else 0)
+            texts[place] = some.clone()

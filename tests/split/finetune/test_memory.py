@@ -41,6 +41,7 @@ def test_what_changes_little_arrives_nearly_as_it_was(form: Form) -> None:
         assert_alike(*ends)
         errors.append(float((arrived - numbers).norm()))
         numbers = numbers + 0.02 * torch.randn(numbers.shape, generator=chance)
+    assert ends[0].nbytes == ends[1].nbytes == numbers.nbytes
     plain = Packing(form, WIDTH, 2)
     wholly = plain.unpack(plain.pack(numbers), len(numbers))
     assert errors[0] > 5 * errors[1] > 0

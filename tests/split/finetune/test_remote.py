@@ -274,6 +274,14 @@ def test_texts_beyond_what_is_granted_are_refused(tmp_path: Path) -> None:
             edge.step(batches(0, 1, language=False))
 
 
+def test_a_memory_beyond_what_is_granted_is_refused(tmp_path: Path) -> None:
+    edge = fresh(changes=True)
+    with closing(Service(edge, tmp_path / "cloud", TuneLimits(memory_bytes=100))) as service:
+        edge.cloud = service.at(None)
+        with closing(edge.cloud), pytest.raises(LinkError, match="takes more than 100 bytes"):
+            edge.step(batches(0, 3, language=False))
+
+
 def test_a_step_with_a_loss_that_is_no_number_is_skipped_by_both_sides(service: Service) -> None:
     edge = fresh()
     cloud = edge.cloud.side  # type: ignore[attr-defined]
