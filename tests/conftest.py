@@ -27,12 +27,13 @@ torch.set_num_threads(1)
 
 
 class Together(LoadScopeScheduling):
-    """Under ``--dist``: tests of one file stay in one process for its fixtures, and those of the rooms that know ray,
-    for their one Ray."""
+    """Under ``--dist``: tests of one file stay in one process for its fixtures, and the fast ones of the rooms that
+    know ray, for their one Ray. The slow ones start Rays of their own, two files at a time."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return "ray" if file.startswith(("tests/cluster/", "tests/search/", "tests/serving/")) else file
+        fast = "not slow" in self.config.option.markexpr
+        return "ray" if fast and file.startswith(("tests/cluster/", "tests/search/", "tests/serving/")) else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:

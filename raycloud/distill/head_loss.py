@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raycloud.distill.head_product import head_product
+
 ChunkLoss = Callable[..., Tensor]
 """(logits (c, V) in float32 of each lane, which tokens) -> the sum of each term over the chunk, (terms,)."""
 
@@ -57,14 +59,17 @@ class _HeadLoss(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4:]
         gradients = [torch.zeros_like(one) if want else None for one, want in zip(tensors, wanted, strict=True)]
         lanes = [tensors[at : at + 3] for at in range(0, len(tensors), 3)]
+        spaces: Sequence[Tensor | None] = [None] * len(lanes)
         rows = lanes[0][0]
         sums = torch.zeros(len(term_weights), dtype=torch.float64, device=rows.device)
         for start in range(0, len(rows), chunk):
             at = slice(start, min(start + chunk, len(rows)))
             raw = [
-                nn.functional.linear(lane_rows[at], weight, bias).detach().requires_grad_(any(wanted[3 * lane :][:3]))
-                for lane, (lane_rows, weight, bias) in enumerate(lanes)
+                head_product(lane_rows[at], weight, bias, space).detach().requires_grad_(any(wanted[3 * lane :][:3]))
+                for lane, ((lane_rows, weight, bias), space) in enumerate(zip(lanes, spaces, strict=True))
             ]
+            if start == 0 and rows.device.type == "cpu":
+                spaces = [one.detach() for one in raw]
             terms, found = _chunk(raw, at, term_weights, loss, softcaps)
             sums += terms
             del raw  # or it would live on beside the next chunk's

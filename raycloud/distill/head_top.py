@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from raycloud.distill.head_loss import Lane, widened
+from raycloud.distill.head_product import head_product
 
 
 class _HeadTop(torch.autograd.Function):
@@ -66,7 +67,7 @@ class _HeadTop(torch.autograd.Function):
 
 
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    return widened(nn.functional.linear(rows, weight, bias), softcap)
+    return widened(head_product(rows, weight, bias), softcap)
 
 
 @torch.no_grad()

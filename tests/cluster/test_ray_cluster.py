@@ -29,7 +29,9 @@ BIN = Path(sys.executable).parent
 def environment(home: Path, **more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     path = f"{BIN}:{os.environ['PATH']}"
-    return {**kept, "HOME": str(home), "PATH": path, "RAY_USAGE_STATS_ENABLED": "0", **more}
+    # Not nice: the tests of another process run beside it.
+    own = {"HOME": str(home), "PATH": path, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    return {**kept, **own, **more}
 
 
 def free_port() -> int:

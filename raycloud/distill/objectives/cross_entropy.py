@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from raycloud.distill.objective import TeacherAt, TokenObjective
+
+
+class _Surprise(torch.autograd.Function):
+    """−log q(label). Its gradient, q minus one at the label, is written into one tensor; autograd makes four."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        total = logits.logsumexp(dim=-1)
+        ctx.save_for_backward(logits, labels, total)
+        return total - logits.gather(-1, labels[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, None]:
+        logits, labels, total = ctx.saved_tensors
+        q = (logits - total[:, None]).exp_()
+        return q.scatter_add_(-1, labels[:, None], q.new_tensor(-1.0).expand(len(q), 1)).mul_(given[:, None]), None
 
 
 class CrossEntropy(TokenObjective):
@@ -16,7 +33,7 @@ class CrossEntropy(TokenObjective):
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher: TeacherAt) -> Tensor:
         """The negative log-likelihood of each label (c,)."""
-        return logits.logsumexp(dim=-1) - logits.gather(-1, labels[:, None])[:, 0]
+        return _Surprise.apply(logits, labels)  # type: ignore[no-any-return]
 
     @property
     def needs_partner(self) -> bool:

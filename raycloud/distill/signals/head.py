@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from raycloud.distill.head_product import head_product
 from raycloud.distill.signals.recipe import SignalCodec
 from raycloud.models.segments import Segment
 
@@ -27,7 +28,7 @@ class FrozenHead:
 
     def logits(self, rows: Tensor) -> Tensor:
         """Logits (c, W) of final rows (c, D)."""
-        logits = nn.functional.linear(rows, self.weight, self.bias)
+        logits = head_product(rows, self.weight, self.bias)
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
     @property
