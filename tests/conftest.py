@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 # Ray's workers would have to wait for the tests that run beside them.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 os.environ.pop("RAY_ADDRESS", None)
+# A command without an address joins the Ray that it finds in this folder: it may not be another test process's.
+os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="rt-")  # short, for sockets
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
@@ -22,6 +25,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from xdist.scheduler import LoadScopeScheduling
 
+# A shell's background job ignores Ctrl-C, and so would what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tiny models gain nothing from a second thread, and on a busy machine threads wait for one another at every operation.
 torch.set_num_threads(1)
 

@@ -29,9 +29,9 @@ BIN = Path(sys.executable).parent
 def environment(home: Path, **more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     path = f"{BIN}:{os.environ['PATH']}"
-    # Not nice: the tests of another process run beside it.
-    own = {"HOME": str(home), "PATH": path, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    return {**kept, **own, **more}
+    for name in ("RAY_TMPDIR", "RAY_worker_niceness"):  # as the tests of another process have them
+        kept[name] = os.environ[name]
+    return {**kept, "HOME": str(home), "PATH": path, "RAY_USAGE_STATS_ENABLED": "0", **more}
 
 
 def free_port() -> int:
@@ -220,13 +220,7 @@ def test_a_killed_driver_resumes_to_the_same_weights(recipe: Path, tmp_path: Pat
 def test_ctrl_c_ends_cleanly(recipe: Path, tmp_path: Path) -> None:
     command = [str(BIN / "raycloud"), "distill", "--recipe", str(recipe)]
     driver = subprocess.Popen(
-        command,
-        env=environment(tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background job ignores Ctrl-C, and so would what the tests start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     wait_for((tmp_path / "run" / "state" / "round-0001").is_dir, 200, "the first round")
     driver.send_signal(signal.SIGINT)

@@ -33,7 +33,7 @@ class CrossEntropy(TokenObjective):
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher: TeacherAt) -> Tensor:
         """The negative log-likelihood of each label (c,)."""
-        return _Surprise.apply(logits, labels)  # type: ignore[no-any-return]
+        return _Surprise.apply(logits, labels)
 
     @property
     def needs_partner(self) -> bool:
