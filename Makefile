@@ -25,7 +25,7 @@ test: install
 	$(BIN)/pytest --numprocesses 2 --dist loadscope
 
 test-slow: install
-	$(BIN)/pytest -m 'slow or cluster' --numprocesses 2 --dist loadscope
+	$(BIN)/pytest -m 'slow or cluster' --timeout 900 --numprocesses 2 --dist loadscope
 
 lint: install
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from tests.cluster.recipes import small, split_edges
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -168,7 +168,7 @@ def test_ray_job_stop_leaves_a_directory_that_resumes(
     entry = ["--", "python", "jobs/distill.py", "--recipe", str(recipe)]
     assert submit(env, "stopped", "--no-wait", *entry).returncode == 0
     state = tmp_path / "run" / "state"
-    wait_for((state / "round-0001").is_dir, 200, "the first round")
+    wait_for((state / "round-0001").is_dir, 400, "the first round")
     subprocess.run([BIN / "ray", "job", "stop", "stopped"], env=env, check=True, capture_output=True, timeout=60)
     logs = subprocess.run([BIN / "ray", "job", "logs", "stopped"], env=env, capture_output=True, text=True, timeout=60)
     assert "go on with: --resume" in logs.stdout
@@ -202,7 +202,7 @@ def test_a_killed_driver_resumes_to_the_same_weights(recipe: Path, tmp_path: Pat
     env = environment(tmp_path)
     command = [str(BIN / "raycloud"), "distill", "--recipe", str(recipe)]
     driver = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for((tmp_path / "run" / "state" / "round-0001").is_dir, 200, "the first round")
+    wait_for((tmp_path / "run" / "state" / "round-0001").is_dir, 400, "the first round")
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     done = subprocess.run([*command, "--resume"], env=env, capture_output=True, text=True, timeout=300)
@@ -222,7 +222,7 @@ def test_ctrl_c_ends_cleanly(recipe: Path, tmp_path: Path) -> None:
     driver = subprocess.Popen(
         command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    wait_for((tmp_path / "run" / "state" / "round-0001").is_dir, 200, "the first round")
+    wait_for((tmp_path / "run" / "state" / "round-0001").is_dir, 400, "the first round")
     driver.send_signal(signal.SIGINT)
     _, errors = driver.communicate(timeout=60)
     assert driver.returncode == 130
