@@ -25,8 +25,8 @@ from raycloud.models.loading import load
 from raycloud.report.console import console, working
 from raycloud.serving.split_tune import SplitTuneSettings, app
 from raycloud.split.finetune.assembly import ends_of
-from raycloud.split.finetune.crossing import crossing, per_direction
-from raycloud.split.finetune.edge import Clock
+from raycloud.split.finetune.crossing import per_direction
+from raycloud.split.finetune.front import Clock
 from raycloud.split.finetune.remote import RemoteCloud
 from raycloud.split.parts import load_edge
 from raycloud.split.plan import PlanSet, SplitPlan
@@ -79,7 +79,7 @@ def measure(cloud: Cloud, cut: Mapping[str, Any], depth: int, steps: Sequence[Se
     made, link = len(steps) - 1, 0.0
     for step, batches in enumerate(steps[1:], start=1):
         lengths = [batch.valid.sum(dim=1).tolist() for batch in batches]
-        sizes = crossing(step, lengths, edge.packings, edge.back, edge.learning)
+        sizes = edge.crossing(step, lengths)
         link += NETWORK.seconds(max(per_direction(sizes)))
     return Taken(taken / made, edge.clock.edge / made, link / made, edge.clock.cloud / made)
 

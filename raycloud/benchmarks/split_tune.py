@@ -27,7 +27,7 @@ from raycloud.models.weights import load_weights, weights_of
 from raycloud.report.console import bars, console
 from raycloud.split.finetune.assembly import assemble, task_of
 from raycloud.split.finetune.crossing import crossing, per_cut
-from raycloud.split.finetune.edge import EdgeSide, Learning
+from raycloud.split.finetune.front import Front, Learning
 from raycloud.split.finetune.numbers import Packing, Packings
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.tasks import pooled
@@ -126,9 +126,9 @@ class Unsplit:
 def hits(
     sentences: Sentences,
     recipe: SplitTuneRecipe,
-    build: Callable[[int], Unsplit | EdgeSide],
+    build: Callable[[int], Unsplit | Front],
     told: Callable[[float], None],
-) -> tuple[np.ndarray, Unsplit | EdgeSide, SampleOrder]:
+) -> tuple[np.ndarray, Unsplit | Front, SampleOrder]:
     """Train, and say which test sentences are then got right (n,); ``told`` hears what share of the steps is done."""
     order = SampleOrder([len(one.ids) for one in sentences.train], recipe.training.batch_size, recipe.seed)
     total = order.steps_per_epoch * recipe.epochs
@@ -167,7 +167,7 @@ def run(as_json: bool = False, quick: bool = False) -> dict[str, Any]:
             for name, split, cut in runs:
                 recipe = recipe_of(split or 1, cut, seed)
 
-                def build(steps: int, name: str = name, recipe: SplitTuneRecipe = recipe) -> Unsplit | EdgeSide:
+                def build(steps: int, name: str = name, recipe: SplitTuneRecipe = recipe) -> Unsplit | Front:
                     # Every learner begins with the pretrained weights, in modules of its own.
                     model = type(pretrained.model)(pretrained.model.config)
                     load_weights(model, fresh)
@@ -187,7 +187,7 @@ def run(as_json: bool = False, quick: bool = False) -> dict[str, Any]:
                     ),
                 )
                 found.setdefault((name, split), []).append(right)
-                if isinstance(learner, EdgeSide):
+                if isinstance(learner, Front):
                     crossed[name, split] = bytes_of(sentences, learner.packings, order)
                     whole_rows = Packing("float32", pretrained.model.config.hidden_size)
                     crossed["plain", 0] = bytes_of(sentences, Packings(whole_rows, whole_rows), order)

@@ -20,8 +20,8 @@ from raycloud.models.weights import load_weights, weights_of
 from raycloud.report.console import bars, console
 from raycloud.split.finetune.assembly import assemble, learning_of
 from raycloud.split.finetune.crossing import crossing, fitting, per_cut
-from raycloud.split.finetune.edge import EdgeSide, Learning
 from raycloud.split.finetune.examples import calibration, examples_of, judge, lessons_of
+from raycloud.split.finetune.front import Front, Learning
 from raycloud.split.finetune.numbers import Packing, Packings
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.training.lora import adapt
@@ -90,7 +90,7 @@ class Bench:
         self.width = int(self._pretrained.model.config.hidden_size)
         self.calibration = calibration(self.train, _CALIBRATE)
 
-    def learner(self, name: str) -> Unsplit | EdgeSide:
+    def learner(self, name: str) -> Unsplit | Front:
         """One that begins with the pretrained weights, in modules of its own."""
         model = type(self._pretrained.model)(self._pretrained.model.config)
         load_weights(model, self._fresh)
@@ -101,7 +101,7 @@ class Bench:
         adapt(Segment(model), recipe.lora, recipe.seed)
         return Unsplit(model, recipe, self.steps)
 
-    def perplexity(self, learner: Unsplit | EdgeSide) -> float:
+    def perplexity(self, learner: Unsplit | Front) -> float:
         """On the held-out texts."""
         return judge(learner.predict, self.test, recipe_of({}))["perplexity"]
 
@@ -139,7 +139,7 @@ def run(as_json: bool = False, quick: bool = False) -> dict[str, Any]:
                 learner.step([bench.train.batch(bench.order.indices(step))])
                 shown.move("steps of all runs", number * bench.steps + step + 1, name)
             found[name] = bench.perplexity(learner)
-            if isinstance(learner, EdgeSide):
+            if isinstance(learner, Front):
                 crossed[name] = bench.crossed_by(name, learner.packings)
             del learner
     return _tell(found, crossed, before, plain, bench.steps, as_json)

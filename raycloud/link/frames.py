@@ -67,6 +67,10 @@ class Kind(IntEnum):
     GIVE_OK = 32
     TAKE = 33
     TAKE_OK = 34
+    LEARN = 35
+    LEARN_OK = 36
+    JUDGE = 37
+    JUDGE_OK = 38
 
 
 class FrameError(LinkError):

@@ -30,6 +30,8 @@ class SplitTuneSettings(ReplicaSettings):
     checkpoints: str
     """A folder that every replica sees: an edge goes on from it wherever its session is opened again."""
     limits: TuneLimits = TuneLimits()
+    labels: bool = False
+    """Whether edges may send labels, for a loss that is computed here; otherwise those that would are refused."""
 
 
 def build_api(host: TuneHost, door: Doorkeeper) -> FastAPI:
@@ -58,7 +60,9 @@ def app(settings: SplitTuneSettings) -> Application:
     name = Path(settings.model.removeprefix("builtin:")).name
 
     def build() -> FastAPI:
-        part = load_cloud(settings.model, plans, device=settings.device, dtype="float32", training=True)
+        part = load_cloud(
+            settings.model, plans, device=settings.device, dtype="float32", training=True, tail=settings.labels
+        )
         folder = Path(settings.checkpoints).expanduser()
         host = TuneHost(part, folder, settings.limits, RayMetrics(name), settings.threads)
         return build_api(host, Doorkeeper(tokens))

@@ -73,6 +73,10 @@ class CloudPart:
     middle: Segment
     plans: PlanSet
     fingerprint: str
+    last: Segment | None = None
+    """What follows the last block, if it was asked for."""
+    pooler: nn.Module | None = None
+    """The family's own likewise, if it has one."""
 
     @property
     def config(self) -> PretrainedConfig:
@@ -164,15 +168,27 @@ def load_cloud(
     dtype: DType = "auto",
     attention: Attention = "sdpa",
     training: bool = False,
+    tail: bool = False,
     notify: Callable[[str], None] = lambda line: None,
 ) -> CloudPart:
-    """The cloud's part of a model; see :func:`load_edge`."""
-    _, plans, fingerprint, checkpoint, config = _source(source, plans, "cloud", notify)
+    """The cloud's part of a model; see :func:`load_edge`.
+
+    With ``tail`` it has what follows the model's last block as well; its own must lead there.
+    """
+    where, plans, fingerprint, checkpoint, config = _source(source, plans, "cloud", notify)
     model, place = _skeleton(config, device, dtype, attention)
     [middle] = _segments(model, plans, "cloud")
-    materialise(model, [middle], checkpoint, place)
-    _ready([middle], training)
-    return CloudPart(middle, plans, fingerprint)
+    if not tail:
+        materialise(model, [middle], checkpoint, place)
+        _ready([middle], training)
+        return CloudPart(middle, plans, fingerprint)
+    if manifest_of(where) is not None or plans.cloud.stop != (blocks := int(config.num_hidden_layers)):
+        raise ModelError(f"blocks [{plans.cloud.start}, {plans.cloud.stop}) of '{source}' do not lead to its end")
+    last, pooler = Segment(model, blocks, embed=False), pooler_of(model)
+    beside = [] if pooler is None else [pooler]
+    materialise(model, [middle, last, *beside], checkpoint, place)
+    _ready([middle, last], training, beside)
+    return CloudPart(middle, plans, fingerprint, last, pooler)
 
 
 def _ready(segments: list[Segment], training: bool, beside: Sequence[nn.Module] = ()) -> None:

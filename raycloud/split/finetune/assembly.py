@@ -15,7 +15,9 @@ from raycloud.models.anatomy import pooler_of
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.cloud import CloudSide
 from raycloud.split.finetune.code import Code, blank, check_sizes, narrow, plain, published
-from raycloud.split.finetune.edge import Cloud, EdgeSide, Learning, LocalCloud
+from raycloud.split.finetune.edge import EdgeSide, LocalCloud
+from raycloud.split.finetune.front import Cloud, Front, Learning
+from raycloud.split.finetune.labelled import LabelledCloud, LabelledEdge
 from raycloud.split.finetune.messages import Agreed, Begin
 from raycloud.split.finetune.numbers import Packing, Packings
 from raycloud.split.finetune.recipe import (
@@ -27,7 +29,7 @@ from raycloud.split.finetune.recipe import (
     SplitTuneRecipe,
 )
 from raycloud.split.finetune.state import Checkpoints
-from raycloud.split.finetune.tasks import Classification, Language, Pooling, Regression, Span, Task, TextHead
+from raycloud.split.finetune.tasks import Language, Pooling, Task, TaskTerms
 from raycloud.split.plan import SplitPlan
 from raycloud.training.loop import Trainer
 from raycloud.training.lora import adapt
@@ -46,6 +48,24 @@ def plan_of(recipe: SplitTuneRecipe, config: PretrainedConfig) -> SplitPlan:
     return plan
 
 
+def terms_of(recipe: SplitTuneRecipe, classes: int) -> TaskTerms | None:
+    """The head of a recipe's task; None if the model's own is one.
+
+    Args:
+        recipe: of the task.
+        classes: how many there are, for a classification.
+    """
+    match recipe.task:
+        case ClassificationRecipe() as task:
+            return TaskTerms(kind=task.kind, outputs=classes, pooling=task.pooling, dropout=task.dropout)
+        case RegressionRecipe() as task:
+            return TaskTerms(kind=task.kind, outputs=1, pooling=task.pooling, dropout=task.dropout)
+        case SpanRecipe() as task:
+            return TaskTerms(kind=task.kind, outputs=2, pooling="rows", dropout=0.0)  # BERT's has none
+        case _:
+            return None
+
+
 def task_of(recipe: SplitTuneRecipe, last: Segment, classes: int, pooler: nn.Module | None = None) -> Task:
     """The head and loss that a recipe names.
 
@@ -55,21 +75,8 @@ def task_of(recipe: SplitTuneRecipe, last: Segment, classes: int, pooler: nn.Mod
         classes: how many there are, for a classification.
         pooler: the model's own, if it has one, for ``pooling: first``.
     """
-    task, width = recipe.task, int(last.config.hidden_size)
-    if isinstance(task, SpanRecipe):
-        return Span(TextHead(width, 2, dropout=0.0, seed=recipe.seed))  # BERT's has none
-    if not isinstance(task, ClassificationRecipe | RegressionRecipe):
-        return Language(last)
-    outputs = classes if isinstance(task, ClassificationRecipe) else 1
-    head = TextHead(
-        width,
-        outputs,
-        dropout=task.dropout,
-        seed=recipe.seed,
-        pooler=pooler if task.pooling == "first" else None,
-    )
-    kind = Classification if isinstance(task, ClassificationRecipe) else Regression
-    return kind(head, task.pooling)
+    terms = terms_of(recipe, classes)
+    return Language(last) if terms is None else terms.task(int(last.config.hidden_size), recipe.seed, pooler)
 
 
 def learning_of(recipe: SplitTuneRecipe) -> Learning:
@@ -140,10 +147,25 @@ class Ends:
     back: Pooling
     learning: Learning
     total_steps: int
+    terms: TaskTerms | None = None
+    """Of the head, where it is the cloud's and labels are sent there."""
 
-    def edge(self, cloud: Cloud) -> EdgeSide:
+    def edge(self, cloud: Cloud) -> Front:
         """The edge's side of a run with a cloud."""
         recipe, decoder = self.recipe, self.code_back.decoder
+        if self.terms is not None:
+            ahead = {"first": self.first, "encoder": self.code.encoder}
+            trainer = Trainer(ahead, recipe.training, total_steps=self.total_steps, seed=recipe.seed)
+            return LabelledEdge(
+                self.first,
+                self.code.encoder,
+                self.terms,
+                self.packings,
+                cloud,
+                trainer,
+                seed=recipe.seed,
+                depth=recipe.depth,
+            )
         groups: dict[str, nn.Module] = {
             "first": self.first,
             "encoder": self.code.encoder,
@@ -188,6 +210,7 @@ class Ends:
             back=self.back,
             up=_agreed(recipe.cut, self.code),
             down=_agreed(recipe.back, self.code_back),
+            task=self.terms,
         )
 
 
@@ -253,7 +276,20 @@ def ends_of(
         Packing(recipe.cut.form, code.width, code.apart, recipe.cut.changes),
         Packing(recipe.back.form, back.width, back.apart, recipe.back.changes),
     )
-    return Ends(recipe, plan, first, last, task, code, back, packings, back_of(task, last), learning, total_steps)
+    return Ends(
+        recipe,
+        plan,
+        first,
+        last,
+        task,
+        code,
+        back,
+        packings,
+        back_of(task, last),
+        learning,
+        total_steps,
+        terms_of(recipe, classes) if recipe.labels == "cloud" else None,
+    )
 
 
 def assemble(
@@ -264,7 +300,7 @@ def assemble(
     classes: int = 0,
     total_steps: int,
     kept: Checkpoints | None = None,
-) -> EdgeSide:
+) -> Front:
     """The edge's side, with the cloud's beside it in this process.
 
     Args:
@@ -288,7 +324,10 @@ def assemble(
     if not ends.learning.cloud:
         middle.requires_grad_(False)
     decoder, encoder = ends.code.decoder.to(model.device), ends.code_back.encoder.to(model.device)
-    cloud = CloudSide(middle, decoder, encoder, ends.packings, ends.back, None, recipe.seed)
+    if ends.terms is None:
+        cloud = CloudSide(middle, decoder, encoder, ends.packings, ends.back, None, recipe.seed)
+    else:
+        cloud = LabelledCloud(middle, decoder, last, ends.terms, ends.task, ends.packings, ends.back, None, recipe.seed)
     if any(parameter.requires_grad for module in cloud.modules.values() for parameter in module.parameters()):
         cloud.trainer = Trainer(cloud.modules, recipe.training, total_steps=total_steps, seed=recipe.seed)
     edge = ends.edge(LocalCloud(cloud, kept=kept))

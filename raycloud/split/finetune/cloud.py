@@ -27,6 +27,7 @@ from raycloud.split.finetune.messages import (
     Optimise,
     Optimised,
     Piece,
+    Rows,
 )
 from raycloud.split.finetune.numbers import Coded, Packings
 from raycloud.split.finetune.state import load_state, put, state_of
@@ -48,6 +49,11 @@ class _Pass:
 
     numbers: Tensor
     out: Tensor
+
+
+def valid_of(lengths: Tensor) -> Tensor:
+    """Which tokens (B, T) texts of some lengths (B,) have when they are padded on the right."""
+    return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
 
 
 class CloudSide:
@@ -185,7 +191,7 @@ class CloudSide:
     def _forward(self, asked: Forward, payload: bytes, started: float) -> Frame:
         if asked.returns and (asked.step != self.step or asked.micro in self._passes):
             raise OutOfStep(f"rows of step {asked.step}, micro-batch {asked.micro} came in step {self.step}")
-        places, payload = self._which(asked, payload)
+        places, payload = self._which(asked, payload) if asked.training else ([], payload)
         coded = Coded(asked.unit, payload)
         numbers = self.memory.unpack("first", coded, places, asked.lengths).to(self._device)
         numbers.requires_grad_(asked.returns)
@@ -199,16 +205,16 @@ class CloudSide:
         told = Forwarded(unit=coded.unit, seconds=time.perf_counter() - started)
         return with_bytes(Kind.FWD_OK, told, coded.payload, rows=len(out))
 
-    def _which(self, asked: Forward, payload: bytes) -> tuple[list[int], bytes]:
+    def _which(self, asked: Rows, payload: bytes) -> tuple[list[int], bytes]:
         """Which texts are visited again, where changes cross, and the coded numbers."""
-        if not (asked.training and self.memory.kept):
+        if not self.memory.kept:
             return [], payload
         size = ENTRY_BYTES * len(asked.lengths)
         return self.memory.heard(payload[:size]), payload[size:]
 
     def _through(self, numbers: Tensor, lengths: Tensor) -> Tensor:
         """Rows (n, d) at the second cut, of numbers (n, width) at the first one."""
-        valid = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+        valid = valid_of(lengths)
         decoded = self.decoder(numbers)
         rows = decoded.new_zeros(*valid.shape, decoded.shape[-1])
         rows[valid] = decoded
@@ -223,19 +229,22 @@ class CloudSide:
         found.out.backward(gradient)
         rows, coded = 0, Coded(1.0, b"")
         if asked.back:
-            assert found.numbers.grad is not None
-            chance = torch.Generator().manual_seed(seed_of(self.seed, asked.step, asked.micro, "first"))
-            given = found.numbers.grad
-            # What is no number must not cross: the edge is told by the norm, and both sides skip the step.
-            self._spoiled |= not bool(given.isfinite().all())
-            rows, coded = len(given), self.packings.first.pack(given.nan_to_num(0.0, 0.0, 0.0), chance)
-        norm = self.trainer.gradient_norm() if self.trainer is not None and asked.last else 0.0
-        told = Backwarded(
-            unit=coded.unit,
-            norm=norm if math.isfinite(norm) and not self._spoiled else math.inf,
-            seconds=time.perf_counter() - started,
-        )
+            rows, coded = len(found.numbers), self._gradient(found.numbers, asked.step, asked.micro)
+        told = Backwarded(unit=coded.unit, norm=self._norm(asked.last), seconds=time.perf_counter() - started)
         return with_bytes(Kind.BWD_OK, told, coded.payload, rows=rows)
+
+    def _gradient(self, numbers: Tensor, step: int, micro: int) -> Coded:
+        """That of a micro-batch's numbers at the first cut, as it crosses."""
+        assert numbers.grad is not None
+        chance = torch.Generator().manual_seed(seed_of(self.seed, step, micro, "first"))
+        # What is no number must not cross: the edge is told by the norm, and both sides skip the step.
+        self._spoiled |= not bool(numbers.grad.isfinite().all())
+        return self.packings.first.pack(numbers.grad.nan_to_num(0.0, 0.0, 0.0), chance)
+
+    def _norm(self, last: bool) -> float:
+        """Of the gradients so far, behind a step's last micro-batch; infinite if anything is not finite."""
+        norm = self.trainer.gradient_norm() if self.trainer is not None and last else 0.0
+        return norm if math.isfinite(norm) and not self._spoiled else math.inf
 
     def _optimise(self, asked: Optimise, started: float) -> Frame:
         if asked.step != self.step or self._passes:

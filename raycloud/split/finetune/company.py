@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raycloud.errors import LinkError
 from raycloud.link.frames import Kind, split_off, with_bytes
-from raycloud.split.finetune.edge import Cloud, EdgeSide
+from raycloud.split.finetune.front import Cloud, Front
 from raycloud.split.finetune.messages import PIECE_BYTES, Given, Meet, Met, Take, Taken, Together
 from raycloud.split.finetune.state import codes
 
@@ -57,12 +57,12 @@ class Company:
     ) -> None:
         self._asked, self._samples_of, self._told = asked, samples_of, told
 
-    def due(self, edge: EdgeSide) -> bool:
+    def due(self, edge: Front) -> bool:
         """Whether the edge has to meet the others before its next step: its round is done, or over without it."""
         done, within = divmod(edge.trainer.step_index, self._asked.steps)
         return not within or (edge.ended or 0) > done
 
-    def meet(self, edge: EdgeSide) -> None:
+    def meet(self, edge: Front) -> None:
         """Do what is due, if anything is.
 
         Meeting again after a lost session comes to the same: work is taken in once, and what the group has made of it
@@ -100,7 +100,7 @@ class Company:
         cloud.send(with_bytes(Kind.ROUND, asked))
         return split_off(cloud.receive(), Met)[0]
 
-    def _give(self, edge: EdgeSide, number: int) -> int:
+    def _give(self, edge: Front, number: int) -> int:
         """Bring what of this edge's own part is averaged; how many bytes."""
         if not self._asked.averaged:
             return 0
@@ -111,7 +111,7 @@ class Company:
             edge.cloud.receive()
         return len(packed)
 
-    def _take(self, edge: EdgeSide) -> tuple[int, int]:
+    def _take(self, edge: Front) -> tuple[int, int]:
         """Begin the next round where the group is; the round that ended, and how many bytes came."""
         packed = bytearray()
         while True:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from raycloud.errors import RecipeError
 from raycloud.link.frames import HEADER_BYTES, MAX_CONTROL, MAX_FRAME, Body, Kind, with_bytes
 from raycloud.split.finetune.code import blank, tensors_of
-from raycloud.split.finetune.edge import Learning
+from raycloud.split.finetune.front import Learning
 from raycloud.split.finetune.memory import ENTRY_BYTES
 from raycloud.split.finetune.messages import (
     PIECE_BYTES,
@@ -18,6 +18,8 @@ from raycloud.split.finetune.messages import (
     Fitted,
     Forward,
     Forwarded,
+    Learn,
+    Learnt,
     Optimise,
     Optimised,
     Piece,
@@ -25,8 +27,11 @@ from raycloud.split.finetune.messages import (
 from raycloud.split.finetune.numbers import Packing, Packings
 from raycloud.split.finetune.tasks import Pooling
 
-FIRST, SECOND = ("FWD", "BWD_OK", "CODE", "FIT"), ("FWD_OK", "BWD", "FIT_OK", "CODE_OK")
+FIRST = ("FWD", "BWD_OK", "CODE", "FIT", "LEARN", "LEARN_OK")
+SECOND = ("FWD_OK", "BWD", "FIT_OK", "CODE_OK")
 """The kinds of messages that cross each cut, or bring its code."""
+LABEL_BYTES = 4
+"""Of a label, where labels cross."""
 
 
 def _add(sizes: Counter[str], kind: Kind, body: Body, more: int = 0) -> None:
@@ -115,6 +120,22 @@ def crossing(
     if learning.cloud:
         _add(sizes, Kind.OPT, Optimise(step=step, norm=0.0))
         _add(sizes, Kind.OPT_OK, Optimised(step=step + 1, seconds=0.0))
+    return sizes
+
+
+def crossing_with_labels(step: int, micros: Sequence[Sequence[int]], packings: Packings, labels: int) -> Counter[str]:
+    """Likewise where ``labels`` labels of each text cross as well, and no second cut is."""
+    sizes: Counter[str] = Counter()
+    which = ENTRY_BYTES if packings.changes else 0
+    for micro, lengths in enumerate(micros):
+        rows = sum(lengths) * packings.first.bytes_per_row
+        last = micro == len(micros) - 1
+        texts = len(lengths)
+        sent = Learn(step=step, micro=micro, last=last, targets=1, lengths=list(lengths), unit=0.0)
+        _add(sizes, Kind.LEARN, sent, rows + texts * (LABEL_BYTES * labels + which))
+        _add(sizes, Kind.LEARN_OK, Learnt(unit=0.0, norm=0.0, seconds=0.0, loss=0.0), rows)
+    _add(sizes, Kind.OPT, Optimise(step=step, norm=0.0))
+    _add(sizes, Kind.OPT_OK, Optimised(step=step + 1, seconds=0.0))
     return sizes
 
 

@@ -1,14 +1,9 @@
-"""The edge's side of split fine-tuning: tokens, labels, first and last part, head and loss; and who does what when."""
+"""The edge's side of split fine-tuning: tokens, labels, first and last part, head and loss."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,43 +15,13 @@ from raycloud.link.meter import Meter
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.cloud import CloudSide
 from raycloud.split.finetune.code import Decoder, load_decoder
-from raycloud.split.finetune.memory import Memory
-from raycloud.split.finetune.messages import (
-    Backward,
-    Backwarded,
-    Fit,
-    Fitted,
-    Forward,
-    Forwarded,
-    Optimise,
-    Optimised,
-    Piece,
-)
-from raycloud.split.finetune.numbers import Coded, Packing, Packings
-from raycloud.split.finetune.state import Checkpoints, load_state, put, state_of
-from raycloud.split.finetune.tasks import Pooling, Task, pooled
-from raycloud.training.draws import drawing, seed_of
-from raycloud.training.loop import Step, Sums, Trainer
-
-
-class Cloud(Protocol):
-    """The other side. Answers come in the order of the requests."""
-
-    def send(self, request: Frame) -> None:
-        """Begin a request; FIT, FWD, BWD or OPT, and GIVE, ROUND or TAKE where edges train together."""
-        ...
-
-    def receive(self) -> Frame:
-        """The answer to the oldest request that has none yet."""
-        ...
-
-    def save(self, step: int) -> None:
-        """Have it keep what this step goes on from; it is kept when this returns."""
-        ...
-
-    def close(self) -> None:
-        """Let it go."""
-        ...
+from raycloud.split.finetune.crossing import crossing
+from raycloud.split.finetune.front import Cloud, Front, Learning, Micro, lengths_of, unusable
+from raycloud.split.finetune.messages import Backward, Fit, Fitted, Forward, Forwarded, Piece
+from raycloud.split.finetune.numbers import Coded, Packings
+from raycloud.split.finetune.state import Checkpoints
+from raycloud.split.finetune.tasks import Pooling, Task, outputs_of
+from raycloud.training.loop import Sums, Trainer
 
 
 class LocalCloud:
@@ -86,43 +51,10 @@ class LocalCloud:
         """Nothing outlives the object."""
 
 
-@dataclass
-class Clock:
-    """Where the seconds of the steps since it was new went."""
+class EdgeSide(Front):
+    """The parts of a model that stay with the text; rows cross two cuts, and labels none.
 
-    edge: float = 0.0
-    """The edge computed."""
-    cloud: float = 0.0
-    """The cloud computed, whether or not the edge waited for it."""
-    waiting: float = 0.0
-    """The edge waited for an answer."""
-
-
-@dataclass
-class _Micro:
-    """A micro-batch on its way."""
-
-    number: int
-    batch: Batch
-    numbers: Tensor
-    """What the first part made of it; its gradient is to come."""
-
-
-@dataclass(frozen=True)
-class Learning:
-    """Which parts learn, and so which gradients cross."""
-
-    ahead: bool = True
-    """The first part or its end of the code."""
-    cloud: bool = True
-
-
-class EdgeSide:
-    """The parts of a model that stay with the text, and the training loop.
-
-    A micro-batch goes out, comes back, goes out as a gradient and comes back as one; while it is away, others are
-    worked on. Each part adds gradients up in the order of the micro-batches, so the depth of the pipeline changes
-    nothing (where first and last part share the embedding, the order in which both add to it, and so a rounding).
+    A micro-batch goes out, comes back, goes out as a gradient and comes back as one.
 
     Args:
         first: blocks [0, first) with the embedding.
@@ -155,31 +87,15 @@ class EdgeSide:
         seed: int,
         depth: int = 1,
     ) -> None:
-        self.first, self.encoder, self.decoder, self.last, self.task = first, encoder, decoder, last, task
-        self.packings, self.back, self.cloud, self.trainer = packings, back, cloud, trainer
-        self.learning, self.seed, self._depth = learning, seed, depth
-        self.memory = Memory(packings)
-        self.clock = Clock()
-        self.ended: int | None = None
-        """Rounds that the group had ended when last heard; None for an edge that trains by itself."""
-        self._spoiled = False
-        self._unsettled = False
-        """Whether the answer to an OPT is still to come: ahead of all others."""
-        self._parts: dict[str, nn.Module] = {}
-        for segment in (first, last):
-            self._parts |= {f"block {segment.lo + place}": block for place, block in enumerate(segment.blocks)}
+        super().__init__(first, encoder, packings, cloud, trainer, learning=learning, seed=seed, depth=depth)
+        self.decoder, self.last, self.task, self.back = decoder, last, task, back
+        self._parts |= {f"block {last.lo + place}": block for place, block in enumerate(last.blocks)}
         self._parts["head"] = task.head
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
         """By the names that their parameters are saved under."""
-        return {
-            "first": self.first,
-            "encoder": self.encoder,
-            "decoder": self.decoder,
-            "last": self.last,
-            "head": self.task.head,
-        }
+        return {**super().modules, "decoder": self.decoder, "last": self.last, "head": self.task.head}
 
     @torch.no_grad()
     def fit(self, batches: Sequence[Batch]) -> None:
@@ -194,7 +110,7 @@ class EdgeSide:
             numbers = self._ahead(batch, number, training=False)
             coded = self.packings.first.pack(numbers)
             last = number == len(batches) - 1
-            ours = Fit(lengths=_lengths(batch), last=last, unit=coded.unit)
+            ours = Fit(lengths=lengths_of(batch), last=last, unit=coded.unit)
             self.cloud.send(with_bytes(Kind.FIT, ours, coded.payload, rows=len(numbers)))
             split_off(self._receive(), Fitted)
         packed, size = bytearray(), 1
@@ -210,89 +126,24 @@ class EdgeSide:
         except ValueError as error:
             raise LinkError(f"the cloud's code cannot be used: {error}") from None
 
-    def step(self, batches: Sequence[Batch]) -> Step:
-        """One optimiser step of both sides over micro-batches.
-
-        Raises:
-            TrainingError: the gradients were not finite too many times in a row, or nothing is labelled.
-            LinkError: the cloud is gone or refuses.
-        """
-        sums = self.trainer.begin(batches)
-        todo = deque(enumerate(batches))
-        away: deque[tuple[Literal["forward", "backward"], _Micro]] = deque()
-        theirs = 0.0
-        self._spoiled = False
-        while todo or away:
-            while todo and len(away) < self._depth:
-                number, batch = todo.popleft()
-                away.append(("forward", self._begin(number, batch)))
-            what, micro = away.popleft()
-            answer = self._receive()
-            if what == "backward":
-                theirs = max(theirs, self._end(micro, answer))
-            elif self._turn(micro, answer, sums, last=micro.number == len(batches) - 1):
-                away.append(("backward", micro))
-        norm = math.inf if self._spoiled else math.hypot(self.trainer.gradient_norm(), theirs)
-        if self.learning.cloud:
-            ours = Optimise(step=self.trainer.step_index, norm=norm if math.isfinite(norm) else math.inf)
-            self.cloud.send(with_bytes(Kind.OPT, ours))
-            self._unsettled = True
-        with self._working():
-            return self.trainer.finish(sums, norm)
-
-    def settle(self) -> None:
-        """Wait until the cloud has made its part of the latest step, which nothing of the next one has to wait for."""
-        if self._unsettled:
-            self._unsettled = False
-            told, _ = split_off(self._receive(), Optimised)
-            self.clock.cloud += told.seconds
-            self.ended = told.ended
-
-    def state(self) -> dict[str, Tensor]:
-        """What the next step depends on, but for the cloud's side of it."""
-        return {**state_of(self.modules, self.trainer), **self.memory.state()}
-
-    def learnt(self) -> dict[str, Tensor]:
-        """The weights among it."""
-        return state_of(self.modules, None)
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where :meth:`state` was taken.
-
-        Raises:
-            TrainingError: it is of other parameters.
-        """
-        load_state(self.modules, self.trainer, state)
-        self.memory.load(state)
-        self._unsettled = False
-
-    def join(self, step: int, weights: Mapping[str, Tensor]) -> None:
-        """Go on with a step from weights that a group has made of its members', the optimiser's state its own.
-
-        Raises:
-            TrainingError: they are of other parameters.
-        """
-        put(self.modules, weights)
-        self.trainer.jump(step)
-
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
         """What the task's head says of a batch, dropout off."""
         numbers = self._ahead(batch, 0, training=False)
-        self.cloud.send(self._rows(batch, numbers, 0, training=False))
+        self.cloud.send(self._forward(batch, numbers, 0, training=False))
         told, payload = split_off(self._receive(), Forwarded)
         self.clock.cloud += told.seconds
         return self._behind(self._arrived(told.unit, payload, batch, []), batch, 0, training=False)
 
-    def _begin(self, number: int, batch: Batch) -> _Micro:
-        with self._working(), torch.set_grad_enabled(self.learning.ahead):
-            numbers = self._ahead(batch, number, training=True)
-            request = self._rows(batch, numbers, number, training=True)
-        self.cloud.send(request)
-        return _Micro(number, batch, numbers)
+    def crossing(self, step: int, micros: Sequence[Sequence[int]], learning: Learning | None = None) -> Counter[str]:
+        """Bytes of a step by kind of message."""
+        return crossing(step, micros, self.packings, self.back, learning or self.learning)
 
-    def _turn(self, micro: _Micro, answer: Frame, sums: Sums, *, last: bool) -> bool:
-        """Loss and gradient at the second cut; whether the cloud was sent one."""
+    def _request(self, micro: Micro, targets: int) -> Frame:
+        return self._forward(micro.batch, micro.numbers, micro.number, training=True)
+
+    def _turn(self, micro: Micro, answer: Frame, sums: Sums) -> bool:
+        """Loss and gradient at the second cut."""
         told, payload = split_off(answer, Forwarded)
         self.clock.cloud += told.seconds
         with self._working():
@@ -311,111 +162,34 @@ class EdgeSide:
             ours = Backward(
                 step=self.trainer.step_index,
                 micro=micro.number,
-                last=last,
+                last=micro.last,
                 back=self.learning.ahead,
                 unit=coded.unit,
             )
         self.cloud.send(with_bytes(Kind.BWD, ours, coded.payload, rows=len(leaf)))
         return True
 
-    def _end(self, micro: _Micro, answer: Frame) -> float:
-        """The gradient of the first part; the norm of the cloud's, if this was the last of the step."""
-        told, payload = split_off(answer, Backwarded)
-        self.clock.cloud += told.seconds
-        if self.learning.ahead:
-            with self._working():
-                gradient = _unpacked(self.packings.first, Coded(told.unit, payload), len(micro.numbers))
-                micro.numbers.backward(gradient.to(micro.numbers))
-        return told.norm
-
-    def _ahead(self, batch: Batch, number: int, *, training: bool) -> Tensor:
-        """Numbers (n, width) of the valid tokens at the first cut."""
-        with self._mode(number, training):
-            rows = self.first.rows(batch.ids, valid=_valid(batch), types=batch.types)
-            return self.encoder(rows[batch.valid])
-
     def _behind(self, numbers: Tensor, batch: Batch, number: int, *, training: bool) -> Tensor:
         """The task's outputs from the numbers at the second cut."""
         with self._mode(number, training):
-            decoded = self.decoder(numbers)
-            if self.back != "rows":
-                return self.task.outputs(self.last.rows(decoded[:, None])[:, 0], batch)
-            rows = decoded.new_zeros(*batch.valid.shape, decoded.shape[-1])
-            rows[batch.valid] = decoded
-            rows = self.last.rows(rows, valid=_valid(batch))
-            if self.task.pooling != "rows":
-                rows = pooled(rows, batch.valid, self.task.pooling)
-            return self.task.outputs(rows, batch)
+            return outputs_of(self.task, self.last, self.decoder(numbers), batch, self.back)
 
-    def _rows(self, batch: Batch, numbers: Tensor, number: int, *, training: bool) -> Frame:
-        places, lengths = self._places(batch) if training else [], _lengths(batch)
-        which = self.memory.announce(places)
-        coded = self.memory.pack("first", numbers, places, lengths)
+    def _forward(self, batch: Batch, numbers: Tensor, number: int, *, training: bool) -> Frame:
+        coded, which = self._numbers(numbers, batch, training=training)
         ours = Forward(
             step=self.trainer.step_index,
             micro=number,
             training=training,
             returns=training and (self.learning.ahead or self.learning.cloud),
-            lengths=lengths,
+            lengths=lengths_of(batch),
             unit=coded.unit,
         )
         return with_bytes(Kind.FWD, ours, which + coded.payload, rows=len(numbers))
 
-    def _places(self, batch: Batch) -> Sequence[int]:
-        """Which texts a batch of a step is, where that matters."""
-        if not self.memory.kept:
-            return []
-        if batch.places is None:
-            raise ValueError("changes of texts cross, and the batch does not say which texts it is")
-        return batch.places
-
     def _arrived(self, unit: float, payload: bytes, batch: Batch, places: Sequence[int]) -> Tensor:
-        counts = _lengths(batch) if self.back == "rows" else [1] * len(batch.ids)
+        counts = lengths_of(batch) if self.back == "rows" else [1] * len(batch.ids)
         try:
             numbers = self.memory.unpack("second", Coded(unit, payload), places, counts)
         except ValueError as error:
-            raise LinkError(f"the cloud's numbers cannot be used: {error}") from None
+            raise unusable(error) from None
         return numbers.to(batch.ids.device)
-
-    def _chance(self, number: int, cut: str) -> torch.Generator:
-        return torch.Generator().manual_seed(seed_of(self.seed, self.trainer.step_index, number, cut))
-
-    def _receive(self) -> Frame:
-        self.settle()
-        started = time.perf_counter()
-        try:
-            return self.cloud.receive()
-        finally:
-            self.clock.waiting += time.perf_counter() - started
-
-    @contextmanager
-    def _working(self) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.clock.edge += time.perf_counter() - started
-
-    @contextmanager
-    def _mode(self, number: int, training: bool) -> Iterator[None]:
-        """Dropout on or off, with masks that are a function of the micro-batch."""
-        for module in self.modules.values():
-            module.train(training)
-        with drawing(self._parts, self.seed, self.trainer.step_index, number) if training else nullcontext():
-            yield
-
-
-def _unpacked(packing: Packing, coded: Coded, rows: int) -> Tensor:
-    try:
-        return packing.unpack(coded, rows)
-    except ValueError as error:
-        raise LinkError(f"the cloud's numbers cannot be used: {error}") from None
-
-
-def _lengths(batch: Batch) -> list[int]:
-    lengths: list[int] = batch.valid.sum(dim=1).tolist()
-    return lengths
-
-
-def _valid(batch: Batch) -> Tensor | None:
-    return None if bool(batch.valid.all()) else batch.valid

@@ -26,6 +26,7 @@ from raycloud.split.cloud.metrics import NoMetrics
 from raycloud.split.finetune.cloud import CloudSide, OutOfStep
 from raycloud.split.finetune.code import blank, plain
 from raycloud.split.finetune.group import Group
+from raycloud.split.finetune.labelled import LabelledCloud
 from raycloud.split.finetune.meeting import Meeting, read
 from raycloud.split.finetune.messages import PIECE_BYTES, Begin, Given, Meet, Optimised, Rows, Saved, Take, Taken
 from raycloud.split.finetune.numbers import Packings
@@ -92,7 +93,10 @@ class TuneHost(SessionHost[TuneSession]):
     """
 
     kinds: ClassVar[frozenset[Kind]] = frozenset(
-        {Kind.CODE, Kind.FIT, Kind.FWD, Kind.BWD, Kind.OPT, Kind.SAVE, Kind.GIVE, Kind.ROUND, Kind.TAKE}
+        {
+            *(Kind.CODE, Kind.FIT, Kind.FWD, Kind.BWD, Kind.LEARN, Kind.JUDGE, Kind.OPT, Kind.SAVE),
+            *(Kind.GIVE, Kind.ROUND, Kind.TAKE),
+        }
     )
     _limits: TuneLimits
 
@@ -135,6 +139,8 @@ class TuneHost(SessionHost[TuneSession]):
         for there in (asked.up, asked.down):
             if there.apart > there.width or there.width > 2 * width or (not there.narrow and there.width != width):
                 raise Refused("width", f"{there.width} numbers of a token, {there.apart} apart; rows have {width}")
+        if asked.task is not None and self._part.last is None:
+            raise Refused("labels", "labels=cloud; allowed here: labels=edge, as this cloud was not started for labels")
         # Another principal's run must not be found, whatever id is guessed.
         mine = self._of(principal)
         kept = Checkpoints(mine / asked.run)
@@ -172,7 +178,7 @@ class TuneHost(SessionHost[TuneSession]):
 
     def begin(self, session: TuneSession, frame: Frame) -> Awaitable[Frame]:
         """Hand a request to the thread that computes."""
-        if frame.kind in (Kind.FWD, Kind.FIT):
+        if frame.kind in (Kind.FWD, Kind.FIT, Kind.LEARN, Kind.JUDGE):
             lengths = split_off(frame, Rows)[0].lengths
             longest = int(self._part.config.max_position_embeddings)
             if max(lengths) > longest or max(lengths) * len(lengths) > self._limits.tokens:
@@ -278,15 +284,17 @@ class TuneHost(SessionHost[TuneSession]):
         )
         up.decoder.requires_grad_(asked.up.trained and asked.cloud)
         down.encoder.requires_grad_(asked.down.trained and asked.cloud)
-        side = CloudSide(
-            middle,
-            up.decoder,
-            down.encoder,
-            Packings(asked.up.packing, asked.down.packing),
-            asked.back,
-            None,
-            asked.seed,
-        )
+        packings = Packings(asked.up.packing, asked.down.packing)
+        if asked.task is None:
+            side = CloudSide(middle, up.decoder, down.encoder, packings, asked.back, None, asked.seed)
+        else:
+            last, pooler = copy.deepcopy((self._part.last, self._part.pooler))
+            assert last is not None
+            if asked.lora is not None:
+                adapt(last, asked.lora, asked.seed)
+            task = asked.task.task(width, asked.seed, pooler)
+            task.head.to(next(middle.parameters()).device)
+            side = LabelledCloud(middle, up.decoder, last, asked.task, task, packings, asked.back, None, asked.seed)
         if any(parameter.requires_grad for module in side.modules.values() for parameter in module.parameters()):
             side.trainer = Trainer(side.modules, asked.training, total_steps=asked.total_steps, seed=asked.seed)
         if asked.restore is not None:

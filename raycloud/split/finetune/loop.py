@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from raycloud.data.batches import Batch
 from raycloud.split.finetune.company import Company
-from raycloud.split.finetune.edge import Cloud, EdgeSide
+from raycloud.split.finetune.front import Cloud, Front
 from raycloud.split.finetune.remote import SessionLost
 from raycloud.split.finetune.state import Checkpoints
 from raycloud.training.loop import Step
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    edge: EdgeSide,
+    edge: Front,
     batches_of: Callable[[int], Sequence[Batch]],
     *,
     steps: int,
@@ -70,7 +70,7 @@ def train(
     lasting(go, edge, kept, cloud_at)
 
 
-def keep(edge: EdgeSide, kept: Checkpoints) -> None:
+def keep(edge: Front, kept: Checkpoints) -> None:
     """A checkpoint of both sides."""
     step = edge.trainer.step_index
     edge.settle()
@@ -81,7 +81,7 @@ def keep(edge: EdgeSide, kept: Checkpoints) -> None:
 T = TypeVar("T")
 
 
-def lasting(work: Callable[[], T], edge: EdgeSide, kept: Checkpoints, cloud_at: Callable[[int], Cloud]) -> T:
+def lasting(work: Callable[[], T], edge: Front, kept: Checkpoints, cloud_at: Callable[[int], Cloud]) -> T:
     """What comes of something that needs the cloud, begun anew from the latest checkpoint if it loses its session."""
     while True:
         try:

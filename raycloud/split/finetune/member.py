@@ -18,9 +18,9 @@ from raycloud.models.loading import load_config, load_tokenizer, pick_device, re
 from raycloud.results import write_atomically
 from raycloud.split.finetune.assembly import Ends, ends_of, plan_of
 from raycloud.split.finetune.company import Company, Meeting
-from raycloud.split.finetune.crossing import check_frames, crossing, per_cut
-from raycloud.split.finetune.edge import Cloud, EdgeSide
+from raycloud.split.finetune.crossing import check_frames, per_cut
 from raycloud.split.finetune.examples import calibration, examples_of, judge, lessons_of
+from raycloud.split.finetune.front import Cloud, Front
 from raycloud.split.finetune.journal import Record
 from raycloud.split.finetune.loop import train
 from raycloud.split.finetune.messages import Begin, Together
@@ -185,12 +185,12 @@ class Member:
         write_atomically(self._folder / f"{what}.safetensors", save(edge.learnt()))
         return {**found, "bytes_per_step": self._bytes(edge) / self.steps}
 
-    def _judged(self, edge: EdgeSide) -> Record:
+    def _judged(self, edge: Front) -> Record:
         return dict(judge(lambda batch: edge.predict(batch.to(self._device)), self._held_out, self._recipe))
 
-    def _bytes(self, edge: EdgeSide) -> int:
+    def _bytes(self, edge: Front) -> int:
         """Of all steps, both cuts together."""
         sizes: Counter[str] = Counter()
         for step in range(self.steps):
-            sizes += crossing(step, self._lessons.lengths(step), edge.packings, edge.back, edge.learning)
+            sizes += edge.crossing(step, self._lessons.lengths(step))
         return per_cut(sizes)[2]

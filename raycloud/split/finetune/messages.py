@@ -6,6 +6,9 @@ FWD and BWD for each of its micro-batches, then OPT; SAVE may follow. Each has o
 Payloads are a MessagePack map followed by coded numbers or tensors. Where changes cross, FWD has between the two which
 texts they are, by their numbers in the edge's data set, and how often each was there before.
 
+All this holds but for the one topology that must be asked for, in which the cloud has head and loss: there LEARN takes
+the place of FWD and BWD and does bring labels, and JUDGE is answered with what the head says.
+
 Edges that train together meet between rounds of steps: GIVE, as often as it takes, and ROUND bring an edge's work,
 ROUND alone asks where the group stands, and with TAKE both sides begin from what the group made of everybody's.
 """
@@ -18,7 +21,7 @@ from pydantic import Field
 
 from raycloud.link.frames import Body
 from raycloud.split.finetune.numbers import Form, Packing
-from raycloud.split.finetune.tasks import Pooling
+from raycloud.split.finetune.tasks import Pooling, TaskTerms
 from raycloud.training.loop import TrainingRecipe
 from raycloud.training.lora import LoraRecipe
 
@@ -96,6 +99,8 @@ class Begin(Body):
     """Of the first cut."""
     down: Agreed
     """Of the second one."""
+    task: TaskTerms | None = None
+    """Given if labels are to cross; None for a head that stays at the edge with them."""
     together: Together | None = None
     """None for an edge that trains by itself."""
 
@@ -176,6 +181,35 @@ class Backwarded(Body):
     unit: Unit
     norm: float = Field(ge=0)
     """Of the cloud's gradients so far, where it was the last one; infinite if they are not finite."""
+    seconds: float = Field(ge=0)
+
+
+class Learn(Rows):
+    """LEARN: rows with their labels, four bytes each, ahead of them."""
+
+    step: int = Field(ge=0)
+    micro: int = Field(ge=0)
+    last: bool
+    """Whether it is the step's last one: the answer then tells the gradients' norm."""
+    targets: int = Field(ge=1)
+    """Labels of the whole step, which the loss is the mean over."""
+
+
+class Learnt(Backwarded):
+    """LEARN_OK: what BWD_OK carries, and the loss."""
+
+    loss: float
+    """Summed over the labels."""
+
+
+class Judge(Rows):
+    """JUDGE: rows that the head is to say something of, dropout off."""
+
+
+class Judged(Body):
+    """JUDGE_OK: what it says, float32."""
+
+    shape: list[Annotated[int, Field(ge=0, le=2**20)]] = Field(min_length=1, max_length=3)
     seconds: float = Field(ge=0)
 
 

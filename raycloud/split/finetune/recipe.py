@@ -172,6 +172,9 @@ class SplitTuneRecipe(Recipe):
     """Adapters instead of all weights."""
     learning: Literal["all", "last+middle", "last"] = "all"
     """Which parts learn. With ``last`` no gradient crosses at all, with ``last+middle`` only at the second cut."""
+    labels: Literal["edge", "cloud"] = "edge"
+    """With ``cloud`` the last part, head and loss are the cloud's and labels are sent there: a round trip for a
+    micro-batch instead of two, and a cloud that reads what each text was labelled as and what the model says of it."""
     training: TrainingRecipe = TrainingRecipe(
         lr=1e-4, schedule="linear", warmup_steps=25, weight_decay=0.01, batch_size=16
     )
@@ -218,6 +221,20 @@ class SplitTuneRecipe(Recipe):
             raise ValueError("epochs=1 visits no text a second time (cut.changes or back.changes); allowed: 2 or more")
         if self.cut.kind == "sft" and self.split == 0:
             raise ValueError("split=0 leaves no block for the published cut (cut.kind=sft); allowed: 1 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_labels(self) -> Self:
+        if self.labels == "edge":
+            return self
+        if isinstance(self.task, LanguageRecipe):
+            raise ValueError("labels=cloud: those of task.kind=language are the text itself; allowed: labels=edge")
+        if self.second is not None or self.back != BackRecipe():
+            raise ValueError("labels=cloud leaves no second cut; allowed with it: second: null, and no back")
+        if self.learning != "all":
+            raise ValueError(f"labels=cloud and learning={self.learning} leave the edge nothing to learn; allowed: all")
+        if self.edges:
+            raise ValueError("labels=cloud is for one edge; allowed with edges: labels=edge")
         return self
 
     @model_validator(mode="after")

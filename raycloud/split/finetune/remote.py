@@ -16,6 +16,8 @@ from raycloud.split.finetune.messages import PIECE_BYTES, Begin, Piece, Saved
 _REPLIES = (
     Kind.FWD_OK,
     Kind.BWD_OK,
+    Kind.LEARN_OK,
+    Kind.JUDGE_OK,
     Kind.OPT_OK,
     Kind.SAVE_OK,
     Kind.CODE_OK,

@@ -21,9 +21,11 @@ from raycloud.report.split_tune import print_summary, write_page
 from raycloud.report.teacher import print_table
 from raycloud.results import Mode, ResultDir, resumable, write_atomically, write_folder
 from raycloud.split.finetune.assembly import assemble, ends_of, plan_of
-from raycloud.split.finetune.crossing import check_frames, crossing, fitting, per_cut, per_direction
-from raycloud.split.finetune.edge import Clock, Cloud, EdgeSide, Learning, LocalCloud
+from raycloud.split.finetune.crossing import check_frames, fitting, per_cut, per_direction
+from raycloud.split.finetune.edge import LocalCloud
 from raycloud.split.finetune.examples import Examples, calibration, examples_of, judge, lessons_of
+from raycloud.split.finetune.front import Clock, Cloud, Front, Learning
+from raycloud.split.finetune.labelled import WARNING
 from raycloud.split.finetune.loop import keep, lasting, train
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.remote import RemoteCloud
@@ -69,6 +71,8 @@ def run(recipe: SplitTuneRecipe, mode: Mode = "new", connect: Connect | None = N
         raise RecipeError(
             "network is given and the cloud's side is in this process; allowed: null, or a cloud elsewhere"
         )
+    if recipe.labels == "cloud":
+        console.print(f"warning: {WARNING}", style="yellow")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     with resumable(recipe.output), ResultDir.open(recipe.output, recipe, mode) as results:
@@ -146,7 +150,7 @@ class _Run:
 
     def _local(
         self, classes: int, steps: int, latest: int | None
-    ) -> tuple[EdgeSide, PreTrainedModel | None, Callable[[int], Cloud]]:
+    ) -> tuple[Front, PreTrainedModel | None, Callable[[int], Cloud]]:
         pretrained = load(self.recipe.model, device=self.recipe.device, dtype="float32", notify=console.print)
         theirs = Checkpoints(self.results.path / "checkpoints" / "cloud")
         edge = assemble(
@@ -165,7 +169,7 @@ class _Run:
 
     def _remote(
         self, classes: int, steps: int, latest: int | None
-    ) -> tuple[EdgeSide, PreTrainedModel | None, Callable[[int], Cloud]]:
+    ) -> tuple[Front, PreTrainedModel | None, Callable[[int], Cloud]]:
         recipe, connect = self.recipe, self.connect
         assert connect is not None
         plans = PlanSet.of(plan_of(recipe, load_config(resolve(recipe.model, console.print))))
@@ -185,7 +189,7 @@ class _Run:
             edge.fit(fitted_to)
         return edge, None, cloud_at
 
-    def _judged(self, edge: EdgeSide, held_out: Examples) -> dict[str, float]:
+    def _judged(self, edge: Front, held_out: Examples) -> dict[str, float]:
         with bars(len(held_out.samples)) as shown:
             return judge(
                 lambda batch: edge.predict(batch.to(self.device)),
@@ -194,7 +198,7 @@ class _Run:
                 lambda texts: shown.move("held-out texts", texts),
             )
 
-    def _train(self, edge: EdgeSide, kept: Checkpoints, cloud_at: Callable[[int], Cloud], steps: int) -> None:
+    def _train(self, edge: Front, kept: Checkpoints, cloud_at: Callable[[int], Cloud], steps: int) -> None:
         with bars(steps) as shown:
 
             def told(step: Step) -> None:
@@ -212,26 +216,27 @@ class _Run:
                 told=told,
             )
 
-    def _crossed(self, edge: EdgeSide, learning: Learning, steps: int) -> Counter[str]:
+    def _crossed(self, edge: Front, learning: Learning, steps: int) -> Counter[str]:
         """What so many steps send, by kind of message."""
         sizes: Counter[str] = Counter()
         for step in range(steps):
-            sizes += crossing(step, self.lessons.lengths(step), edge.packings, edge.back, learning)
+            sizes += edge.crossing(step, self.lessons.lengths(step), learning)
         return sizes
 
-    def _fitted(self, edge: EdgeSide) -> Counter[str]:
+    def _fitted(self, edge: Front) -> Counter[str]:
         """What both codes take before the first step, over a link."""
         lengths = [batch.valid.sum(dim=1).tolist() for batch in self._calibration()]
         width = int(edge.first.config.hidden_size)
         cuts = {name: cut.kind == "narrow" for name, cut in (("first", self.recipe.cut), ("second", self.recipe.back))}
         return fitting(lengths, edge.packings, width, **cuts)
 
-    def _print_bytes(self, edge: EdgeSide) -> None:
+    def _print_bytes(self, edge: Front) -> None:
         """What a step will send, for each choice of what learns."""
         some = max(1, min(self.lessons.order.steps_per_epoch // self.recipe.training.accumulate, 50))
         rows = [
             [name, *(f"{size / some / 1e3:,.1f}" for size in per_cut(self._crossed(edge, learning, some)))]
             for name, learning in _LEARNING.items()
+            if name == self.recipe.learning or self.recipe.labels == "edge"
         ]
         print_table(["learning; kB of a step", "first cut", "second cut", "in all"], rows)
         if codes := self._fitted(edge).total():

@@ -1,14 +1,16 @@
-"""What is learned from a batch: a head on the rows that come back to the edge, and its loss. Both stay there."""
+"""What is learned from a batch: a head on the model's final rows, and its loss."""
 
 from __future__ import annotations
 
 from typing import Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from raycloud.data.batches import IGNORE, Batch
+from raycloud.link.frames import Body
 from raycloud.models.segments import Segment
 from raycloud.training.draws import drawing, seed_of
 from raycloud.training.loop import Loss
@@ -39,6 +41,26 @@ def pooled(rows: Tensor, valid: Tensor, pooling: Pooling) -> Tensor:
         return rows[:, 0]
     weights = valid.to(rows.dtype)[:, :, None]
     return (rows * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def outputs_of(task: Task, last: Segment, rows: Tensor, batch: Batch, back: Pooling) -> Tensor:
+    """What a task's head says of a batch.
+
+    Args:
+        task: the head.
+        last: the model's last part, which comes ahead of it.
+        rows: at the second cut: (n, d) of the valid tokens, or (B, d) where they are pooled there.
+        batch: which tokens are valid, and which are labelled.
+        back: what of a text the rows are.
+    """
+    if back != "rows":
+        return task.outputs(last.rows(rows[:, None])[:, 0], batch)
+    padded = rows.new_zeros(*batch.valid.shape, rows.shape[-1])
+    padded[batch.valid] = rows
+    padded = last.rows(padded, valid=None if bool(batch.valid.all()) else batch.valid)
+    if task.pooling != "rows":
+        padded = pooled(padded, batch.valid, task.pooling)
+    return task.outputs(padded, batch)
 
 
 class TextHead(nn.Module):
@@ -138,3 +160,36 @@ class Language:
         """Cross-entropy."""
         total = F.cross_entropy(outputs.float(), batch.labels[batch.labels != IGNORE], reduction="sum")
         return Loss(total, batch.targets, {"cross_entropy": total})
+
+
+class TaskTerms(Body):
+    """What the head of a task of labelled texts is, and its loss."""
+
+    kind: Literal["classification", "regression", "span"]
+    outputs: int = Field(ge=1, le=2**16)
+    """Numbers that the head says of a text, or of each of its tokens."""
+    pooling: Pooling
+    dropout: float = Field(ge=0, lt=1)
+
+    @property
+    def labels(self) -> int:
+        """Of each text."""
+        return 2 if self.kind == "span" else 1
+
+    def task(self, width: int, seed: int, pooler: nn.Module | None) -> Task:
+        """The head, as it begins, and its loss.
+
+        Args:
+            width: of rows.
+            seed: of its weights.
+            pooler: the model's own, if it has one, for ``pooling: first``.
+        """
+        first = self.pooling == "first"
+        head = TextHead(width, self.outputs, dropout=self.dropout, seed=seed, pooler=pooler if first else None)
+        match self.kind:
+            case "classification":
+                return Classification(head, self.pooling)
+            case "regression":
+                return Regression(head, self.pooling)
+            case "span":
+                return Span(head)

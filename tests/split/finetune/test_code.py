@@ -12,7 +12,7 @@ from raycloud.link.meter import Meter
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.code import Code, narrow, published, tensors_of
 from raycloud.split.finetune.crossing import crossing, fitting, per_cut
-from raycloud.split.finetune.edge import Learning
+from raycloud.split.finetune.front import Learning
 from raycloud.split.finetune.messages import Piece
 from raycloud.split.finetune.numbers import Coded, Form, Packing
 from tests.models.families import tiny

@@ -184,9 +184,9 @@ def test_answers_are_learned_as_spans_of_their_texts(tmp_path: Path) -> None:
 class Host:
     """A cloud for MiniLM's blocks [3, 6), behind channels, that can be killed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, tail: bool = False) -> None:
         plans = PlanSet.of(SplitPlan(3, 6))
-        self._part = load_cloud("builtin:minilm-l6", plans, device="cpu", dtype="float32", training=True)
+        self._part = load_cloud("builtin:minilm-l6", plans, device="cpu", dtype="float32", training=True, tail=tail)
         self._folder = folder
         self._start()
 
@@ -210,7 +210,7 @@ def reviews(output: Path, **changes: Any) -> SplitTuneRecipe:
     return SplitTuneRecipe.parse(
         {
             "output": str(output),
-            "task": {"kind": "classification", "label": "domain", **changes.pop("task", {})},
+            "task": {"kind": "classification", "label": "domain"} | changes.pop("task", {}),
             "data": {"limit": 16, "held_out": 24, "max_length": 48},
             "cut": {"rank": 16, "form": "float32"},
             "training": {"lr": 1e-3, "batch_size": 8},

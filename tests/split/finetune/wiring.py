@@ -20,7 +20,8 @@ from raycloud.models.anatomy import base_of, blocks_of
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.cloud import CloudSide
 from raycloud.split.finetune.code import Code, blank, plain
-from raycloud.split.finetune.edge import EdgeSide, Learning, LocalCloud
+from raycloud.split.finetune.edge import EdgeSide, LocalCloud
+from raycloud.split.finetune.front import Learning
 from raycloud.split.finetune.host import TuneHost, TuneLimits
 from raycloud.split.finetune.messages import Agreed, Begin
 from raycloud.split.finetune.numbers import Form, Packing, Packings
