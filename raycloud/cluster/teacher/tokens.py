@@ -31,11 +31,12 @@ def tokenise(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: Data
         DataError: no row leaves a token to predict.
     """
     blocks = [rows[at : at + _BLOCK] for at in range(0, len(rows), _BLOCK)]
+    # A data set keeps the options that hold when it is made: what is set later leaves blocks in the order they end in.
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars, context.execution_options.preserve_order = False, True
     # Their numbers and not their columns, which may hold anything.
     work = ray.data.from_items([{"block": number} for number in range(len(blocks))], override_num_blocks=len(blocks))
     shared = [ray.put(block) for block in blocks]
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars, context.execution_options.preserve_order = False, True
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its own bars are off
 
     def samples(some: dict[str, Any]) -> pa.Table:
