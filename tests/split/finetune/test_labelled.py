@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from raycloud.data.batches import Batch
-from raycloud.errors import LinkError, RecipeError
+from raycloud.errors import LinkError, ModelError, RecipeError
 from raycloud.link.frames import Frame, Kind, with_bytes
 from raycloud.link.meter import Meter
 from raycloud.models.segments import Segment
@@ -25,6 +25,8 @@ from raycloud.split.finetune.numbers import Packing, Packings
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.run import run
 from raycloud.split.finetune.tasks import TaskTerms
+from raycloud.split.parts import load_cloud
+from raycloud.split.plan import PlanSet, SplitPlan
 from raycloud.training.loop import Step, Trainer
 from tests.split.finetune.test_run import Host, reviews
 from tests.split.finetune.wiring import (
@@ -156,6 +158,11 @@ def test_over_a_link_the_cloud_learns_what_it_learns_here_also_after_it_was_lost
 def test_a_cloud_that_was_not_started_for_labels_refuses_them(tmp_path: Path) -> None:
     with closing(Host(tmp_path / "cloud")) as cloud, pytest.raises(LinkError, match="labels=cloud; allowed here"):
         run(reviews(tmp_path / "out", labels="cloud"), connect=cloud.connect)
+
+
+def test_blocks_that_do_not_lead_to_the_models_end_have_no_head(tiny_llama: Path) -> None:
+    with pytest.raises(ModelError, match=r"blocks \[1, 3\) of .* do not lead to its end"):
+        load_cloud(str(tiny_llama), PlanSet.of(SplitPlan(1, 3)), training=True, tail=True)
 
 
 @pytest.mark.parametrize(
