@@ -178,16 +178,19 @@ def load_cloud(
     where, plans, fingerprint, checkpoint, config = _source(source, plans, "cloud", notify)
     model, place = _skeleton(config, device, dtype, attention)
     [middle] = _segments(model, plans, "cloud")
-    if not tail:
-        materialise(model, [middle], checkpoint, place)
-        _ready([middle], training)
-        return CloudPart(middle, plans, fingerprint)
-    if manifest_of(where) is not None or plans.cloud.stop != (blocks := int(config.num_hidden_layers)):
-        raise ModelError(f"blocks [{plans.cloud.start}, {plans.cloud.stop}) of '{source}' do not lead to its end")
-    last, pooler = Segment(model, blocks, embed=False), pooler_of(model)
+    segments, last, pooler = [middle], None, None
+    if tail:
+        if manifest_of(where) is not None:
+            raise ModelError(
+                f"'{source}' holds only the cloud's blocks, and not what follows them; allowed: a whole model"
+            )
+        if plans.cloud.stop != config.num_hidden_layers:
+            raise ModelError(f"blocks [{plans.cloud.start}, {plans.cloud.stop}) of '{source}' do not lead to its end")
+        last, pooler = Segment(model, plans.cloud.stop, embed=False), pooler_of(model)
+        segments.append(last)
     beside = [] if pooler is None else [pooler]
-    materialise(model, [middle, last, *beside], checkpoint, place)
-    _ready([middle, last], training, beside)
+    materialise(model, [*segments, *beside], checkpoint, place)
+    _ready(segments, training, beside)
     return CloudPart(middle, plans, fingerprint, last, pooler)
 
 

@@ -171,7 +171,7 @@ class LabelledCloud(CloudSide):
         places, payload = self._which(asked, payload)
         coded = Coded(asked.unit, payload)
         numbers = self.memory.unpack("first", coded, places, asked.lengths).to(self._device).requires_grad_()
-        with torch.enable_grad(), self._mode(True, asked.step, asked.micro):
+        with torch.enable_grad(), self._mode(training=True, step=asked.step, micro=asked.micro):
             outputs, batch = self._said(numbers, asked, labels)
             self._check(labels, outputs)
             loss = self.task.loss(outputs, batch)

@@ -209,7 +209,7 @@ class Judge(Rows):
 class Judged(Body):
     """JUDGE_OK: what it says, float32."""
 
-    shape: list[Annotated[int, Field(ge=0, le=2**20)]] = Field(min_length=1, max_length=3)
+    shape: list[Annotated[int, Field(ge=1, le=2**20)]] = Field(min_length=1, max_length=3)
     seconds: float = Field(ge=0)
 
 

@@ -25,7 +25,7 @@ from raycloud.split.finetune.numbers import Packing, Packings
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.run import run
 from raycloud.split.finetune.tasks import TaskTerms
-from raycloud.split.parts import load_cloud
+from raycloud.split.parts import export, load_cloud
 from raycloud.split.plan import PlanSet, SplitPlan
 from raycloud.training.loop import Step, Trainer
 from tests.split.finetune.test_run import Host, reviews
@@ -160,9 +160,12 @@ def test_a_cloud_that_was_not_started_for_labels_refuses_them(tmp_path: Path) ->
         run(reviews(tmp_path / "out", labels="cloud"), connect=cloud.connect)
 
 
-def test_blocks_that_do_not_lead_to_the_models_end_have_no_head(tiny_llama: Path) -> None:
+def test_blocks_that_do_not_lead_to_the_models_end_have_no_head(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"blocks \[1, 3\) of .* do not lead to its end"):
         load_cloud(str(tiny_llama), PlanSet.of(SplitPlan(1, 3)), training=True, tail=True)
+    export(str(tiny_llama), PlanSet.of(SplitPlan(1, 4)), tmp_path / "parts")
+    with pytest.raises(ModelError, match="holds only the cloud's blocks"):
+        load_cloud(str(tmp_path / "parts" / "cloud"), training=True, tail=True)
 
 
 @pytest.mark.parametrize(
