@@ -31,8 +31,8 @@ class SplitTuneSettings(ReplicaSettings):
     """A folder that every replica sees: an edge goes on from it wherever its session is opened again."""
     limits: TuneLimits = TuneLimits()
     labels: bool = False
-    """Whether edges may send labels, for a loss that is computed here; otherwise those that would are refused. The model
-    must be a whole one then, and ``second`` its last block's end."""
+    """Whether edges may send labels, for a loss that is computed here; otherwise those that would are refused. The
+    model must be a whole one then, and ``second`` its last block's end."""
 
 
 def build_api(host: TuneHost, door: Doorkeeper) -> FastAPI:
