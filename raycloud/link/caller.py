@@ -111,11 +111,15 @@ def refused(reply: Frame, peer: str) -> LinkError:
     return LinkError(f"{peer} refused the session: {refusal.message}")
 
 
+class SessionLost(LinkError):
+    """The cloud no longer has the session, and a new one could not take its place."""
+
+
 class Caller(Generic[R, G]):
     """A session of requests in order, each answered exactly once however often the channel breaks.
 
-    It resumes the session with every new connection. Where the cloud lost it, a new one begins, and what it must be
-    asked then is for the service to say. For one thread.
+    It resumes the session with every new connection. Where the cloud lost it, a new one begins if the service can say
+    what it must be asked then. For one thread.
 
     Args:
         connect: opens a channel; called again whenever one breaks. It is given the session's id, by which a router can
@@ -123,8 +127,8 @@ class Caller(Generic[R, G]):
         opening: what OPEN asks for.
         grants: what OPEN_OK says.
         frame: makes the frame of a request whenever it is sent; session, epoch, seq and ack are added.
-        anew: what a new session is asked in place of what was unanswered in the lost one; raises LinkError if it
-            cannot go on.
+        anew: what a new session is asked in place of what was unanswered in the lost one; None where a new one cannot
+            go on from there, so that none is begun.
         replies: kinds of frames that answer a request.
         patience_s: how long nothing may come back, reconnecting included.
 
@@ -141,7 +145,7 @@ class Caller(Generic[R, G]):
         opening: Body,
         grants: type[G],
         frame: Callable[[R], Frame],
-        anew: Callable[[list[R]], list[R]],
+        anew: Callable[[list[R]], list[R]] | None,
         replies: Collection[Kind],
         patience_s: float,
     ) -> None:
@@ -174,6 +178,7 @@ class Caller(Generic[R, G]):
         """The oldest request that is not yet answered, and its reply.
 
         Raises:
+            SessionLost: the cloud lost the session, and there is no ``anew``.
             LinkError: the link cannot be mended, or the cloud refuses.
         """
         frame = self._reply()
@@ -267,6 +272,9 @@ class Caller(Generic[R, G]):
     def _attempt(self, _: str) -> None:
         self._hang_up()
         if not self._begun:
+            if self._once and self._anew is None:
+                lease = self.granted.lease_s
+                raise SessionLost(f"{self._patience.peer} lost the session; it keeps that of a silent edge {lease:g} s")
             self.session, self._epoch = secrets.token_bytes(16), 0
         self._channel = self._connect(self.session.hex())
         if self._begun:
@@ -281,7 +289,7 @@ class Caller(Generic[R, G]):
         if reply.kind is not Kind.OPEN_OK:
             raise refused(reply, self._patience.peer)
         self.granted, self._begun = body(reply, self._grants), True
-        if self._once:
+        if self._once and self._anew is not None:
             unanswered = [request for _, request in self._away]
             self._away.clear()
             self._seq = self._ack = 0

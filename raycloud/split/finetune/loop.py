@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from raycloud.data.batches import Batch
+from raycloud.link.caller import SessionLost
 from raycloud.split.finetune.company import Company
 from raycloud.split.finetune.front import Cloud, Front
-from raycloud.split.finetune.remote import SessionLost
 from raycloud.split.finetune.state import Checkpoints
 from raycloud.training.loop import Step
 
 log = logging.getLogger(__name__)
+
+LOSSES = 5
+"""So many times in a row the cloud may lose a session without a checkpoint in between."""
 
 
 def train(
@@ -82,12 +85,20 @@ T = TypeVar("T")
 
 
 def lasting(work: Callable[[], T], edge: Front, kept: Checkpoints, cloud_at: Callable[[int], Cloud]) -> T:
-    """What comes of something that needs the cloud, begun anew from the latest checkpoint if it loses its session."""
+    """What comes of something that needs the cloud, begun anew from the latest checkpoint if it loses its session.
+
+    Raises:
+        SessionLost: there is no checkpoint, or the session was lost too many times without a newer one.
+    """
+    lost, at = 0, -1
     while True:
         try:
             return work()
         except SessionLost as error:
-            step = kept.steps()[-1]
+            step = kept.steps()[-1] if kept.steps() else None
+            lost, at = (lost + 1 if step == at else 1), -1 if step is None else step
+            if step is None or lost > LOSSES:
+                raise SessionLost(f"{error} ({lost} times after step {max(0, at)})") from None
             log.info("going back to step %d: %s", step, error)
             edge.cloud.close()
             edge.load(kept.load(step))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from torch import nn
 
-from raycloud.errors import LinkError
 from raycloud.link.caller import Caller
 from raycloud.link.channel import Channel
 from raycloud.link.frames import Frame, Granted, Kind, with_bytes
@@ -28,10 +27,6 @@ _REPLIES = (
 )
 
 
-class SessionLost(LinkError):
-    """The cloud no longer has the session; both sides must go on from their last common checkpoint."""
-
-
 class RemoteCloud:
     """A cloud behind a channel. Requests are answered once each, however often the channel breaks.
 
@@ -49,7 +44,7 @@ class RemoteCloud:
         self, connect: Callable[[str], Channel], asked: Begin, decoder: nn.Module, patience_s: float = 60.0
     ) -> None:
         self._caller: Caller[Frame, Granted] = Caller(
-            connect, asked, Granted, lambda frame: frame, _lost, _REPLIES, patience_s
+            connect, asked, Granted, lambda frame: frame, None, _REPLIES, patience_s
         )
         if asked.up.narrow and asked.restore is None:
             packed = tensors_of(decoder)
@@ -66,7 +61,7 @@ class RemoteCloud:
         """The answer to the oldest request that has none yet.
 
         Raises:
-            SessionLost: the cloud has lost the session.
+            SessionLost: both sides must go on from their last common checkpoint.
             LinkError: the link cannot be mended, or the cloud refuses.
         """
         return self._caller.receive()[1]
@@ -79,7 +74,3 @@ class RemoteCloud:
     def close(self) -> None:
         """End the session."""
         self._caller.close()
-
-
-def _lost(unanswered: list[Frame]) -> list[Frame]:
-    raise SessionLost("the cloud lost the session")

@@ -22,6 +22,7 @@ from raycloud.split.finetune.edge import EdgeSide
 from raycloud.split.finetune.host import TuneLimits
 from raycloud.split.finetune.loop import train
 from raycloud.split.finetune.state import Checkpoints
+from raycloud.training.lora import LoraRecipe
 from tests.split.finetune.wiring import WIDTH, Service, batches, calibration, head_of, model_of, split, values
 
 N = 12
@@ -95,6 +96,38 @@ def test_a_run_over_a_link_ends_with_the_weights_of_one_process(service: Service
     ours, theirs = undisturbed()
     assert_equal(of_the_edge(edge), ours)
     assert_equal(of_the_cloud(service), theirs)
+
+
+def test_a_cloud_that_is_killed_again_after_three_checkpoints_comes_back(service: Service, tmp_path: Path) -> None:
+    """What it went on from the first time is no longer kept by then."""
+    killed: list[int] = []
+
+    def told(step: int) -> None:
+        if step in (1, N - 1) and step not in killed:
+            killed.append(step)
+            service.kill()
+
+    edge = fresh()
+    run(edge, service, tmp_path / "edge", told)
+    assert killed == [1, N - 1]
+    ours, theirs = undisturbed()
+    assert_equal(of_the_edge(edge), ours)
+    assert_equal(of_the_cloud(service), theirs)
+
+
+def test_a_cloud_that_never_stays_is_given_up(service: Service, tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def told(step: int) -> None:
+        if step == 4:
+            killed.append(step)
+            service.kill()
+
+    with pytest.raises(
+        LinkError, match=r"lost the session; it keeps that of a silent edge 60 s \(6 times after step 3"
+    ):
+        run(fresh(), service, tmp_path / "edge", told)
+    assert len(killed) == 6
 
 
 class Killed(Exception):
@@ -206,6 +239,7 @@ def test_a_cloud_refuses_what_it_has_not(service: Service) -> None:
         ({"restore": 3}, "no checkpoint of step 3"),
         ({"up": service.begin.up.model_copy(update={"width": 100})}, "rows have 32"),
         ({"down": service.begin.down.model_copy(update={"apart": 20})}, "rows have 32"),
+        ({"lora": LoraRecipe(r=33)}, "lora.r=33; allowed: up to 32"),
     ]
     for change, message in changes:
         service.begin, before = service.begin.model_copy(update=change), service.begin
