@@ -45,10 +45,11 @@ class OutOfStep(LinkError):
 
 @dataclass(frozen=True)
 class _Pass:
-    """A micro-batch whose gradient is not there yet: the leaf its rows came in by, and what went out."""
+    """A micro-batch whose gradient is not there yet: the leaf its rows came in by, what went out, and padded tokens."""
 
     numbers: Tensor
     out: Tensor
+    tokens: int
 
 
 def valid_of(lengths: Tensor) -> Tensor:
@@ -124,9 +125,10 @@ class CloudSide:
             self.trainer.jump(step)
 
     @property
-    def outstanding(self) -> int:
-        """Micro-batches whose gradient is not there yet."""
-        return len(self._passes)
+    def outstanding(self) -> tuple[int, int]:
+        """Micro-batches whose gradient is not there yet, and their tokens, padding included."""
+        passes = list(self._passes.values())  # at one go: another thread asks
+        return len(passes), sum(one.tokens for one in passes)
 
     def answer(self, request: Frame) -> Frame:
         """What one message leads to.
@@ -199,7 +201,7 @@ class CloudSide:
         with torch.set_grad_enabled(asked.returns), self._mode(asked.training, asked.step, asked.micro):
             out = self.encoder(self._through(numbers, lengths))
         if asked.returns:
-            self._passes[asked.micro] = _Pass(numbers, out)
+            self._passes[asked.micro] = _Pass(numbers, out, max(asked.lengths) * len(asked.lengths))
         rows = asked.lengths if self.pooling == "rows" else [1] * len(asked.lengths)
         coded = self.memory.pack("second", out, places, rows)
         told = Forwarded(unit=coded.unit, seconds=time.perf_counter() - started)
@@ -225,7 +227,8 @@ class CloudSide:
         found = self._passes.pop(asked.micro, None)
         if asked.step != self.step or found is None:
             raise OutOfStep(f"a gradient of step {asked.step}, micro-batch {asked.micro} came in step {self.step}")
-        gradient = self.packings.second.unpack(Coded(asked.unit, payload), len(found.out)).to(found.out)
+        coded = Coded(asked.unit, payload)
+        gradient = self.packings.second.unpack(coded, len(found.out), by_chance=True).to(found.out)
         found.out.backward(gradient)
         rows, coded = 0, Coded(1.0, b"")
         if asked.back:

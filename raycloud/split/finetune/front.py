@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from raycloud.data.batches import Batch
-from raycloud.errors import LinkError
+from raycloud.errors import LinkError, TrainingError
 from raycloud.link.frames import Frame, Kind, split_off, with_bytes
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.memory import Memory
@@ -238,7 +238,8 @@ class Front(ABC):
         if self.learning.ahead:
             with self._working():
                 try:
-                    gradient = self.packings.first.unpack(Coded(told.unit, payload), len(micro.numbers))
+                    coded = Coded(told.unit, payload)
+                    gradient = self.packings.first.unpack(coded, len(micro.numbers), by_chance=True)
                 except ValueError as error:
                     raise unusable(error) from None
                 micro.numbers.backward(gradient.to(micro.numbers))
@@ -254,7 +255,10 @@ class Front(ABC):
         """A batch's numbers, coded, and ahead of them in a payload which texts they are, where changes cross."""
         places = self._places(batch) if training else []
         which = self.memory.announce(places)
-        return self.memory.pack("first", numbers, places, lengths_of(batch)), which
+        try:
+            return self.memory.pack("first", numbers, places, lengths_of(batch)), which
+        except ValueError as error:
+            raise diverged(self.trainer.step_index, error) from None
 
     def _places(self, batch: Batch) -> Sequence[int]:
         """Which texts a batch of a step is, where that matters."""
@@ -290,6 +294,11 @@ class Front(ABC):
             module.train(training)
         with drawing(self._parts, self.seed, self.trainer.step_index, number) if training else nullcontext():
             yield
+
+
+def diverged(step: int, error: ValueError) -> TrainingError:
+    """What is said where rows cannot cross a cut any more, though all gradients were finite."""
+    return TrainingError(f"step {step}: {error}; a smaller training.lr may help")
 
 
 def unusable(error: ValueError) -> LinkError:
