@@ -26,7 +26,7 @@ from raycloud.models.segments import Segment
 from raycloud.models.weights import load_weights, weights_of
 from raycloud.report.console import bars, console
 from raycloud.split.finetune.assembly import assemble, task_of
-from raycloud.split.finetune.crossing import crossing, per_cut
+from raycloud.split.finetune.crossing import crossing, fitting, per_cut
 from raycloud.split.finetune.front import Front, Learning
 from raycloud.split.finetune.numbers import Packing, Packings
 from raycloud.split.finetune.recipe import SplitTuneRecipe
@@ -57,9 +57,7 @@ class Sentences:
             row for row in reviews(console.print).to_pylist() if row["domain"] == DOMAIN and row["label"] in CLASSES
         ]
         # By content: the file is in an order of its own, and equal sentences must not part.
-        texts = sorted(
-            {row["text"]: row for row in rows if row["label"] in CLASSES}.items(), key=lambda it: _digest(it[0])
-        )
+        texts = sorted({row["text"]: row for row in rows}.items(), key=lambda it: _digest(it[0]))
         samples = encode_labelled(
             [row for _, row in texts],
             pretrained.tokenizer,
@@ -143,10 +141,10 @@ def hits(
     return np.concatenate(guesses) == sentences.true, learner, order
 
 
-def bytes_of(sentences: Sentences, packings: Packings, order: SampleOrder) -> Counter[str]:
-    """What a whole training run sends, by kind of message."""
+def bytes_of(sentences: Sentences, packings: Packings, order: SampleOrder, codes: Counter[str]) -> Counter[str]:
+    """What a whole training run sends, by kind of message, with those that bring its codes."""
     lengths = [len(one.ids) for one in sentences.train]
-    sizes: Counter[str] = Counter()
+    sizes = Counter(codes)
     for step in range(order.steps_per_epoch * EPOCHS):
         sizes += crossing(step, [[lengths[place] for place in order.indices(step)]], packings, "mean", Learning())
     return sizes
@@ -188,9 +186,11 @@ def run(as_json: bool = False, quick: bool = False) -> dict[str, Any]:
                 )
                 found.setdefault((name, split), []).append(right)
                 if isinstance(learner, Front):
-                    crossed[name, split] = bytes_of(sentences, learner.packings, order)
-                    whole_rows = Packing("float32", pretrained.model.config.hidden_size)
-                    crossed["plain", 0] = bytes_of(sentences, Packings(whole_rows, whole_rows), order)
+                    width = int(pretrained.model.config.hidden_size)
+                    codes = fitting([], learner.packings, width, first=cut["kind"] == "narrow", second=False)
+                    crossed[name, split] = bytes_of(sentences, learner.packings, order, codes)
+                    whole_rows = Packing("float32", width)
+                    crossed["plain", 0] = bytes_of(sentences, Packings(whole_rows, whole_rows), order, Counter())
     return _tell(found, crossed, sentences, splits, seeds, as_json)
 
 

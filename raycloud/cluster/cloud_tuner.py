@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -12,8 +12,10 @@ from torch import Tensor
 from raycloud.cluster.actor_channel import ActorService
 from raycloud.cluster.run_log import RunLog
 from raycloud.cluster.runtime import share_of_cores
+from raycloud.link.channel import Connection
 from raycloud.models.loading import load_config, resolve
 from raycloud.split.finetune.assembly import plan_of
+from raycloud.split.finetune.examples import CALIBRATION_TEXTS
 from raycloud.split.finetune.host import TuneHost, TuneLimits
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.parts import load_cloud
@@ -38,17 +40,29 @@ class CloudTuner(ActorService):
     def __init__(self, recipe: SplitTuneRecipe, folder: Path, log: RunLog | None = None) -> None:
         if log is not None:
             log.attach()
-        plans = PlanSet.of(plan_of(recipe, load_config(resolve(recipe.model))))
-        part = load_cloud(recipe.model, plans, device=recipe.device, dtype="float32", training=True)
-        # An edge that died leaves a session behind until its lease ends; it must find room for the next one.
-        sessions = 4 * len(recipe.edges)
-        limits = TuneLimits(sessions=sessions, sessions_per_principal=sessions)
-        self._host = TuneHost(part, folder, limits, threads=share_of_cores(recipe.threads, "cloud", 1))
-        super().__init__(partial(self._host.serve, principal=_PRINCIPAL))
-        _LOG.info("ready with blocks [%d, %d), process %d", part.middle.lo, part.middle.hi, os.getpid())
+        self._recipe, self._folder = recipe, folder
+        super().__init__(self._serve)
 
     def ready(self) -> None:
-        """Returns once the part is loaded."""
+        """Load the part; one that starts again does so with the first edge that comes.
+
+        Raises:
+            RaycloudError: it cannot be had here.
+        """
+        assert self._host
+
+    async def _serve(self, connection: Connection) -> None:
+        await self._host.serve(connection, _PRINCIPAL)
+
+    @cached_property
+    def _host(self) -> TuneHost:
+        recipe = self._recipe
+        plans = PlanSet.of(plan_of(recipe, load_config(resolve(recipe.model))))
+        part = load_cloud(recipe.model, plans, device=recipe.device, dtype="float32", training=True)
+        threads = share_of_cores(recipe.threads, "cloud", 1)
+        host = TuneHost(part, self._folder, limits_for(recipe), threads=threads)
+        _LOG.info("ready with blocks [%d, %d), process %d", part.middle.lo, part.middle.hi, os.getpid())
+        return host
 
     def group(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The cloud's and the edges' weights as the group's latest round left them; the latter empty if private.
@@ -58,3 +72,19 @@ class CloudTuner(ActorService):
         """
         kept = self._host.kept(name, _PRINCIPAL)
         return kept.cloud, kept.edge
+
+
+def limits_for(recipe: SplitTuneRecipe) -> TuneLimits:
+    """Room for whatever the edges of a recipe may ask for."""
+    # An edge that died leaves a session behind until its lease ends; it must find room for the next one.
+    sessions = 4 * len(recipe.edges)
+    usual = TuneLimits()
+    tokens = max(usual.tokens, recipe.data.max_length * max(recipe.training.batch_size, CALIBRATION_TEXTS))
+    return TuneLimits(
+        sessions=sessions,
+        sessions_per_principal=sessions,
+        tokens=tokens,
+        micros=max(usual.micros, recipe.depth),
+        outstanding=max(usual.outstanding, tokens * recipe.depth),
+        runs=max(usual.runs, sessions),
+    )

@@ -83,8 +83,8 @@ class Batch:
 
     @property
     def targets(self) -> int:
-        """Labels."""
-        return int((self.labels != IGNORE).sum())
+        """Labels; of numbers, all are."""
+        return self.labels.numel() if self.labels.is_floating_point() else int((self.labels != IGNORE).sum())
 
     @property
     def nbytes(self) -> int:

@@ -27,11 +27,17 @@ def classes_of(rows: Sequence[Row], column: str) -> list[Any]:
     """The values that a column has, sorted.
 
     Raises:
-        DataError: there is no such column.
+        DataError: there is no such column, its values cannot be sorted, or all are the same.
     """
     if rows and column not in rows[0]:
         raise DataError(f"no column '{column}'; the rows have: {', '.join(rows[0])}")
-    return sorted({row[column] for row in rows})
+    try:
+        found = sorted({row[column] for row in rows})
+    except TypeError:
+        raise DataError(f"{column}: not all values are of one kind, or some are null; name the classes") from None
+    if len(found) < 2:
+        raise DataError(f"{column}: all {len(rows)} rows have {found}; two classes or more are needed")
+    return found
 
 
 def encode_labelled(
@@ -57,7 +63,7 @@ def encode_labelled(
         max_length: of both texts together.
 
     Raises:
-        DataError: a column is missing, a label is no number, or no row is left.
+        DataError: a column is missing, a label is no number, a text is empty, or no row is left.
     """
     for column in (text, pair, label):
         if column is not None and rows and column not in rows[0]:
@@ -75,6 +81,8 @@ def encode_labelled(
     types = coded.get("token_type_ids") or [None] * len(kept)
     samples = []
     for row, ids, kinds in zip(kept, coded["input_ids"], types, strict=True):
+        if not ids:
+            raise DataError(f"{text}: a row whose {label} is {row[label]!r} has no text; all rows need one")
         try:
             value = float(row[label]) if number is None else number[row[label]]
         except (TypeError, ValueError):

@@ -104,6 +104,11 @@ class Frame:
     """Seconds after which nobody waits for the reply; 0 for never. Tenths travel."""
     payload: bytes = b""
 
+    @property
+    def size(self) -> int:
+        """Bytes of the frame."""
+        return HEADER_BYTES + len(self.payload)
+
     def pack(self) -> bytes:
         """The bytes of the frame.
 

@@ -18,6 +18,8 @@ _NAMED = {
     "first_cut_bytes_per_step": "kB of a step at the first cut",
     "second_cut_bytes_per_step": "kB of a step at the second cut",
     "bytes_per_step": "kB of a step in all",
+    "bytes_up_per_step": "of these to the cloud",
+    "bytes_down_per_step": "of these to the edge",
     "seconds_per_step": "seconds of a step",
     "edge_seconds_per_step": "of these the edge computed",
     "cloud_seconds_per_step": "seconds that the cloud computed",

@@ -2,7 +2,7 @@
 
 # No postponed annotations: Serve and FastAPI read those of the handlers and of the builder's argument.
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, WebSocket
 from pydantic import Field
@@ -29,6 +29,8 @@ class SplitTuneSettings(ReplicaSettings):
     """The block after the cloud's last one."""
     checkpoints: str
     """A folder that every replica sees: an edge goes on from it wherever its session is opened again."""
+    dtype: Literal["auto", "float32"] = "auto"
+    """Weights that are trained are float32 in either case."""
     limits: TuneLimits = TuneLimits()
     labels: bool = False
     """Whether edges may send labels, for a loss that is computed here; otherwise those that would are refused. The

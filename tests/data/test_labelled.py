@@ -54,3 +54,26 @@ def test_long_texts_are_cut() -> None:
 def test_what_rows_lack_is_named(changes: dict, message: str) -> None:
     with pytest.raises(DataError, match=message):
         encode(**changes)
+
+
+def test_a_text_without_a_token_is_named() -> None:
+    tokenizer = load_tokenizer(resolve("builtin:smollm2-135m-instruct"))
+    rows: list[Row] = [{"a": "Yes.", "kind": "good"}, {"a": "", "kind": "bad"}]
+    with pytest.raises(DataError, match="a: a row whose kind is 'bad' has no text"):
+        encode_labelled(rows, tokenizer, text="a", pair=None, label="kind", classes=["bad", "good"], max_length=8)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(["a", None], "kind: not all values are of one kind"), (["a", "a"], r"kind: all 2 rows have \['a'\]")],
+)
+def test_labels_that_make_no_classes_are_refused(labels: list, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        classes_of([{"kind": label} for label in labels], "kind")
+
+
+def test_numbers_all_count_whatever_they_are() -> None:
+    rows: list[Row] = [{"a": "Cold.", "score": -100}, {"a": "Warm.", "score": 20}]
+    tokenizer = load_tokenizer(resolve("builtin:minilm-l6"))
+    samples = encode_labelled(rows, tokenizer, text="a", pair=None, label="score", classes=None, max_length=8)
+    assert collate_labelled(samples, pad=0).targets == 2

@@ -25,12 +25,12 @@ from raycloud.cluster.edge_tuner import EdgeTuner, What
 from raycloud.cluster.jobs.frame import Result, answered, finished, on_cluster, placed
 from raycloud.cluster.run_log import RunLog
 from raycloud.data.sources import load_rows
-from raycloud.errors import ClusterError, LinkError, RaycloudError, TrainingError
+from raycloud.errors import ClusterError, LinkError, RaycloudError, RecipeError, TrainingError
 from raycloud.models.loading import load_config, resolve
 from raycloud.report.console import Bars, bars, console, tell, working
 from raycloud.report.split_edges import print_summary, summarise, write_page
 from raycloud.results import RECIPE, Mode, ResultDir, write_atomically, write_folder
-from raycloud.split.finetune.assembly import plan_of
+from raycloud.split.finetune.assembly import check_lengths, plan_of
 from raycloud.split.finetune.journal import Journal, Record
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.whole import save_whole
@@ -39,7 +39,8 @@ _LOG = logging.getLogger(__name__)
 _POLL_S = 0.5
 _NEWS_S = 10.0
 _ATTEMPTS = 3
-"""So many times an edge may fail, not die, at one thing before the run goes on without it."""
+"""So many times in a row an edge may fail at one thing, or die, without getting any further before the run goes on
+without it."""
 _GRACE_S = 60.0
 """Beside the deadline of a round, how long nothing may be heard of those that are not done once another edge is."""
 
@@ -60,7 +61,11 @@ def run(recipe: SplitTuneRecipe, mode: Mode = "new") -> Result:
         Interrupted: Ctrl-C or ``ray job stop``; the directory can be resumed.
     """
     ResultDir.check(recipe.output, recipe, mode)
-    plan_of(recipe, load_config(resolve(recipe.model, console.print)))
+    if recipe.edge is not None:
+        raise RecipeError(f"edge={recipe.edge}, and all edges train on a cluster; allowed: null, or --cloud")
+    config = load_config(resolve(recipe.model, console.print))
+    plan_of(recipe, config)
+    check_lengths(recipe, config)
     if recipe.data.source.startswith("builtin:"):
         # Fetched before actors start; an edge's own files are the edge's to read.
         load_rows(recipe.data.source, "train", console.print)
@@ -90,17 +95,10 @@ class Edge:
     heard: int = 0
     """Records of that process."""
     listening: ray.ObjectRef | None = None
-    asked: int = 0
-    """Its process, as far as it was known, when it was last told what to do."""
     lost: int | None = None
-    """The process whose death is known."""
+    """The process whose death is known; 0 if it died before it was heard."""
     failures: list[str] = field(default_factory=list)
-
-
-def _told_to(edge: Edge, what: What) -> ray.ObjectRef:
-    edge.asked = edge.pid
-    ref: ray.ObjectRef = edge.actor.do.remote(what)
-    return ref
+    """Since it last got any further."""
 
 
 class _Run:
@@ -146,9 +144,9 @@ class _Run:
         ]
 
     def _all(self, what: What, edges: list[Edge]) -> None:
-        """Have every edge do one thing; once one is done, whoever is not heard of for long is not waited for."""
+        """Have every edge do one thing; once one is done, none is waited for whose process does not answer for long."""
         wanted = [edge for edge in edges if not self.journal.judged(edge.name, what)]
-        calls = {_told_to(edge, what): edge for edge in wanted}
+        calls: dict[ray.ObjectRef, Edge] = {edge.actor.do.remote(what): edge for edge in wanted}
         for edge in wanted:
             edge.failures = []
         forgetting: list[ray.ObjectRef] = []
@@ -157,8 +155,8 @@ class _Run:
         with bars(self.recipe.rounds.count * self.recipe.rounds.steps) as progress:
             while calls and not (done and time.monotonic() > heard + patience):
                 ready, _ = ray.wait(list(calls), num_returns=1, timeout=_POLL_S)
-                told = [self._listen(edge, progress) for edge in calls.values()]
-                if ready or any(told):
+                alive = [self._listen(edge, progress) for edge in calls.values()]
+                if any(alive):
                     heard = time.monotonic()
                 for ref in ready:
                     edge = calls.pop(ref)
@@ -166,9 +164,9 @@ class _Run:
                         self._hear(edge)
                         self.journal.add({"kind": "judged", "edge": edge.name, "what": what, **found})
                         forgetting.append(edge.actor.forget.remote(what))
-                        done = True
+                        heard, done = time.monotonic(), True
                     elif len(edge.failures) < _ATTEMPTS:
-                        calls[_told_to(edge, what)] = edge
+                        calls[edge.actor.do.remote(what)] = edge
         if forgetting:
             ray.wait(forgetting, num_returns=len(forgetting), timeout=_NEWS_S)
         for edge in calls.values():
@@ -193,23 +191,24 @@ class _Run:
             edge.failures.append((str(cause) or type(cause).__name__).splitlines()[0])
             tell(_LOG, f"'{edge.name}' failed: {edge.failures[-1]}", logging.WARNING)
         except RayError as error:
-            if edge.lost != edge.asked:  # while it starts again, Ray says so to every call
-                edge.lost = edge.asked
-                self.journal.add({"kind": "died", "edge": edge.name, "detail": str(error).splitlines()[0]})
+            if edge.lost != edge.pid:  # while it starts again, Ray says so to every call
+                edge.lost = edge.pid
+                edge.failures.append(str(error).splitlines()[0])
+                self.journal.add({"kind": "died", "edge": edge.name, "detail": edge.failures[-1]})
                 tell(_LOG, f"'{edge.name}' died; it is started again, and the others go on", logging.WARNING)
             time.sleep(_POLL_S)
         return None
 
     def _listen(self, edge: Edge, progress: Bars) -> bool:
-        """Write down what an edge has told since, and ask for more; whether it told anything. Never waits."""
+        """Write down what an edge has told since, and ask for more; whether its process answered. Never waits."""
         if edge.listening is not None and not ray.wait([edge.listening], timeout=0)[0]:
             return False
         news = self._told(edge)
-        for record in news:
+        for record in news or ():
             if record["kind"] == "step":
                 progress.move(f"{record['what']}: {edge.name}", record["step"] + 1, f"loss {record['loss']:.3f}")
         edge.listening = edge.actor.news.remote(edge.pid, edge.heard)
-        return bool(news)
+        return news is not None
 
     def _hear(self, edge: Edge) -> None:
         """All that an edge has told, now that it is done."""
@@ -217,19 +216,20 @@ class _Run:
         edge.listening = edge.actor.news.remote(edge.pid, edge.heard)
         self._told(edge, timeout=_NEWS_S)
 
-    def _told(self, edge: Edge, timeout: float = 0.0) -> list[Record]:
-        """The answer to the last question for news, if it is there."""
+    def _told(self, edge: Edge, timeout: float = 0.0) -> list[Record] | None:
+        """The answer to the last question for news; None if there is none."""
         ref, edge.listening = edge.listening, None
         if ref is None:
-            return []
+            return None
         try:
             pid, news = ray.get(ref, timeout=timeout)
         except (RayError, GetTimeoutError):
-            return []
+            return None
         edge.heard = len(news) + (edge.heard if pid == edge.pid else 0)
         edge.pid = pid
-        for record in news:
-            self.journal.add(record)
+        new = [self.journal.add(record) for record in news]
+        if any(new):
+            edge.failures = []
         return list(news)
 
     def _finish(self) -> Result:

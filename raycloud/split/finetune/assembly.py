@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from raycloud.models.anatomy import pooler_of
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.cloud import CloudSide
 from raycloud.split.finetune.code import Code, blank, check_sizes, narrow, plain, published
+from raycloud.split.finetune.crossing import check_frames
 from raycloud.split.finetune.edge import EdgeSide, LocalCloud
 from raycloud.split.finetune.front import Cloud, Front, Learning
 from raycloud.split.finetune.labelled import LabelledCloud, LabelledEdge
@@ -46,6 +47,17 @@ def plan_of(recipe: SplitTuneRecipe, config: PretrainedConfig) -> SplitPlan:
     if plan.first == plan.second:
         raise ModelError(f"split={plan.first} leaves the cloud none of the model's {blocks} blocks")
     return plan
+
+
+def check_lengths(recipe: SplitTuneRecipe, config: PretrainedConfig) -> None:
+    """Whether a model of this configuration takes texts as long as a recipe allows.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    longest = int(config.max_position_embeddings)
+    if recipe.data.max_length > longest:
+        raise RecipeError(f"data.max_length={recipe.data.max_length}; allowed: up to the model's {longest} positions")
 
 
 def terms_of(recipe: SplitTuneRecipe, classes: int) -> TaskTerms | None:
@@ -154,15 +166,13 @@ class Ends:
         """The edge's side of a run with a cloud."""
         recipe, decoder = self.recipe, self.code_back.decoder
         if self.terms is not None:
-            ahead = {"first": self.first, "encoder": self.code.encoder}
-            trainer = Trainer(ahead, recipe.training, total_steps=self.total_steps, seed=recipe.seed)
             return LabelledEdge(
                 self.first,
                 self.code.encoder,
                 self.terms,
                 self.packings,
                 cloud,
-                trainer,
+                self._trainer({"first": self.first, "encoder": self.code.encoder}),
                 seed=recipe.seed,
                 depth=recipe.depth,
             )
@@ -182,11 +192,23 @@ class Ends:
             self.packings,
             self.back,
             cloud,
-            Trainer(groups, recipe.training, total_steps=self.total_steps, seed=recipe.seed),
+            self._trainer(groups),
             learning=self.learning,
             seed=recipe.seed,
             depth=recipe.depth,
         )
+
+    def _trainer(self, groups: Mapping[str, nn.Module]) -> Trainer:
+        lr = code_rates(self.recipe, first="encoder", second="decoder")
+        return Trainer(groups, self.recipe.training, total_steps=self.total_steps, seed=self.recipe.seed, lr=lr)
+
+    def check_frames(self, tokens: int) -> None:
+        """Whether a batch of so many tokens fits the frames of a link.
+
+        Raises:
+            RecipeError: it does not.
+        """
+        check_frames(tokens, self.packings, self.back if self.terms is None else "mean")
 
     def begin(self, fingerprint: str, run: str) -> Begin:
         """What a cloud at the other end of a link is asked for.
@@ -208,19 +230,31 @@ class Ends:
             lora=recipe.lora,
             cloud=self.learning.cloud,
             back=self.back,
-            up=_agreed(recipe.cut, self.code),
-            down=_agreed(recipe.back, self.code_back),
+            up=_agreed(recipe, recipe.cut, self.code),
+            down=_agreed(recipe, recipe.back, self.code_back),
             task=self.terms,
         )
 
 
-def _agreed(cut: CutRecipe, code: Code) -> Agreed:
+def code_rate(recipe: SplitTuneRecipe, cut: CutRecipe) -> float | None:
+    """The peak learning rate of a cut's code; None for the recipe's."""
+    return 0.1 * recipe.training.lr if cut.lr is None and recipe.lora is not None else cut.lr
+
+
+def code_rates(recipe: SplitTuneRecipe, *, first: str, second: str) -> dict[str, float]:
+    """Those of one side's ends of both codes, by their names there."""
+    rates = {first: code_rate(recipe, recipe.cut), second: code_rate(recipe, recipe.back)}
+    return {name: rate for name, rate in rates.items() if rate is not None}
+
+
+def _agreed(recipe: SplitTuneRecipe, cut: CutRecipe, code: Code) -> Agreed:
     return Agreed(
         form=cut.form,
         width=code.width,
         apart=code.apart,
         narrow=cut.kind == "narrow",
         trained=cut.trained,
+        lr=code_rate(recipe, cut),
         changes=cut.changes,
     )
 
@@ -249,6 +283,7 @@ def ends_of(
 
     Raises:
         ModelError: the model cannot be cut so.
+        RecipeError: the edge would have nothing to learn.
     """
     device, width = calibration[0].ids.device, int(first.config.hidden_size)
     plan = plan_of(recipe, first.config)
@@ -259,7 +294,7 @@ def ends_of(
     code, back = code_of(recipe.cut, first, calibration), code_back(recipe.back, width)
     for module in (task.head, code.encoder, back.decoder):
         module.to(device)
-    learning = learning_of(recipe)
+    learning, labels_cross = learning_of(recipe), recipe.labels == "cloud"
     if not learning.ahead:
         first.requires_grad_(False)
     # Each end of a code learns with the side that holds it.
@@ -272,6 +307,13 @@ def ends_of(
     for end, cut, learns in holders:
         if not learns or (cut.kind == "narrow" and not cut.trained):
             end.requires_grad_(False)
+    # Adapters of no block and a code that is fixed leave nothing to send a gradient back for.
+    learning = replace(learning, ahead=_learns(first, code.encoder))
+    if not learning.ahead and (labels_cross or not _learns(back.decoder, last, task.head)):
+        raise RecipeError(
+            f"split={recipe.split}, learning={recipe.learning} and labels={recipe.labels} leave the edge nothing to "
+            "learn; allowed: more blocks at the edge, or a narrow cut that is trained"
+        )
     packings = Packings(
         Packing(recipe.cut.form, code.width, code.apart, recipe.cut.changes),
         Packing(recipe.back.form, back.width, back.apart, recipe.back.changes),
@@ -288,8 +330,12 @@ def ends_of(
         back_of(task, last),
         learning,
         total_steps,
-        terms_of(recipe, classes) if recipe.labels == "cloud" else None,
+        terms_of(recipe, classes) if labels_cross else None,
     )
+
+
+def _learns(*modules: nn.Module) -> bool:
+    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
 
 def assemble(
@@ -328,8 +374,9 @@ def assemble(
         cloud = CloudSide(middle, decoder, encoder, ends.packings, ends.back, None, recipe.seed)
     else:
         cloud = LabelledCloud(middle, decoder, last, ends.terms, ends.task, ends.packings, ends.back, None, recipe.seed)
-    if any(parameter.requires_grad for module in cloud.modules.values() for parameter in module.parameters()):
-        cloud.trainer = Trainer(cloud.modules, recipe.training, total_steps=total_steps, seed=recipe.seed)
+    if _learns(*cloud.modules.values()):
+        lr = code_rates(recipe, first="decoder", second="encoder")
+        cloud.trainer = Trainer(cloud.modules, recipe.training, total_steps=total_steps, seed=recipe.seed, lr=lr)
     edge = ends.edge(LocalCloud(cloud, kept=kept))
     edge.fit(calibration)
     return edge

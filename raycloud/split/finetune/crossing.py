@@ -35,11 +35,11 @@ LABEL_BYTES = 4
 
 
 def _add(sizes: Counter[str], kind: Kind, body: Body, more: int = 0) -> None:
-    sizes[kind.name] += len(with_bytes(kind, body).pack()) + more
+    sizes[kind.name] += with_bytes(kind, body).size + more
 
 
 def check_frames(tokens: int, packings: Packings, back: Pooling) -> None:
-    """Whether a micro-batch of so many tokens fits one frame at either cut.
+    """Whether a batch of so many tokens fits one frame at either cut.
 
     Raises:
         RecipeError: it does not.
@@ -127,11 +127,12 @@ def crossing_with_labels(step: int, micros: Sequence[Sequence[int]], packings: P
     """Likewise where ``labels`` labels of each text cross as well, and no second cut is."""
     sizes: Counter[str] = Counter()
     which = ENTRY_BYTES if packings.changes else 0
+    targets = labels * sum(map(len, micros))
     for micro, lengths in enumerate(micros):
         rows = sum(lengths) * packings.first.bytes_per_row
         last = micro == len(micros) - 1
         texts = len(lengths)
-        sent = Learn(step=step, micro=micro, last=last, targets=1, lengths=list(lengths), unit=0.0)
+        sent = Learn(step=step, micro=micro, last=last, targets=targets, lengths=list(lengths), unit=0.0)
         _add(sizes, Kind.LEARN, sent, rows + texts * (LABEL_BYTES * labels + which))
         _add(sizes, Kind.LEARN_OK, Learnt(unit=0.0, norm=0.0, seconds=0.0, loss=0.0), rows)
     _add(sizes, Kind.OPT, Optimise(step=step, norm=0.0))

@@ -16,7 +16,7 @@ from raycloud.models.segments import Segment
 from raycloud.split.finetune.cloud import CloudSide
 from raycloud.split.finetune.code import Decoder, load_decoder
 from raycloud.split.finetune.crossing import crossing
-from raycloud.split.finetune.front import Cloud, Front, Learning, Micro, lengths_of, unusable
+from raycloud.split.finetune.front import Cloud, Front, Learning, Micro, diverged, lengths_of, unusable
 from raycloud.split.finetune.messages import Backward, Fit, Fitted, Forward, Forwarded, Piece
 from raycloud.split.finetune.numbers import Coded, Packings
 from raycloud.split.finetune.state import Checkpoints
@@ -25,17 +25,27 @@ from raycloud.training.loop import Sums, Trainer
 
 
 class LocalCloud:
-    """The other side in the same process; what would cross is counted by kind, headers included."""
+    """The other side in the same process; what would cross is counted by kind, headers included.
+
+    Nothing is packed, so what no frame of a link could hold passes here.
+    """
 
     def __init__(self, side: CloudSide, meter: Meter | None = None, kept: Checkpoints | None = None) -> None:
         self.side, self.meter, self.kept = side, meter or Meter(), kept
         self._answers: deque[Frame] = deque()
 
     def send(self, request: Frame) -> None:
-        """Answer it at once."""
-        answer = self.side.answer(request)
+        """Answer it at once.
+
+        Raises:
+            TrainingError: the rows are not finite any more.
+        """
+        try:
+            answer = self.side.answer(request)
+        except ValueError as error:
+            raise diverged(self.side.step, error) from None
         for frame in (request, answer):
-            self.meter.add(frame.kind.name, len(frame.pack()))
+            self.meter.add(frame.kind.name, frame.size)
         self._answers.append(answer)
 
     def receive(self) -> Frame:

@@ -23,8 +23,8 @@ from raycloud.evaluation.spans import best_over, best_spans, exact_match, overla
 from raycloud.split.finetune.recipe import ClassificationRecipe, LanguageRecipe, SpanRecipe, SplitTuneRecipe
 
 _BATCH = 32
-_TOGETHER = 8
-"""Texts of a batch that codes are fitted to."""
+CALIBRATION_TEXTS = 8
+"""Of a batch that codes are fitted to."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class Examples:
     def batch(self, places: Sequence[int]) -> Batch:
         """Some of them, padded on the right."""
         return self.join([self.samples[place] for place in places])
+
+    def largest(self, together: int) -> int:
+        """The tokens of the largest batch of so many, as :meth:`in_length_order` makes them."""
+        lengths = sorted(self.lengths)
+        return max(sum(lengths[at : at + together]) for at in range(0, len(lengths), together))
 
     def in_length_order(self, together: int) -> Iterator[tuple[list[Any], Batch]]:
         """All of them, so many at once, for evaluation: the samples and what they are as a batch."""
@@ -90,7 +95,17 @@ class Lessons:
 def calibration(examples: Examples, texts: int = 64) -> list[Batch]:
     """So many of the texts in batches, spread over all of them."""
     places = spread(len(examples.samples), texts)
-    return [examples.batch(places[at : at + _TOGETHER]) for at in range(0, len(places), _TOGETHER)]
+    return [examples.batch(places[at : at + CALIBRATION_TEXTS]) for at in range(0, len(places), CALIBRATION_TEXTS)]
+
+
+def most_tokens(lessons: Lessons, steps: int, held_out: Examples, recipe: SplitTuneRecipe) -> int:
+    """The tokens of the largest batch of a run: to fit codes to, to learn from, or to be judged by."""
+    fitted_to = [int(batch.valid.sum()) for batch in calibration(lessons.examples)]
+    return max(lessons.largest(steps), held_out.largest(_judged_at_once(recipe)), *fitted_to)
+
+
+def _judged_at_once(recipe: SplitTuneRecipe) -> int:
+    return min(_BATCH, recipe.training.batch_size)
 
 
 def lessons_of(examples: Examples, recipe: SplitTuneRecipe) -> Lessons:
@@ -170,7 +185,7 @@ def judge(
 
     def said() -> Iterator[tuple[list[Any], Batch, Tensor]]:
         done = 0
-        for samples, batch in examples.in_length_order(min(_BATCH, recipe.training.batch_size)):
+        for samples, batch in examples.in_length_order(_judged_at_once(recipe)):
             told(done := done + len(samples))
             yield samples, batch, predict(batch).float().cpu()
 
@@ -192,7 +207,7 @@ def _spoken(said: Said) -> dict[str, float]:
     for _, batch, logits in said:
         labels = batch.labels[batch.labels != IGNORE]
         nll.append((logits.logsumexp(dim=-1) - logits.gather(-1, labels[:, None])[:, 0]).double())
-    return {"perplexity": math.exp(float(torch.cat(nll).mean()))}
+    return {"perplexity": float(torch.cat(nll).mean().exp())}
 
 
 def _labelled(said: Said, metrics: Sequence[Metric]) -> dict[str, float]:

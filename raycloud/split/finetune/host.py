@@ -21,7 +21,7 @@ from pydantic import Field
 
 from raycloud.errors import RaycloudError
 from raycloud.link.frames import Frame, FrameError, Granted, Kind, body, split_off, with_bytes
-from raycloud.link.hosting import Refused, Session, SessionHost, SessionLimits, SessionMetrics
+from raycloud.link.hosting import Refused, Session, SessionHost, SessionLimits, SessionMetrics, TooBusy
 from raycloud.split.cloud.metrics import NoMetrics
 from raycloud.split.finetune.cloud import CloudSide, OutOfStep
 from raycloud.split.finetune.code import blank, plain
@@ -38,6 +38,7 @@ from raycloud.training.lora import adapt
 _WAIT_S = 4.0
 """How long a ROUND whose round goes on is kept waiting: shorter than an edge waits for an answer of a sound cloud."""
 _LOOK_S = 0.05
+_RETRY_S = 1.0
 
 
 class TuneLimits(SessionLimits):
@@ -49,8 +50,10 @@ class TuneLimits(SessionLimits):
     """Of a micro-batch, its padding included."""
     micros: int = Field(default=32, ge=1)
     """Micro-batches whose gradient may be outstanding."""
+    outstanding: int = Field(default=65_536, ge=1)
+    """Tokens of these together, their padding included."""
     runs: int = Field(default=64, ge=1)
-    """Whose checkpoints are kept for one principal; those that saved one longest ago go first."""
+    """Whose checkpoints are kept for one principal, and groups likewise; those that saved longest ago go first."""
     memory_bytes: int = Field(default=2**30, ge=0)
     """Of the numbers of texts that are remembered where only changes cross."""
     part_bytes: int = Field(default=2**29, ge=0)
@@ -111,6 +114,8 @@ class TuneHost(SessionHost[TuneSession]):
         super().__init__(limits or TuneLimits(), metrics or NoMetrics())
         self._part, self._folder = part, folder
         self._meetings: dict[Path, Meeting] = {}
+        self._queued = 0
+        """Requests that wait for the thread that computes, or are computed."""
         start = (lambda: None) if threads is None else (lambda: torch.set_num_threads(threads))
         self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine", initializer=start)
 
@@ -120,7 +125,7 @@ class TuneHost(SessionHost[TuneSession]):
         Raises:
             TrainingError: no round has ended, or the file cannot be read.
         """
-        return read(group_file(self._of(principal), group))[1]
+        return read(group_file(self._of(principal), group))[2]
 
     def close(self) -> None:
         """Stop, behind what is under way."""
@@ -139,6 +144,8 @@ class TuneHost(SessionHost[TuneSession]):
         for there in (asked.up, asked.down):
             if there.apart > there.width or there.width > 2 * width or (not there.narrow and there.width != width):
                 raise Refused("width", f"{there.width} numbers of a token, {there.apart} apart; rows have {width}")
+        if asked.lora is not None and asked.lora.r > width:
+            raise Refused("lora", f"lora.r={asked.lora.r}; allowed: up to {width}, as many as rows have numbers")
         if asked.task is not None and self._part.last is None:
             raise Refused("labels", "labels=cloud; allowed here: labels=edge, as this cloud was not started for labels")
         # Another principal's run must not be found, whatever id is guessed.
@@ -146,16 +153,23 @@ class TuneHost(SessionHost[TuneSession]):
         kept = Checkpoints(mine / asked.run)
         if asked.restore is not None and asked.restore not in kept.steps():
             raise Refused("checkpoint", f"no checkpoint of step {asked.restore} of run {asked.run[:8]} is here")
-        meeting = None if asked.together is None else self._meeting(group_file(mine, asked.together.group), asked)
-        return lambda: TuneSession(
-            id=frame.session,
-            principal=principal,
-            limits=self._limits,
-            epoch=frame.epoch,
-            asked=asked,
-            kept=kept,
-            meeting=meeting,
-        )
+        at = None if asked.together is None else group_file(mine, asked.together.group)
+        meeting = None if at is None else self._meeting(at, asked)
+
+        def make() -> TuneSession:
+            if at is not None and meeting is not None:
+                self._meetings[at] = meeting  # not before there is room for a session, with which it is let go of
+            return TuneSession(
+                id=frame.session,
+                principal=principal,
+                limits=self._limits,
+                epoch=frame.epoch,
+                asked=asked,
+                kept=kept,
+                meeting=meeting,
+            )
+
+        return make
 
     def _of(self, principal: str) -> Path:
         """Where what one principal's edges need is kept."""
@@ -163,13 +177,12 @@ class TuneHost(SessionHost[TuneSession]):
 
     def _meeting(self, path: Path, asked: Begin) -> Meeting:
         meeting = self._meetings.get(path)
-        if meeting is None:
+        if meeting is None or meeting.stale:
             try:
                 meeting = Meeting(path, asked)
             except RaycloudError as error:
                 raise Refused("group", str(error)) from None
         meeting.check(asked)
-        self._meetings[path] = meeting
         return meeting
 
     def granted(self, session: TuneSession) -> Granted:
@@ -180,12 +193,17 @@ class TuneHost(SessionHost[TuneSession]):
         """Hand a request to the thread that computes."""
         if frame.kind in (Kind.FWD, Kind.FIT, Kind.LEARN, Kind.JUDGE):
             lengths = split_off(frame, Rows)[0].lengths
-            longest = int(self._part.config.max_position_embeddings)
-            if max(lengths) > longest or max(lengths) * len(lengths) > self._limits.tokens:
+            longest, tokens = int(self._part.config.max_position_embeddings), max(lengths) * len(lengths)
+            if max(lengths) > longest or tokens > self._limits.tokens:
                 padded = f"{len(lengths)} texts of up to {max(lengths)} tokens"
                 raise Refused("tokens", f"{padded}; allowed: {self._limits.tokens} tokens in all, {longest} of a text")
-            if session.side is not None and session.side.outstanding >= self._limits.micros:
-                raise Refused("micros", f"{self._limits.micros} micro-batches are outstanding")
+            micros, outstanding = (0, 0) if session.side is None else session.side.outstanding
+            if micros >= self._limits.micros or outstanding + tokens > self._limits.outstanding:
+                raise Refused(
+                    "micros",
+                    f"{micros} micro-batches and {outstanding + tokens} tokens are on their way; allowed: "
+                    f"{self._limits.micros} and {self._limits.outstanding}, so a smaller depth is needed",
+                )
             if session.side is not None and session.side.memory.nbytes > self._limits.memory_bytes:
                 raise Refused("memory", f"what texts were takes more than {self._limits.memory_bytes} bytes")
         if frame.kind in (Kind.GIVE, Kind.ROUND, Kind.TAKE):
@@ -193,7 +211,16 @@ class TuneHost(SessionHost[TuneSession]):
                 raise Refused("group", f"{frame.kind.name} is for edges that train in a group")
             if frame.kind is Kind.ROUND:
                 return self._round(session, session.meeting, split_off(frame, Meet)[0])
-        return asyncio.wrap_future(self._engine.submit(self._answer, session, frame))
+        # Sessions that were closed leave what they had asked behind: a client could pile it up.
+        if self._queued >= self._limits.sessions * self._limits.credit:
+            raise TooBusy(_RETRY_S)
+        self._queued += 1
+        asked = asyncio.wrap_future(self._engine.submit(self._answer, session, frame))
+        asked.add_done_callback(self._answered)
+        return asked
+
+    def _answered(self, _: asyncio.Future[Frame]) -> None:
+        self._queued -= 1
 
     def freed(self, session: TuneSession) -> None:
         """Its weights and optimiser go with it; checkpoints stay."""
@@ -223,8 +250,10 @@ class TuneHost(SessionHost[TuneSession]):
                 if session.asked.cloud and asked.step != side.step:
                     raise OutOfStep(f"step {asked.step} is to be saved in step {side.step}")
                 session.kept.save(asked.step, side.state())
-                spare = {other.asked.run for other in self.held() if other.principal == session.principal}
-                forget(self._of(session.principal), self._limits.runs, spare)
+                mine = [other.asked for other in self.held() if other.principal == session.principal]
+                spare = {asked.run for asked in mine}
+                groups = {asked.together.group for asked in mine if asked.together is not None}
+                forget(self._of(session.principal), self._limits.runs, spare, groups)
                 return with_bytes(Kind.SAVE_OK, asked)
             if frame.kind is Kind.GIVE:
                 return self._give(session, *split_off(frame, Given))
@@ -249,7 +278,7 @@ class TuneHost(SessionHost[TuneSession]):
     def _meet(self, session: TuneSession, meeting: Meeting, asked: Meet) -> tuple[bool, Frame]:
         with _refusing():
             side = self._beside(session)
-            ended, told = meeting.meet(session.name, session.id, asked, session.given, side)
+            ended, told = meeting.meet(session.name, session.id, session.asked.run, asked, session.given, side)
         return ended, with_bytes(Kind.ROUND_OK, told)
 
     def _give(self, session: TuneSession, asked: Given, raw: bytes) -> Frame:
@@ -296,7 +325,12 @@ class TuneHost(SessionHost[TuneSession]):
             task.head.to(next(middle.parameters()).device)
             side = LabelledCloud(middle, up.decoder, last, asked.task, task, packings, asked.back, None, asked.seed)
         if any(parameter.requires_grad for module in side.modules.values() for parameter in module.parameters()):
-            side.trainer = Trainer(side.modules, asked.training, total_steps=asked.total_steps, seed=asked.seed)
+            rates = {
+                name: cut.lr for name, cut in (("decoder", asked.up), ("encoder", asked.down)) if cut.lr is not None
+            }
+            side.trainer = Trainer(
+                side.modules, asked.training, total_steps=asked.total_steps, seed=asked.seed, lr=rates
+            )
         if asked.restore is not None:
             side.load(asked.restore, session.kept.load(asked.restore))
         return side

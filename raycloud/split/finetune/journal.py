@@ -26,10 +26,11 @@ class Journal:
         for record in results.metrics():
             self._new(record)
 
-    def add(self, record: Record) -> None:
-        """Write a record, if it is news."""
-        if self._new(record):
+    def add(self, record: Record) -> bool:
+        """Write a record, if it is news; whether it is."""
+        if new := self._new(record):
             self._results.log(record)
+        return new
 
     def judged(self, edge: str, what: str) -> bool:
         """Whether an edge has been examined after it trained so."""

@@ -44,10 +44,13 @@ class Meeting:
         terms = _together(asked)
         self._path, self._agreed = path, _terms(asked)
         self._steps, self._averaged = terms.steps, terms.averaged
+        self._runs: dict[str, str] = {}
         if path.is_file():
-            self._agreed, self.group = read(path)
+            self._agreed, self._runs, self.group = read(path)
         else:
             self.group = Group(terms.edges, terms.deadline_s, ended=-1 if terms.averaged else 0)
+        self.stale = False
+        """Whether another host has taken the group on, so that nobody must meet here any more."""
         self._packed: tuple[int, bytes] | None = None
 
     def check(self, asked: Begin) -> None:
@@ -61,13 +64,22 @@ class Meeting:
             raise Refused("group", f"edge '{terms.name}' is none of the group's: {', '.join(terms.edges)}")
         if differ := [name for name in mine if mine[name] != self._agreed.get(name)]:
             raise Refused("group", f"the group '{terms.group}' was begun with another {', another '.join(differ)}")
+        if asked.restore is None and self._runs.get(terms.name, asked.run) != asked.run:
+            raise Refused(
+                "group",
+                f"edge '{terms.name}' has trained in group '{terms.group}' in another run; allowed: that run resumed, "
+                "or another group",
+            )
 
-    def meet(self, name: str, session: bytes, asked: Meet, given: bytearray, side: CloudSide) -> tuple[bool, Met]:
+    def meet(
+        self, name: str, session: bytes, run: str, asked: Meet, given: bytearray, side: CloudSide
+    ) -> tuple[bool, Met]:
         """Take in a member's work; whether its round has ended, and where the group stands.
 
         Args:
             name: the member's.
             session: who speaks for it.
+            run: the member's, whose checkpoints it goes on from.
             asked: see :class:`Meet`.
             given: the weights of its own, as safetensors.
             side: its copy of the cloud's part.
@@ -82,6 +94,7 @@ class Meeting:
             raise Refused("group", f"work for round {asked.round} came in round {group.ended + 1}")
         if asked.round == group.ended + 1 and not group.brought(name):
             group.bring(name, Work(self._of(side, asked.round), _loaded(bytes(given)), asked.samples), time.monotonic())
+            self._runs[name] = run
         if group.settle(time.monotonic()) is not None:
             self._keep()
         latest = group.latest
@@ -112,6 +125,8 @@ class Meeting:
         return max(0, self.group.ended)
 
     def _heed(self, name: str, session: bytes) -> None:
+        if self.stale:
+            raise _gone()
         if not self.group.speaks(name, session):
             raise Refused("superseded", f"another session speaks for edge '{name}'")
 
@@ -127,30 +142,35 @@ class Meeting:
 
     def _keep(self) -> None:
         group = self.group
+        # Where a router sends members of one group to several hosts, each must not average its own part of them.
+        if self._path.is_file() and _about(self._path)["ended"] >= group.ended:
+            self.stale = True
+            raise _gone()
         tensors = {_CLOUD + name: tensor for name, tensor in group.cloud.items()}
         tensors |= {_EDGE + name: tensor for name, tensor in group.edge.items()}
         about = {
             "agreed": self._agreed,
+            "runs": self._runs,
             "ended": group.ended,
             "latest": None if group.latest is None else asdict(group.latest),
         }
         write_atomically(self._path, save(tensors, {"group": json.dumps(about)}))
 
 
-def read(path: Path) -> tuple[dict[str, Any], Group]:
-    """What the members of a group agreed on, and the group as its last round left it.
+def read(path: Path) -> tuple[dict[str, Any], dict[str, str], Group]:
+    """What the members of a group agreed on, the runs whose work they have brought, and the group after its round.
 
     Raises:
         TrainingError: the file cannot be read.
     """
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["group"])
+        about = _about(path)
+        agreed, runs = about["agreed"], about["runs"]
         tensors = load(path.read_bytes())
         latest = about["latest"]
         group = Group(
-            about["agreed"]["edges"],
-            about["agreed"]["deadline_s"],
+            agreed["edges"],
+            agreed["deadline_s"],
             ended=about["ended"],
             cloud=_named(tensors, _CLOUD),
             edge=_named(tensors, _EDGE),
@@ -158,7 +178,17 @@ def read(path: Path) -> tuple[dict[str, Any], Group]:
         )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise TrainingError(f"cannot read the group's file '{path}': {error}") from None
-    return about["agreed"], group
+    return agreed, runs, group
+
+
+def _about(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        about: dict[str, Any] = json.loads(file.metadata()["group"])
+    return about
+
+
+def _gone() -> Refused:
+    return Refused("gone", "the group goes on at another replica")
 
 
 def _together(asked: Begin) -> Together:

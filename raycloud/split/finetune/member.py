@@ -13,16 +13,17 @@ from pathlib import Path
 from safetensors.torch import save
 
 from raycloud.data.batches import Batch
+from raycloud.link.caller import SessionLost
 from raycloud.link.channel import Channel
 from raycloud.models.loading import load_config, load_tokenizer, pick_device, resolve
 from raycloud.results import write_atomically
-from raycloud.split.finetune.assembly import Ends, ends_of, plan_of
+from raycloud.split.finetune.assembly import Ends, check_lengths, ends_of, plan_of
 from raycloud.split.finetune.company import Company, Meeting
-from raycloud.split.finetune.crossing import check_frames, per_cut
-from raycloud.split.finetune.examples import calibration, examples_of, judge, lessons_of
+from raycloud.split.finetune.crossing import per_cut
+from raycloud.split.finetune.examples import calibration, examples_of, judge, lessons_of, most_tokens
 from raycloud.split.finetune.front import Cloud, Front
 from raycloud.split.finetune.journal import Record
-from raycloud.split.finetune.loop import train
+from raycloud.split.finetune.loop import LOSSES, lasting, train
 from raycloud.split.finetune.messages import Begin, Together
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.remote import RemoteCloud
@@ -68,7 +69,9 @@ class Member:
         self._names, self._rounds, self._group = [edge.name for edge in recipe.edges], recipe.rounds, group
         self._recipe = recipe.of(name)
         where = resolve(recipe.model, notify)
-        self._plans, self._device = PlanSet.of(plan_of(recipe, load_config(where))), pick_device(recipe.device)
+        config = load_config(where)
+        check_lengths(recipe, config)
+        self._plans, self._device = PlanSet.of(plan_of(recipe, config)), pick_device(recipe.device)
         texts, self._held_out, self._classes = examples_of(self._recipe, load_tokenizer(where), notify)
         self._texts, self._lessons = texts, lessons_of(texts, recipe)
         self.steps = recipe.rounds.count * recipe.rounds.steps
@@ -85,10 +88,16 @@ class Member:
             LinkError: the cloud cannot be reached, or refuses.
         """
         ends, begin = self._ends("before")
-        edge = ends.edge(RemoteCloud(self._connect, begin, ends.code.decoder))
-        with closing(edge.cloud):
-            edge.fit(self._calibration())
-            return self._judged(edge)
+        for left in reversed(range(LOSSES)):
+            edge = ends.edge(RemoteCloud(self._connect, begin, ends.code.decoder))
+            with closing(edge.cloud):
+                try:
+                    edge.fit(self._calibration())
+                    return self._judged(edge)
+                except SessionLost:
+                    if not left:
+                        raise
+        raise AssertionError("the last attempt returns or raises")
 
     def alone(self, told: Callable[[Record], None]) -> Record:
         """Train without the others; the metrics then, and what a step sends.
@@ -138,7 +147,7 @@ class Member:
             total_steps=self.steps,
             pooler=part.pooler,
         )
-        check_frames(self._lessons.largest(self.steps), ends.packings, ends.back)
+        ends.check_frames(most_tokens(self._lessons, self.steps, self._held_out, recipe))
         run = hashlib.sha256(f"{self._run}/{self.name}/{what}".encode()).hexdigest()[:32]
         return ends, ends.begin(part.fingerprint, run)
 
@@ -166,9 +175,8 @@ class Member:
 
         latest = max(kept.steps(), default=None)
         edge = ends.edge(cloud_at(latest))
-        try:
-            if latest is None:
-                edge.fit(self._calibration())
+
+        def through() -> Record:
             train(
                 edge,
                 lambda step: [batch.to(self._device) for batch in self._lessons.batches(step)],
@@ -179,7 +187,13 @@ class Member:
                 told=stepped,
                 company=None if group is None else Company(group, self._lessons.samples, met),
             )
-            found = self._judged(edge)
+            return self._judged(edge)
+
+        try:
+            if latest is None:
+                edge.fit(self._calibration())
+            # From the last checkpoint on: a group's weights are met for again ahead of being judged again.
+            found = lasting(through, edge, kept, cloud_at)
         finally:
             edge.cloud.close()
         write_atomically(self._folder / f"{what}.safetensors", save(edge.learnt()))

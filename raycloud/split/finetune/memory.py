@@ -23,6 +23,8 @@ _VISITS = MEMORY + "visits"
 _ENTRY = np.dtype("<u4")
 ENTRY_BYTES = 2 * _ENTRY.itemsize
 """That tell the other side of one text."""
+_TENSOR_BYTES = 700
+"""That a tensor and its place among others take beside its numbers, roughly: of short texts they are most."""
 
 
 class Memory:
@@ -39,7 +41,7 @@ class Memory:
         }
         self._visits: dict[int, int] = {}
         self.nbytes = 0
-        """Of all numbers; counted as they come, for another thread may ask."""
+        """Roughly, of all that is remembered; counted as it comes, for another thread may ask."""
 
     @property
     def kept(self) -> bool:
@@ -138,5 +140,5 @@ class Memory:
         # Copies: what is handed on may be changed, and a text seen twice at once is remembered as it was last.
         texts = self._numbers[cut]
         for place, some in zip(places, numbers.split(list(counts)), strict=True):
-            self.nbytes += some.nbytes - (texts[place].nbytes if place in texts else 0)
+            self.nbytes += some.nbytes - (texts[place].nbytes if place in texts else -_TENSOR_BYTES)
             texts[place] = some.clone()

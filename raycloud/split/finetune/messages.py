@@ -44,6 +44,8 @@ class Agreed(Body):
     """Whether they are a code with an encoder and a decoder, and not rows as they are."""
     trained: bool
     """Whether each of these learns with the side that holds it."""
+    lr: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Peak rate at which it does; None for that of everything else."""
     changes: bool = False
     """Whether from a text's second visit on only the change crosses."""
 

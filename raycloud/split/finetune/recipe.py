@@ -108,6 +108,9 @@ class CutRecipe(Recipe):
     token is a hundred times longer than all others."""
     trained: bool = True
     """Whether each map of ``narrow`` learns with the side that holds it."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate of these maps; None for ``training.lr``, or a tenth of it with ``lora``, since what adapters
+    learn by is too much for whole matrices."""
     form: Form = "int8"
     """How a number crosses, and its gradient."""
     changes: bool = False
@@ -156,7 +159,7 @@ class SplitTuneRecipe(Recipe):
     job: Literal["split_tune"] = "split_tune"
     output: str = "results/split-tune"
     """The result directory."""
-    seed: int = 10
+    seed: int = Field(10, ge=0)
     """Of the head, the order of samples, dropout and rounding."""
     model: str = "builtin:minilm-l6"
     """A hub id, a directory, a GGUF file or a built-in name."""
@@ -219,6 +222,12 @@ class SplitTuneRecipe(Recipe):
             )
         if (self.cut.changes or self.back.changes) and not self.edges and self.epochs == 1:
             raise ValueError("epochs=1 visits no text a second time (cut.changes or back.changes); allowed: 2 or more")
+        if isinstance(task, ClassificationRecipe) and task.classes is not None:
+            sound = all(isinstance(value, str | int | float) for value in task.classes)
+            if not sound or len(set(task.classes)) < len(task.classes):
+                raise ValueError(f"task.classes={task.classes}; allowed: texts or numbers, each once")
+        if self.training.gradient_checkpointing:
+            raise ValueError("training.gradient_checkpointing=true; allowed across a cut: false")
         if self.cut.kind == "sft" and self.split == 0:
             raise ValueError("split=0 leaves no block for the published cut (cut.kind=sft); allowed: 1 or more")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,10 +21,10 @@ from raycloud.report.console import bars, console
 from raycloud.report.split_tune import print_summary, write_page
 from raycloud.report.teacher import print_table
 from raycloud.results import Mode, ResultDir, resumable, write_atomically, write_folder
-from raycloud.split.finetune.assembly import assemble, ends_of, plan_of
-from raycloud.split.finetune.crossing import check_frames, fitting, per_cut, per_direction
+from raycloud.split.finetune.assembly import assemble, check_lengths, ends_of, learning_of, plan_of
+from raycloud.split.finetune.crossing import fitting, per_cut, per_direction
 from raycloud.split.finetune.edge import LocalCloud
-from raycloud.split.finetune.examples import Examples, calibration, examples_of, judge, lessons_of
+from raycloud.split.finetune.examples import calibration, examples_of, judge, lessons_of, most_tokens
 from raycloud.split.finetune.front import Clock, Cloud, Front, Learning
 from raycloud.split.finetune.labelled import WARNING
 from raycloud.split.finetune.loop import keep, lasting, train
@@ -37,11 +38,6 @@ from raycloud.training.loop import Step
 
 _BEFORE = -1
 """The step of the record of what the model could before the first one."""
-_LEARNING = {
-    "all": Learning(),
-    "last+middle": Learning(ahead=False),
-    "last": Learning(ahead=False, cloud=False),
-}
 
 Connect = Callable[[str], Channel]
 """Opens a channel to the cloud for a session's id."""
@@ -87,9 +83,13 @@ class _Run:
 
     def run(self) -> dict[str, Any]:
         recipe, results = self.recipe, self.results
+        if (done := results.summary()) is not None:
+            console.print(f"'{results.path}' is complete")
+            return done
         where, self.device = resolve(recipe.model, console.print), pick_device(recipe.device)
+        check_lengths(recipe, load_config(where))
         self.tokenizer = load_tokenizer(where)
-        self.texts, held_out, classes = examples_of(recipe, self.tokenizer, console.print)
+        self.texts, self.held_out, classes = examples_of(recipe, self.tokenizer, console.print)
         self.lessons = lessons_of(self.texts, recipe)
         steps = max(1, recipe.epochs * self.lessons.order.steps_per_epoch // recipe.training.accumulate)
         kept = Checkpoints(results.path / "checkpoints" / "edge")
@@ -103,7 +103,7 @@ class _Run:
                 keep(edge, kept)
             else:
                 edge.load(kept.load(latest))
-            found = lasting(lambda: self._judged(edge, held_out), edge, kept, cloud_at)
+            found = lasting(lambda: self._judged(edge), edge, kept, cloud_at)
             results.log({"step": _BEFORE, **found})
         before = {name: value for name, value in results.metrics()[0].items() if name != "step"}
         started, edge.clock = time.perf_counter(), Clock()
@@ -111,22 +111,25 @@ class _Run:
             self._train(edge, kept, cloud_at, steps)
             taken = time.perf_counter() - started
             clock = replace(edge.clock)
-            after = lasting(lambda: self._judged(edge, held_out), edge, kept, cloud_at)
+            after = lasting(lambda: self._judged(edge), edge, kept, cloud_at)
         finally:
             edge.cloud.close()
         made = max(1, steps - begun)
         crossed = self._crossed(edge, edge.learning, steps)
         first, second, total = (size / steps for size in per_cut(crossed))
+        up, down = (size / steps for size in per_direction(crossed))
         summary: dict[str, Any] = {
             "run": results.run_id,
             "steps": steps,
             "train_texts": len(self.texts.samples),
-            "held_out_texts": len(held_out.samples),
+            "held_out_texts": len(self.held_out.samples),
             **{f"{name}_before": value for name, value in before.items()},
             **after,
             "first_cut_bytes_per_step": first,
             "second_cut_bytes_per_step": second,
             "bytes_per_step": total,
+            "bytes_up_per_step": up,
+            "bytes_down_per_step": down,
             "bytes_of_codes": self._fitted(edge).total(),
             "seconds_per_step": taken / made,
             "edge_seconds_per_step": clock.edge / made,
@@ -134,12 +137,12 @@ class _Run:
             "waiting_seconds_per_step": clock.waiting / made,
         }
         if recipe.network is not None:
-            busier = max(per_direction(crossed))
-            summary["link_seconds_per_step"] = recipe.network.network().seconds(busier) / steps
+            summary["link_seconds_per_step"] = recipe.network.network().seconds(max(per_direction(crossed))) / steps
         write_atomically(results.path / "edge.safetensors", save(edge.learnt()))
         if model is not None and recipe.cut.kind != "sft":
             write_folder(results.path / "model", lambda folder: save_model(model, self.tokenizer, folder))
         results.write_summary(summary)
+        shutil.rmtree(results.path / "checkpoints", ignore_errors=True)
         print_summary(summary)
         write_page(results.path, summary, results.metrics(), recipe.dump())
         console.print(f"results: {results.path}")
@@ -178,7 +181,7 @@ class _Run:
         )
         fitted_to = self._calibration()
         ends = ends_of(recipe, part.first, part.last, fitted_to, classes=classes, total_steps=steps, pooler=part.pooler)
-        check_frames(self.lessons.largest(steps), ends.packings, ends.back)
+        ends.check_frames(most_tokens(self.lessons, steps, self.held_out, recipe))
         begin = ends.begin(part.fingerprint, self.results.run_id)
 
         def cloud_at(step: int | None) -> Cloud:
@@ -189,21 +192,24 @@ class _Run:
             edge.fit(fitted_to)
         return edge, None, cloud_at
 
-    def _judged(self, edge: Front, held_out: Examples) -> dict[str, float]:
-        with bars(len(held_out.samples)) as shown:
+    def _judged(self, edge: Front) -> dict[str, float]:
+        with bars(len(self.held_out.samples)) as shown:
             return judge(
                 lambda batch: edge.predict(batch.to(self.device)),
-                held_out,
+                self.held_out,
                 self.recipe,
                 lambda texts: shown.move("held-out texts", texts),
             )
 
     def _train(self, edge: Front, kept: Checkpoints, cloud_at: Callable[[int], Cloud], steps: int) -> None:
+        logged = {record["step"] for record in self.results.metrics()}
         with bars(steps) as shown:
 
             def told(step: Step) -> None:
                 record = {"step": step.step, "loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr}
-                self.results.log({**record, "skipped": step.skipped})
+                if step.step not in logged:  # a step is made again where the cloud lost it
+                    self.results.log({**record, "skipped": step.skipped})
+                    logged.add(step.step)
                 shown.move("steps", step.step + 1, f"loss {step.loss:.3f}")
 
             train(
@@ -233,10 +239,15 @@ class _Run:
     def _print_bytes(self, edge: Front) -> None:
         """What a step will send, for each choice of what learns."""
         some = max(1, min(self.lessons.order.steps_per_epoch // self.recipe.training.accumulate, 50))
+        choices = {
+            name: learning_of(self.recipe.model_copy(update={"learning": name}))
+            for name in ("all", "last+middle", "last")
+            if name == self.recipe.learning or self.recipe.labels == "edge"
+        }
+        choices[self.recipe.learning] = edge.learning  # there may be less that learns than was asked for
         rows = [
             [name, *(f"{size / some / 1e3:,.1f}" for size in per_cut(self._crossed(edge, learning, some)))]
-            for name, learning in _LEARNING.items()
-            if name == self.recipe.learning or self.recipe.labels == "edge"
+            for name, learning in choices.items()
         ]
         print_table(["learning; kB of a step", "first cut", "second cut", "in all"], rows)
         if codes := self._fitted(edge).total():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -94,19 +94,25 @@ def load_state(modules: Mapping[str, nn.Module], trainer: Trainer | None, state:
         )
 
 
-def forget(folder: Path, most: int, spare: Collection[str]) -> None:
-    """Remove all runs of a folder but those that saved a checkpoint last, so many of them, and those to be spared.
+def forget(folder: Path, most: int, runs: Collection[str], groups: Collection[str]) -> None:
+    """Remove all runs and groups of a folder but those that saved last, so many of each, and those that go on.
 
     Args:
-        folder: holds a folder for each run, as :class:`Checkpoints` fills it.
-        most: runs that stay.
-        spare: names of runs that go on.
+        folder: holds a folder for each run, as :class:`Checkpoints` fills it, and a file for each group.
+        most: of each that stay.
+        runs: names of those that go on.
+        groups: likewise.
     """
-    runs = [path for path in folder.iterdir() if any(path.glob("*.safetensors")) and path.name != GROUPS]
-    runs.sort(key=lambda path: path.stat().st_mtime)
-    for path in runs[:-most]:
-        if path.name not in spare:
-            shutil.rmtree(path, ignore_errors=True)
+    saved = [path for path in folder.iterdir() if any(path.glob("*.safetensors")) and path.name != GROUPS]
+    for path in _but_the_latest(saved, most, runs):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in _but_the_latest((folder / GROUPS).glob("*.safetensors"), most, groups):
+        path.unlink(missing_ok=True)
+
+
+def _but_the_latest(paths: Iterable[Path], most: int, spare: Collection[str]) -> list[Path]:
+    ordered = sorted(paths, key=lambda path: path.stat().st_mtime)
+    return [path for path in ordered[:-most] if path.name.removesuffix(".safetensors") not in spare]
 
 
 class Checkpoints:

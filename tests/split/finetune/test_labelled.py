@@ -103,6 +103,16 @@ def test_bytes_are_told_from_lengths_alone(changes: bool) -> None:
     assert dict(meter.payload) == dict(told)
 
 
+def test_the_number_of_labels_is_told_with_as_many_bytes_as_it_takes() -> None:
+    meter = Meter()
+    edge = labelled(model_of("bert"), 3, meter=meter)
+    mine = batches(0, 34, language=False)
+    assert sum(batch.targets for batch in mine) > 127
+    edge.step(mine)
+    edge.settle()
+    assert dict(meter.payload) == dict(edge.crossing(0, [batch.valid.sum(dim=1).tolist() for batch in mine]))
+
+
 def test_a_label_that_no_class_has_is_refused() -> None:
     cloud = side(labelled(model_of("bert"), 3))
     rows = torch.zeros(5, WIDTH).numpy().tobytes()

@@ -16,13 +16,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from raycloud.data.batches import Batch
-from raycloud.errors import Interrupted, RecipeError
+from raycloud.errors import Interrupted, RecipeError, TrainingError
 from raycloud.link.channel import Channel, Loopback
-from raycloud.models.loading import load
+from raycloud.models.loading import load, load_tokenizer, resolve
 from raycloud.results import read_records
-from raycloud.split.finetune.assembly import assemble
+from raycloud.split.finetune.assembly import Ends, assemble
+from raycloud.split.finetune.crossing import check_frames
 from raycloud.split.finetune.edge import EdgeSide
+from raycloud.split.finetune.examples import examples_of
 from raycloud.split.finetune.host import TuneHost
+from raycloud.split.finetune.numbers import Packing, Packings
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.run import run
 from raycloud.split.parts import load_cloud
@@ -66,10 +69,13 @@ def test_a_run_leaves_what_it_learned_and_a_stopped_one_ends_alike(
     assert summary["steps"] == 6
     assert summary["perplexity"] < summary["perplexity_before"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model").num_parameters() > 0
+    assert summary["bytes_up_per_step"] + summary["bytes_down_per_step"] == summary["bytes_per_step"]
+    assert not (tmp_path / "whole" / "checkpoints").exists()
     page = (tmp_path / "whole" / "report.html").read_text()
     assert "held-out perplexity" in page and "kB of a step at the first cut" in page
     logged = read_records(tmp_path / "whole" / "metrics.jsonl")
     assert [record["step"] for record in logged] == [-1, 0, 1, 2, 3, 4, 5]
+    assert run(recipe(tiny_llama, tmp_path / "whole"), "resume") == summary, "what is complete stays as it is"
 
     monkeypatch.setattr(EdgeSide, "step", _stopping(EdgeSide.step, at=5))
     with pytest.raises(Interrupted, match="--resume"):
@@ -226,6 +232,14 @@ def test_a_cloud_that_is_lost_while_held_out_texts_are_judged_comes_back(
 ) -> None:
     here = run(reviews(tmp_path / "here"))
     with closing(Host(tmp_path / "cloud")) as cloud:
+        step, lost = EdgeSide.step, iter([True])
+
+        def losing(self: EdgeSide, batches: Any) -> Step:
+            if self.trainer.step_index == 1 and next(lost, False):
+                cloud.kill()
+            return step(self, batches)
+
+        monkeypatch.setattr(EdgeSide, "step", losing)
         predict, times = EdgeSide.predict, itertools.count()
 
         def breaking(self: EdgeSide, batch: Batch) -> Tensor:
@@ -236,6 +250,7 @@ def test_a_cloud_that_is_lost_while_held_out_texts_are_judged_comes_back(
         monkeypatch.setattr(EdgeSide, "predict", breaking)
         there = run(reviews(tmp_path / "there"), connect=cloud.connect)
     assert next(times) == 2 * (2 + 3)
+    assert [record["step"] for record in read_records(tmp_path / "there" / "metrics.jsonl")] == [-1, 0, 1]
     assert {name: there[name] for name in ("accuracy_before", "accuracy")} == {
         name: here[name] for name in ("accuracy_before", "accuracy")
     }
@@ -267,6 +282,65 @@ def test_a_micro_batch_that_no_frame_holds_is_refused_before_anything_is_sent(tm
         run(mine, connect=connect)
 
 
+def test_the_longest_held_out_texts_must_fit_a_frame_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = reviews(tmp_path / "out", cut={"kind": "plain", "form": "float32"})
+    ends: list[int] = []
+
+    def check(self: Ends, tokens: int) -> None:
+        ends.append(tokens)
+        raise RecipeError("enough")
+
+    monkeypatch.setattr(Ends, "check_frames", check)
+    with pytest.raises(RecipeError, match="enough"):
+        run(mine, connect=lambda session: pytest.fail("a channel was opened"))
+    _, held_out, _ = examples_of(mine, load_tokenizer(resolve(mine.model)), print)
+    assert ends[0] >= sum(sorted(held_out.lengths)[-8:])
+
+
+def test_every_published_recipe_fits_the_frames_of_a_link() -> None:
+    """Its longest texts, in a micro-batch, in the batches that are judged and in those that codes are fitted to."""
+    published = [path for path in Path("jobs/recipes").glob("sft-bert-*/*.yaml") if path.stem != "base"]
+    assert len(published) == 20
+    for path in published:
+        mine = SplitTuneRecipe.load(path)
+        width = 1024 if "large" in mine.model else 768
+        back = "rows" if mine.task.kind == "span" else "mean"
+        packings = Packings(Packing(mine.cut.form, mine.cut.rank), Packing(mine.back.form, width))
+        check_frames(mine.data.max_length * mine.training.batch_size, packings, back)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": 0, "cut": {"kind": "plain"}, "lora": {"r": 2}, "second": 2, "learning": "last"}, None),
+        ({"split": 0, "cut": {"kind": "plain"}, "lora": {"r": 2}, "second": None}, "leave the edge nothing to learn"),
+        (
+            {"learning": "last", "lora": {"r": 2}, "second": None},
+            "learning=last and labels=edge leave the edge nothing",
+        ),
+        ({"data": {"max_length": 100_000}}, "data.max_length=100000; allowed: up to the model's"),
+    ],
+)
+def test_an_edge_needs_something_to_learn(
+    tiny_llama: Path, tmp_path: Path, changes: dict[str, Any], message: str | None
+) -> None:
+    """Adapters of no block ahead of the cut are nothing: then no gradient crosses there."""
+    mine = recipe(tiny_llama, tmp_path / "out", **changes)
+    if message is None:
+        assert run(mine)["steps"] == 6
+    else:
+        with pytest.raises(RecipeError, match=message):
+            run(mine)
+
+
+def test_weights_that_run_away_end_the_run_in_one_line(tiny_llama: Path, tmp_path: Path) -> None:
+    wild = recipe(
+        tiny_llama, tmp_path / "out", training={"lr": 1e12, "batch_size": 4}, cut={"rank": 6, "form": "float32"}
+    )
+    with pytest.raises(TrainingError, match=r"^step \d: the numbers are not all finite; a smaller training\.lr"):
+        run(wild)
+
+
 def test_a_network_is_for_a_cloud_elsewhere(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="allowed: null, or a cloud elsewhere"):
         run(recipe(tiny_llama, tmp_path / "out", network={"mbit_s": 10}))
@@ -283,6 +357,10 @@ def test_a_network_is_for_a_cloud_elsewhere(tiny_llama: Path, tmp_path: Path) ->
         ({"split": 0, "cut": {"kind": "sft"}}, "allowed: 1 or more"),
         ({"task": {"kind": "span", "stride": 96}}, "task.stride=96; allowed: 164 or more"),
         ({"cut": {"form": "int3"}}, "cut.form"),
+        ({"seed": -1}, "seed: .*, got -1"),
+        ({"training": {"gradient_checkpointing": True}}, "allowed across a cut: false"),
+        ({"task": {"kind": "classification", "classes": ["a", "a"]}}, "allowed: texts or numbers, each once"),
+        ({"task": {"kind": "classification", "classes": [["a"], ["b"]]}}, "allowed: texts or numbers, each once"),
         ({"edges": [{"name": "a"}, {"name": "a"}]}, "edges: names a, a; allowed: each once"),
         ({"edges": [{"name": "a"}], "edge": "b"}, "edge=b; allowed: a"),
         ({"edge": "b"}, "edge=b; allowed: none without edges"),

@@ -123,7 +123,7 @@ def both(pool: ThreadPoolExecutor, *members: Member) -> list[EdgeSide]:
 
 def of_the_group(service: Service) -> Group:
     [path] = service._folder.glob("*/groups/us.safetensors")
-    return read(path)[1]
+    return read(path)[2]
 
 
 def alone(edge: int, steps: int, code_seed: int = 5) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -309,10 +309,45 @@ def test_what_a_member_may_not_ask(service: Service, tmp_path: Path) -> None:
     stranger = Member(service, tmp_path / "x", deadline_s=0.1)
     stranger.asked = stranger.asked.model_copy(update={"name": "c"})
     refused(stranger, "edge 'c' is none of the group's: a, b")
+    again = Member(service, tmp_path / "x", deadline_s=0.1, names=("a", "b"), rounds=1)
+    refused(again, "edge 'a' has trained in group 'us' in another run; allowed: that run resumed, or another group")
+
+
+def test_members_at_two_hosts_come_together_again(service: Service, tmp_path: Path) -> None:
+    """Both begin the group; the one that is behind finds out, and its member goes on where the other's is."""
+    elsewhere = Service(fresh(), tmp_path / "cloud")
+    with closing(elsewhere):
+        here = Member(service, tmp_path, "a", deadline_s=0.1)
+        there = Member(elsewhere, tmp_path, "b", deadline_s=0.1)
+        met = iter([True])
+
+        def overtaken(step: int) -> Sequence[Batch]:
+            if step == 1 and next(met, False):
+                here.train()
+            return texts(1, step)
+
+        there.batches_of = overtaken
+        there.train()
+    assert [one.round for one in here.meetings] == [0, 1, 2]
+    assert there.meetings[-1].round == 2 and not there.meetings[-1].counted
+    assert_equal(there.edge.learnt(), here.edge.learnt())
+
+
+def test_a_group_is_remembered_only_where_a_session_is(tmp_path: Path) -> None:
+    with closing(Service(fresh(), tmp_path / "cloud", TuneLimits(sessions=1))) as service:
+        first = Member(service, tmp_path, "a", names=("a",))
+        with closing(first.at(None)):
+            other = Member(service, tmp_path, "b", names=("b",))
+            other.asked = other.asked.model_copy(update={"group": "them"})
+            asked = service.begin.model_copy(update={"together": other.asked})
+            with pytest.raises(LinkError, match="as many edges as it takes"):
+                RemoteCloud(service.connect, asked, other.decoder, patience_s=0.5)
+            assert len(service.host._meetings) == 1
 
 
 def test_an_older_session_of_an_edge_speaks_for_it_no_more(service: Service, tmp_path: Path) -> None:
     older, newer = (Member(service, tmp_path / name, "a", names=("a",), rounds=1) for name in ("older", "newer"))
+    newer.run = older.run
 
     def overtaken(step: int) -> Sequence[Batch]:
         if step == 1 and not newer.meetings:
