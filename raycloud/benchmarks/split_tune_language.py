@@ -27,7 +27,7 @@ from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.training.lora import adapt
 
 MODEL = SMOLLM2
-SPLIT, SECOND = 4, 28
+SPLIT, SECOND = 2, 28
 TRAIN, TEST, BATCH, SEED = 256, 128, 8, 10
 WORSE = 1.01
 """The perplexity, in unsplit ones, up to which a cut counts as harmless."""
