@@ -95,11 +95,13 @@ def lasting(work: Callable[[], T], edge: Front, kept: Checkpoints, cloud_at: Cal
         try:
             return work()
         except SessionLost as error:
-            step = kept.steps()[-1] if kept.steps() else None
-            lost, at = (lost + 1 if step == at else 1), -1 if step is None else step
-            if step is None or lost > LOSSES:
-                raise SessionLost(f"{error} ({lost} times after step {max(0, at)})") from None
-            log.info("going back to step %d: %s", step, error)
+            steps = kept.steps()
+            if not steps:
+                raise
+            lost, at = (lost + 1 if steps[-1] == at else 1), steps[-1]
+            if lost > LOSSES:
+                raise SessionLost(f"{error} ({lost} times after step {at})") from None
+            log.info("going back to step %d: %s", at, error)
             edge.cloud.close()
-            edge.load(kept.load(step))
-            edge.cloud = cloud_at(step)
+            edge.load(kept.load(at))
+            edge.cloud = cloud_at(at)
