@@ -29,6 +29,7 @@ def train(
     cloud_at: Callable[[int], Cloud],
     told: Callable[[Step], None] = lambda step: None,
     company: Company | None = None,
+    then: Callable[[], None] = lambda: None,
 ) -> None:
     """Train to the last step, from the latest checkpoint if there is one.
 
@@ -47,6 +48,7 @@ def train(
         company: the group that the edge trains with, met between rounds of steps; a round that ended without this edge
             is left between two steps. There is a checkpoint ahead of each meeting, and what the group has made of
             everybody's weights is the group's to keep.
+        then: what is to be done behind the last step, and needs the cloud as it is then.
 
     Raises:
         LinkError: the cloud cannot be reached, or refuses.
@@ -64,7 +66,7 @@ def train(
                 company.meet(edge)
             step = edge.trainer.step_index
             if step >= steps:
-                return
+                return then()
             told(edge.step(batches_of(step)))
             meets = company is not None and company.due(edge)
             if (step + 1) % every == 0 or step + 1 == steps or meets:

@@ -23,7 +23,7 @@ from raycloud.split.finetune.crossing import per_cut
 from raycloud.split.finetune.examples import calibration, examples_of, judge, lessons_of, most_tokens
 from raycloud.split.finetune.front import Cloud, Front
 from raycloud.split.finetune.journal import Record
-from raycloud.split.finetune.loop import LOSSES, lasting, train
+from raycloud.split.finetune.loop import LOSSES, train
 from raycloud.split.finetune.messages import Begin, Together
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.remote import RemoteCloud
@@ -87,17 +87,17 @@ class Member:
         Raises:
             LinkError: the cloud cannot be reached, or refuses.
         """
-        ends, begin = self._ends("before")
-        for left in reversed(range(LOSSES)):
+        (ends, begin), lost = self._ends("before"), 0
+        while True:
             edge = ends.edge(RemoteCloud(self._connect, begin, ends.code.decoder))
             with closing(edge.cloud):
                 try:
                     edge.fit(self._calibration())
                     return self._judged(edge)
                 except SessionLost:
-                    if not left:
+                    lost += 1
+                    if lost > LOSSES:
                         raise
-        raise AssertionError("the last attempt returns or raises")
 
     def alone(self, told: Callable[[Record], None]) -> Record:
         """Train without the others; the metrics then, and what a step sends.
@@ -175,8 +175,10 @@ class Member:
 
         latest = max(kept.steps(), default=None)
         edge = ends.edge(cloud_at(latest))
-
-        def through() -> Record:
+        found: Record = {}
+        try:
+            if latest is None:
+                edge.fit(self._calibration())
             train(
                 edge,
                 lambda step: [batch.to(self._device) for batch in self._lessons.batches(step)],
@@ -186,14 +188,8 @@ class Member:
                 cloud_at=cloud_at,
                 told=stepped,
                 company=None if group is None else Company(group, self._lessons.samples, met),
+                then=lambda: found.update(self._judged(edge)),
             )
-            return self._judged(edge)
-
-        try:
-            if latest is None:
-                edge.fit(self._calibration())
-            # From the last checkpoint on: a group's weights are met for again ahead of being judged again.
-            found = lasting(through, edge, kept, cloud_at)
         finally:
             edge.cloud.close()
         write_atomically(self._folder / f"{what}.safetensors", save(edge.learnt()))

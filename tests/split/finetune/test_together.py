@@ -88,6 +88,7 @@ class Member:
             group="us", name=name, edges=list(names), steps=STEPS, deadline_s=deadline_s, averaged=averaged
         )
         self.meetings: list[Meeting] = []
+        self.then: Callable[[], None] = lambda: None
 
     def at(self, step: int | None) -> RemoteCloud:
         asked = self.service.begin.model_copy(update={"run": self.run, "restore": step, "together": self.asked})
@@ -110,6 +111,7 @@ class Member:
                 kept=self.kept,
                 cloud_at=self.at,
                 company=Company(self.asked, samples, self.meetings.append),
+                then=self.then,
             )
         finally:
             self.edge.cloud.close()
@@ -311,6 +313,24 @@ def test_what_a_member_may_not_ask(service: Service, tmp_path: Path) -> None:
     refused(stranger, "edge 'c' is none of the group's: a, b")
     again = Member(service, tmp_path / "x", deadline_s=0.1, names=("a", "b"), rounds=1)
     refused(again, "edge 'a' has trained in group 'us' in another run; allowed: that run resumed, or another group")
+
+
+def test_a_cloud_lost_behind_the_last_round_gives_its_weights_again(tmp_path: Path) -> None:
+    """The latest checkpoint is from ahead of the round: what is judged must be what the group made of it."""
+    [batch] = batches(77, 1, language=False)
+    said: dict[bool, Tensor] = {}
+    for killed in (False, True):
+        with closing(Service(fresh(), tmp_path / f"cloud {killed}")) as service:
+            left = iter([service.kill] * killed)
+            member = Member(service, tmp_path / str(killed), names=("a",), rounds=1)
+
+            def then(killed: bool = killed, left: Iterator[Callable[[], None]] = left, member: Member = member) -> None:
+                next(left, lambda: None)()
+                said[killed] = member.edge.predict(batch)
+
+            member.then = then
+            member.train()
+    assert torch.equal(said[True], said[False])
 
 
 def test_members_at_two_hosts_come_together_again(service: Service, tmp_path: Path) -> None:
