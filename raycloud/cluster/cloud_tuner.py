@@ -49,7 +49,7 @@ class CloudTuner(ActorService):
         Raises:
             RaycloudError: it cannot be had here.
         """
-        assert self._host
+        _ = self._host
 
     async def _serve(self, connection: Connection) -> None:
         await self._host.serve(connection, _PRINCIPAL)
