@@ -12,7 +12,6 @@ from torch import Tensor
 from raycloud.cluster.actor_channel import ActorService
 from raycloud.cluster.run_log import RunLog
 from raycloud.cluster.runtime import share_of_cores
-from raycloud.link.channel import Connection
 from raycloud.models.loading import load_config, resolve
 from raycloud.split.finetune.assembly import plan_of
 from raycloud.split.finetune.examples import CALIBRATION_TEXTS
@@ -41,7 +40,8 @@ class CloudTuner(ActorService):
         if log is not None:
             log.attach()
         self._recipe, self._folder = recipe, folder
-        super().__init__(self._serve)
+        # No method of this class may be a coroutine: Ray would run all of them on one event loop, one at a time.
+        super().__init__(lambda connection: self._host.serve(connection, _PRINCIPAL))
 
     def ready(self) -> None:
         """Load the part; one that starts again does so with the first edge that comes.
@@ -50,9 +50,6 @@ class CloudTuner(ActorService):
             RaycloudError: it cannot be had here.
         """
         _ = self._host
-
-    async def _serve(self, connection: Connection) -> None:
-        await self._host.serve(connection, _PRINCIPAL)
 
     @cached_property
     def _host(self) -> TuneHost:
