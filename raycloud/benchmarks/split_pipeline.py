@@ -33,7 +33,9 @@ from raycloud.split.plan import PlanSet, SplitPlan
 
 FIRST, SECOND = 3, 6
 NETWORK = Network(mbit_s=10.0, rtt_ms=50.0)
-BATCH, MICROS, STEPS = 32, 12, 2
+BATCH, MICROS, STEPS = 16, 24, 2
+DEPTH = 6
+"""Micro-batches on their way: with all of them at once every gradient would wait behind all that is sent ahead of it."""
 CUTS: dict[str, dict[str, Any]] = {
     "ours, 36 bytes": {"kind": "narrow", "rank": 34, "form": "int8"},
     "plain, 1536 bytes": PLAIN,
@@ -99,7 +101,7 @@ def run(as_json: bool = False) -> dict[str, Any]:
         with served(app(settings)) as url:
             cloud = Cloud(f"{url}/v1/split-tune", _TOKEN, network=NETWORK)
             for name, cut in CUTS.items():
-                for depth in (1, MICROS):
+                for depth in (1, DEPTH):
                     with working(f"{name}, {depth} at a time"):
                         found[name, depth] = measure(cloud, cut, depth, steps)
     result = {
