@@ -35,7 +35,7 @@ FIRST, SECOND = 3, 6
 NETWORK = Network(mbit_s=10.0, rtt_ms=50.0)
 BATCH, MICROS, STEPS = 16, 24, 2
 DEPTH = 6
-"""Micro-batches on their way: with all of them at once every gradient would wait behind all that is sent ahead of it."""
+"""Micro-batches on their way: with all of them at once each gradient would wait behind all that is sent ahead of it."""
 CUTS: dict[str, dict[str, Any]] = {
     "ours, 36 bytes": {"kind": "narrow", "rank": 34, "form": "int8"},
     "plain, 1536 bytes": PLAIN,
