@@ -99,9 +99,8 @@ def calibration(examples: Examples, texts: int = 64) -> list[Batch]:
 
 
 def most_tokens(lessons: Lessons, steps: int, held_out: Examples, recipe: SplitTuneRecipe) -> int:
-    """The tokens of the largest batch of a run: to fit codes to, to learn from, or to be judged by."""
-    fitted_to = [int(batch.valid.sum()) for batch in calibration(lessons.examples)]
-    return max(lessons.largest(steps), held_out.largest(_judged_at_once(recipe)), *fitted_to)
+    """The tokens of the largest batch of a run whose rows cross both cuts: to learn from, or to be judged by."""
+    return max(lessons.largest(steps), held_out.largest(_judged_at_once(recipe)))
 
 
 def _judged_at_once(recipe: SplitTuneRecipe) -> int:

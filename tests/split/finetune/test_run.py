@@ -298,7 +298,7 @@ def test_the_longest_held_out_texts_must_fit_a_frame_as_well(tmp_path: Path, mon
 
 
 def test_every_published_recipe_fits_the_frames_of_a_link() -> None:
-    """Its longest texts, in a micro-batch, in the batches that are judged and in those that codes are fitted to."""
+    """Its longest texts, in a micro-batch and in the batches that are judged."""
     published = [path for path in Path("jobs/recipes").glob("sft-bert-*/*.yaml") if path.stem != "base"]
     assert len(published) == 20
     for path in published:
