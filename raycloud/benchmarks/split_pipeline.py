@@ -33,9 +33,9 @@ from raycloud.split.plan import PlanSet, SplitPlan
 
 FIRST, SECOND = 3, 6
 NETWORK = Network(mbit_s=10.0, rtt_ms=50.0)
-BATCH, MICROS, STEPS = 16, 24, 2
-DEPTH = 6
-"""Micro-batches on their way: with all of them at once each gradient would wait behind all that is sent ahead of it."""
+BATCH, MICROS, STEPS = 12, 32, 2
+DEPTH = 8
+"""Micro-batches on their way."""
 CUTS: dict[str, dict[str, Any]] = {
     "ours, 36 bytes": {"kind": "narrow", "rank": 34, "form": "int8"},
     "plain, 1536 bytes": PLAIN,
@@ -63,11 +63,11 @@ class Taken:
 
 def measure(cloud: Cloud, cut: Mapping[str, Any], depth: int, steps: Sequence[Sequence[Batch]]) -> Taken:
     """Mean over the steps but for the first."""
-    recipe = recipe_of(FIRST, cut, seed=10).model_copy(update={"depth": depth})
+    recipe = recipe_of(FIRST, cut, seed=10)
     part = load_edge(MODEL, PlanSet.of(SplitPlan(FIRST, SECOND)), device="cpu", dtype="float32", training=True)
     ends = ends_of(recipe, part.first, part.last, steps[0], classes=len(CLASSES), total_steps=len(steps))
     begin = ends.begin(part.fingerprint, f"{depth:08x}")
-    edge = ends.edge(RemoteCloud(partial(cloud.channel, Meter()), begin, ends.code.decoder))
+    edge = ends.edge(RemoteCloud(partial(cloud.channel, Meter()), begin, ends.code.decoder), depth)
     try:
         edge.step(steps[0])
         edge.settle()

@@ -24,7 +24,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def host() -> Iterator[Adder]:
-    made = Adder(SessionLimits(credit=3, replies=3))
+    made = Adder(SessionLimits(credit=3))
     yield made
     made.loopback.close()
 

@@ -14,7 +14,7 @@ from tests.link.adder import Adder, Begun, Number
 
 @pytest.fixture
 def host() -> Iterator[Adder]:
-    made = Adder(SessionLimits(sessions=2, replies=2, credit=2))
+    made = Adder(SessionLimits(sessions=2, credit=2))
     yield made
     made.loopback.close()
 

@@ -44,7 +44,7 @@ def test_accepted_requests_move_the_session_on() -> None:
 
 
 def test_only_the_latest_replies_are_kept() -> None:
-    held = session(replies=3)
+    held = session(credit=3)
     for seq in range(1, 8):
         held.keep_reply(Frame(Kind.STEP_OK, seq=seq))
     assert list(held.replies) == [5, 6, 7]
@@ -54,3 +54,8 @@ def test_any_frame_renews_the_lease() -> None:
     held = session(lease_s=30)
     held.renew(100.0)
     assert held.expires == 130.0
+
+
+def test_more_credit_than_a_connection_may_be_ahead_is_refused() -> None:
+    with pytest.raises(ValueError, match="credit=17: .* unanswered=16; allowed: no more credit than that"):
+        session(credit=17)

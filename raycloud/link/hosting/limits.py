@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ConnectionLimits(BaseModel):
@@ -29,6 +31,14 @@ class SessionLimits(ConnectionLimits):
     lease_s: float = Field(default=60.0, gt=0)
     """A session that is silent for so long is freed."""
     credit: int = Field(default=4, ge=1, le=64)
-    """Requests one session may have on their way."""
-    replies: int = Field(default=4, ge=1, le=64)
-    """Latest replies kept per session, to answer repeated requests from."""
+    """Requests one session may have on their way. So many of its latest replies are kept: where a connection breaks,
+    none of them may have arrived."""
+
+    @model_validator(mode="after")
+    def _within(self) -> Self:
+        if self.credit > self.unanswered:
+            raise ValueError(
+                f"credit={self.credit}: an edge that uses it is cut off at unanswered={self.unanswered}; "
+                "allowed: no more credit than that"
+            )
+        return self

@@ -55,5 +55,5 @@ class Session:
         """Remember a reply that was computed, and forget the oldest."""
         self.pending.pop(reply.seq, None)
         self.replies[reply.seq] = reply
-        while len(self.replies) > self.limits.replies:
+        while len(self.replies) > self.limits.credit:
             self.replies.popitem(last=False)

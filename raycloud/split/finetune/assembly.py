@@ -162,8 +162,8 @@ class Ends:
     terms: TaskTerms | None = None
     """Of the head, where it is the cloud's and labels are sent there."""
 
-    def edge(self, cloud: Cloud) -> Front:
-        """The edge's side of a run with a cloud."""
+    def edge(self, cloud: Cloud, depth: int = 1) -> Front:
+        """The edge's side of a run with a cloud; so many micro-batches may be on their way to it at once."""
         recipe, decoder = self.recipe, self.code_back.decoder
         if self.terms is not None:
             return LabelledEdge(
@@ -174,7 +174,7 @@ class Ends:
                 cloud,
                 self._trainer({"first": self.first, "encoder": self.code.encoder}),
                 seed=recipe.seed,
-                depth=recipe.depth,
+                depth=depth,
             )
         groups: dict[str, nn.Module] = {
             "first": self.first,
@@ -195,7 +195,7 @@ class Ends:
             self._trainer(groups),
             learning=self.learning,
             seed=recipe.seed,
-            depth=recipe.depth,
+            depth=depth,
         )
 
     def _trainer(self, groups: Mapping[str, nn.Module]) -> Trainer:

@@ -107,6 +107,10 @@ class EdgeSide(Front):
         """By the names that their parameters are saved under."""
         return {**super().modules, "decoder": self.decoder, "last": self.last, "head": self.task.head}
 
+    @property
+    def _twice(self) -> bool:
+        return self.learning.cloud or self.learning.ahead
+
     @torch.no_grad()
     def fit(self, batches: Sequence[Batch]) -> None:
         """Have the cloud fit the second cut's code, if it has one, to what it makes of batches; before the first step.
@@ -162,7 +166,7 @@ class EdgeSide(Front):
             loss = self.task.loss(outputs, micro.batch)
             (loss.sum / sums.tokens).backward()
             sums.add(loss)
-            if not (self.learning.cloud or self.learning.ahead):
+            if not self._twice:
                 return False
             assert leaf.grad is not None
             # What is no number must not cross: the norm tells both sides to skip the step.
@@ -190,7 +194,7 @@ class EdgeSide(Front):
             step=self.trainer.step_index,
             micro=number,
             training=training,
-            returns=training and (self.learning.ahead or self.learning.cloud),
+            returns=training and self._twice,
             lengths=lengths_of(batch),
             unit=coded.unit,
         )

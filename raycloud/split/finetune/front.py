@@ -84,9 +84,10 @@ class Learning:
 class Front(ABC):
     """The part of a model ahead of the first cut, and the training loop.
 
-    While a micro-batch is away, others are worked on. Each part adds gradients up in the order of the micro-batches, so
-    the depth of the pipeline changes nothing (where first and last part share the embedding, the order in which both
-    add to it, and so a rounding).
+    While a micro-batch is away, others are worked on. Half of those away at most are on the first of two ways, or each
+    gradient would wait behind all that was sent ahead of it. Each part adds gradients up in the order of the
+    micro-batches, so the depth of the pipeline changes nothing (where first and last part share the embedding, the
+    order in which both add to it, and so a rounding).
 
     Args:
         first: blocks [0, first) with the embedding.
@@ -130,6 +131,11 @@ class Front(ABC):
         """By the names that their parameters are saved under."""
         return {"first": self.first, "encoder": self.encoder}
 
+    @property
+    @abstractmethod
+    def _twice(self) -> bool:
+        """Whether a micro-batch goes out a second time, as a gradient."""
+
     @abstractmethod
     def fit(self, batches: Sequence[Batch]) -> None:
         """Have the cloud fit what it has of codes to what it makes of batches; before the first step.
@@ -160,6 +166,11 @@ class Front(ABC):
     def _turn(self, micro: Micro, answer: Frame, sums: Sums) -> bool:
         """Take the answer to that; whether the cloud was sent a gradient, whose answer goes to :meth:`_end`."""
 
+    def _room(self, away: Sequence[Micro]) -> bool:
+        """Whether one more micro-batch may be on its way."""
+        abreast = (self._depth + 1) // 2 if self._twice else self._depth
+        return len(away) < self._depth and sum(not micro.turned for micro in away) < abreast
+
     def step(self, batches: Sequence[Batch]) -> Step:
         """One optimiser step of both sides over micro-batches.
 
@@ -172,7 +183,7 @@ class Front(ABC):
         away: deque[Micro] = deque()
         self._theirs, self._spoiled = 0.0, False
         while todo or away:
-            while todo and len(away) < self._depth:
+            while todo and self._room(away):
                 number, batch = todo.popleft()
                 away.append(self._begin(number, batch, not todo, sums.tokens))
             micro = away.popleft()

@@ -46,6 +46,8 @@ class TuneLimits(SessionLimits):
 
     sessions: int = Field(default=8, ge=1)
     sessions_per_principal: int = Field(default=8, ge=1)
+    credit: int = Field(default=8, ge=1, le=64)
+    """Rows and gradients both are on their way at the same time."""
     tokens: int = Field(default=16_384, ge=1)
     """Of a micro-batch, its padding included."""
     micros: int = Field(default=32, ge=1)

@@ -72,6 +72,10 @@ class LabelledEdge(Front):
         super().__init__(first, encoder, packings, cloud, trainer, learning=Learning(), seed=seed, depth=depth)
         self._terms = terms
 
+    @property
+    def _twice(self) -> bool:
+        return False
+
     def fit(self, batches: Sequence[Batch]) -> None:
         """Nothing: there is no second cut."""
 

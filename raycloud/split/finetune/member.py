@@ -174,7 +174,7 @@ class Member:
             told({"kind": "meeting", **asdict(meeting)})
 
         latest = max(kept.steps(), default=None)
-        edge = ends.edge(cloud_at(latest))
+        edge = ends.edge(cloud_at(latest), self._recipe.depth)
         found: Record = {}
         try:
             if latest is None:

@@ -185,8 +185,8 @@ class SplitTuneRecipe(Recipe):
     """Edges that train together have ``rounds`` instead."""
     checkpoint_every: int = Field(50, gt=0)
     """Steps."""
-    depth: int = Field(2, gt=0)
-    """Micro-batches that may be on their way at once."""
+    depth: int = Field(4, gt=0)
+    """Micro-batches that may be on their way at once, where the cloud is elsewhere."""
     network: NetworkRecipe | None = None
     """Slows the link to a cloud elsewhere down to this, for experiments."""
     threads: int = Field(0, ge=0)

@@ -187,7 +187,7 @@ class _Run:
         def cloud_at(step: int | None) -> Cloud:
             return RemoteCloud(connect, begin.model_copy(update={"restore": step}), ends.code.decoder)
 
-        edge = ends.edge(cloud_at(latest))
+        edge = ends.edge(cloud_at(latest), recipe.depth)
         if latest is None:
             edge.fit(fitted_to)
         return edge, None, cloud_at

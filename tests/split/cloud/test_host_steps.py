@@ -270,4 +270,4 @@ def test_forgotten_replies_are_gone() -> None:
             reply = await peer.ask(peer.step(seq, rows[seq - 1 : seq], seq - 1))
             assert reply.payload == expected(rows, [1] * 6)[seq - 1]
 
-    converse(talk, replies=2)
+    converse(talk, credit=2)

@@ -34,12 +34,12 @@ def coded(ahead: Segment) -> Code:
 
 
 def fresh(changes: bool = False) -> EdgeSide:
-    return split(model_of("bert"), 2, 5, head=head_of(), code=coded, back=10, form="int8", changes=changes, depth=2)
+    return split(model_of("bert"), 2, 5, head=head_of(), code=coded, back=10, form="int8", changes=changes, depth=4)
 
 
 def lessons(edge: EdgeSide, step: int) -> list[Batch]:
     """Other texts in every step, or the same again where that matters."""
-    return batches(step % 4 if edge.memory.kept else step, 3, language=False)
+    return batches(step % 4 if edge.memory.kept else step, 5, language=False)
 
 
 @pytest.fixture
