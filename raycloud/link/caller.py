@@ -130,7 +130,8 @@ class Caller(Generic[R, G]):
         anew: what a new session is asked in place of what was unanswered in the lost one; None where a new one cannot
             go on from there, so that none is begun.
         replies: kinds of frames that answer a request.
-        patience_s: how long nothing may come back, reconnecting included.
+        patience_s: how long nothing may come back, reconnecting included. A cloud that answers others meanwhile says
+            so.
 
     Raises:
         LinkError: the cloud cannot be reached in time, or refuses.
@@ -235,7 +236,9 @@ class Caller(Generic[R, G]):
             LinkDown: the connection or the session is over.
             LinkError: a request was refused for good.
         """
-        if frame.kind is Kind.BUSY:
+        if frame.kind is Kind.PING:
+            self._patience.renew()
+        elif frame.kind is Kind.BUSY:
             self._again(frame.seq, asked_to_wait(frame), "it is busy")
         elif frame.kind in (Kind.GOAWAY, Kind.CLOSE):
             raise LinkDown("the replica left")

@@ -20,7 +20,7 @@ class Begun(Granted):
 
 
 class Adder(SessionHost[Session]):
-    """Refuses 13 once it was accepted and fails with 99, is busy at 0, and takes nothing below -9."""
+    """Refuses 13 once it was accepted and fails with 99, is busy at 0, slow at 50, and takes nothing below -9."""
 
     kinds = frozenset({Kind.STEP})
 
@@ -61,7 +61,7 @@ class Adder(SessionHost[Session]):
         return self._added(session, value)
 
     async def _added(self, session: Session, value: int) -> Frame:
-        await asyncio.sleep(0)
+        await asyncio.sleep(1.0 if value == 50 else 0)
         if value == 13:
             raise Refused("unlucky", "13 is not added")
         if value == 99:

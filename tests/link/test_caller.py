@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -194,3 +195,29 @@ def test_only_what_may_pass_is_tried_again() -> None:
         found = refused(reply, "the cloud")
         assert (isinstance(found, LinkDown), str(found)) == (passes, said)
     assert asked_to_wait(busy) == 2.0
+
+
+@pytest.mark.parametrize("others", [True, False], ids=["others-are-answered", "nobody-is"])
+def test_a_reply_may_take_longer_than_patience_while_others_are_answered(others: bool) -> None:
+    host = Adder(SessionLimits(beat_s=0.05))
+    over = threading.Event()
+
+    def ask_on() -> None:
+        other = Edge(host)
+        while not over.wait(0.02):
+            other.add(1)
+
+    asking = threading.Thread(target=ask_on)
+    try:
+        edge = Edge(host, patience_s=0.45)
+        if others:
+            asking.start()
+            assert edge.add(50) == [50]
+        else:
+            with pytest.raises(LinkError, match=r"no answer from the cloud within 0\.45 s"):
+                edge.add(50)
+    finally:
+        over.set()
+        if asking.ident is not None:
+            asking.join()
+        host.loopback.close()

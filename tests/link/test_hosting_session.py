@@ -57,5 +57,5 @@ def test_any_frame_renews_the_lease() -> None:
 
 
 def test_more_credit_than_a_connection_may_be_ahead_is_refused() -> None:
-    with pytest.raises(ValueError, match="credit=17: .* unanswered=16; allowed: no more credit than that"):
+    with pytest.raises(ValueError, match=r"credit=17: .* unanswered=16; allowed: no more credit than that"):
         session(credit=17)

@@ -66,6 +66,8 @@ class SessionHost(ABC, Generic[S]):
         self._sweeper: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._leaving = False
+        self._replied = 0
+        """Requests so far, whoever's."""
 
     # -- what a service says
 
@@ -213,7 +215,19 @@ class SessionHost(ABC, Generic[S]):
             # A request that failed ended the session; a connection without one would be held by nothing.
             return reply.kind is not Kind.ERROR or session.id in self._attached
 
-        await converse(hear, lambda frame: self._reply(session, frame), tell, self._limits.unanswered)
+        heard_of = self._replied
+
+        async def beat() -> None:
+            """An edge whose request waits behind those of others need not take the cloud for dead."""
+            nonlocal heard_of
+            if self._replied != heard_of:
+                heard_of = self._replied
+                await line.send(Frame(Kind.PING, session.id, session.epoch))
+
+        def reply(frame: Frame) -> asyncio.Future[Frame]:
+            return self._reply(session, frame)
+
+        await converse(hear, reply, tell, self._limits.unanswered, beat, self._limits.beat_s)
 
     def _reply(self, session: S, frame: Frame) -> asyncio.Future[Frame]:
         """The reply to a frame within a session, now or when it is computed."""
@@ -259,6 +273,7 @@ class SessionHost(ABC, Generic[S]):
             log.exception("%s %d of session %s failed", frame.kind.name, frame.seq, session.id.hex()[:8])
             message = f"the {frame.kind.name.lower()} failed: {type(error).__name__}"
             reply = self._failed(session, frame, Refused("internal", message))
+        self._replied += 1
         session.keep_reply(reply)
         # However long it took, the edge has the lease's time to come for it.
         session.renew(time.monotonic())

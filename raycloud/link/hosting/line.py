@@ -91,6 +91,8 @@ async def converse(
     reply: Callable[[Frame], asyncio.Future[T]],
     tell: Callable[[T], Awaitable[bool]],
     unanswered: int,
+    meanwhile: Callable[[], Awaitable[None]] | None = None,
+    every_s: float = 5.0,
 ) -> None:
     """Hear requests while replies are computed and told, in the order of the requests.
 
@@ -99,10 +101,12 @@ async def converse(
         reply: begins its reply, which does not raise.
         tell: sends a reply; False ends the conversation.
         unanswered: how many replies may wait.
+        meanwhile: done again and again while a reply is waited for.
+        every_s: how often.
 
     Raises:
         FrameError: more requests came.
-        LinkError: whatever ``hear`` and ``tell`` raise.
+        LinkError: whatever ``hear``, ``tell`` and ``meanwhile`` raise.
     """
     outbox: asyncio.Queue[asyncio.Future[T]] = asyncio.Queue()
 
@@ -113,8 +117,16 @@ async def converse(
             outbox.put_nowait(reply(frame))
 
     async def speak() -> None:
-        while await tell(await (await outbox.get())):
-            pass
+        going = True
+        while going:
+            due = await outbox.get()
+            try:
+                while meanwhile is not None and not (await asyncio.wait({due}, timeout=every_s))[0]:
+                    await meanwhile()
+            except BaseException:
+                due.cancel()
+                raise
+            going = await tell(await due)
 
     both = {asyncio.create_task(listen()), asyncio.create_task(speak())}
     try:

@@ -24,7 +24,7 @@ from raycloud.split.finetune.recipe import ClassificationRecipe, LanguageRecipe,
 
 _BATCH = 32
 CALIBRATION_TEXTS = 8
-"""Of a batch that codes are fitted to."""
+"""Of a batch that codes are fitted to, at most."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,13 @@ class Lessons:
         return [self.order.indices(step * self.accumulate + micro) for micro in range(self.accumulate)]
 
 
-def calibration(examples: Examples, texts: int = 64) -> list[Batch]:
-    """So many of the texts in batches, spread over all of them."""
-    places = spread(len(examples.samples), texts)
-    return [examples.batch(places[at : at + CALIBRATION_TEXTS]) for at in range(0, len(places), CALIBRATION_TEXTS)]
+def calibration(examples: Examples, texts: int = 64, *, most: int = CALIBRATION_TEXTS) -> list[Batch]:
+    """So many of the texts, spread over all of them, in batches of ``most`` at most.
+
+    No more than there are in a batch to learn from, which a frame of a link holds.
+    """
+    places, size = spread(len(examples.samples), texts), min(most, CALIBRATION_TEXTS)
+    return [examples.batch(places[at : at + size]) for at in range(0, len(places), size)]
 
 
 def most_tokens(lessons: Lessons, steps: int, held_out: Examples, recipe: SplitTuneRecipe) -> int:

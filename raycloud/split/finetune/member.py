@@ -152,7 +152,8 @@ class Member:
         return ends, ends.begin(part.fingerprint, run)
 
     def _calibration(self) -> list[Batch]:
-        return [batch.to(self._device) for batch in calibration(self._texts)]
+        most = self._recipe.training.batch_size
+        return [batch.to(self._device) for batch in calibration(self._texts, most=most)]
 
     def _trained(self, what: str, group: Together | None, told: Callable[[Record], None]) -> Record:
         kept = Checkpoints(self._kept_in(what))

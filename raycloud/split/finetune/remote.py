@@ -34,7 +34,8 @@ class RemoteCloud:
         connect: opens a channel; called again whenever one breaks, with the session's id.
         asked: what both sides agree on.
         decoder: the cloud's end of the first cut's code, sent to it unless it goes on from a checkpoint.
-        patience_s: how long nothing may come back, reconnecting included; longer than any one request takes.
+        patience_s: how long nothing may come back, reconnecting included; longer than any one request takes once its
+            turn has come.
 
     Raises:
         LinkError: the cloud cannot be reached in time, or refuses.

@@ -149,7 +149,8 @@ class _Run:
         return summary
 
     def _calibration(self) -> list[Batch]:
-        return [batch.to(self.device) for batch in calibration(self.texts)]
+        most = self.recipe.training.batch_size
+        return [batch.to(self.device) for batch in calibration(self.texts, most=most)]
 
     def _local(
         self, classes: int, steps: int, latest: int | None

@@ -23,7 +23,7 @@ from raycloud.results import read_records
 from raycloud.split.finetune.assembly import Ends, assemble
 from raycloud.split.finetune.crossing import check_frames
 from raycloud.split.finetune.edge import EdgeSide
-from raycloud.split.finetune.examples import examples_of
+from raycloud.split.finetune.examples import CALIBRATION_TEXTS, calibration, examples_of
 from raycloud.split.finetune.host import TuneHost
 from raycloud.split.finetune.numbers import Packing, Packings
 from raycloud.split.finetune.recipe import SplitTuneRecipe
@@ -295,6 +295,15 @@ def test_the_longest_held_out_texts_must_fit_a_frame_as_well(tmp_path: Path, mon
         run(mine, connect=lambda session: pytest.fail("a channel was opened"))
     _, held_out, _ = examples_of(mine, load_tokenizer(resolve(mine.model)), print)
     assert ends[0] >= sum(sorted(held_out.lengths)[-8:])
+
+
+def test_codes_are_fitted_to_no_more_texts_at_once_than_are_learned_from(tmp_path: Path) -> None:
+    mine = reviews(tmp_path / "out")
+    texts, _, _ = examples_of(mine, load_tokenizer(resolve(mine.model)), print)
+    for most, size in ((3, 3), (100, CALIBRATION_TEXTS)):
+        sizes = [len(batch.ids) for batch in calibration(texts, 16, most=most)]
+        assert sum(sizes) == 16
+        assert max(sizes) == size
 
 
 def test_every_published_recipe_fits_the_frames_of_a_link() -> None:
