@@ -40,8 +40,6 @@ from raycloud.models.weights import Weights, nbytes
 from raycloud.report.console import bars, console, working
 
 PROCESSES = 16
-SEATS = 4
-"""Students of one process at most."""
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 ROUNDS, STEPS = 3, 2
 EDGES = 10_000

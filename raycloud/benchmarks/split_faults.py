@@ -269,21 +269,6 @@ def bad_frames(bench: Bench) -> tuple[int, str]:
     return sent, f"{refused} of {sent} refused; beside them {_summary(ends)}"
 
 
-def _step(session: bytes, seq: int, payload: bytes, rows: int) -> Frame:
-    """A proper step from the beginning of a text."""
-    return Frame(
-        Kind.STEP,
-        session,
-        seq=seq,
-        rows=rows,
-        out_rows=rows,
-        first=FIRST,
-        second=SECOND,
-        codec=CODEC_NUMBERS[CODEC],
-        payload=payload,
-    )
-
-
 def _with(**changes: Any) -> Callable[[Frame, random.Random], bytes]:
     return lambda frame, source: replace(frame, **changes).pack()
 

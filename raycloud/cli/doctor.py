@@ -15,7 +15,7 @@ from raycloud.cli.recipes import load_recipe
 
 def doctor(
     overrides: Annotated[list[str] | None, typer.Argument(help="Overrides of the recipe.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Whether this job would find its place, too.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Look for room for this job as well.")] = None,
     address: Annotated[
         str | None, typer.Option(help="HOST:PORT of the cluster, instead of RAY_ADDRESS or the one started here.")
     ] = None,

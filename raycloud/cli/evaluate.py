@@ -18,15 +18,19 @@ def evaluate(
     model: Annotated[list[str] | None, typer.Option(help="A model; may be given several times.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="A set of questions; may be given several times.")] = None,
     split: Annotated[str | None, typer.Option(help="test, valid, train or all rows.")] = None,
-    limit: Annotated[int | None, typer.Option(help="So many rows of each set, evenly spread over it.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Such as 10,20,30.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="At most so many rows of each set, evenly spread over it; all if not given.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Answer every question once with each, such as 10,20,30.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Measure agreement with this model.")] = None,
     form: Annotated[str | None, typer.Option("--format", help="alpaca, chat or plain prompts.")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer at most.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the most likely token.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw among the fewest tokens that reach this.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw among so many; 0 for all.")] = None,
-    no_repeat_ngram: Annotated[int | None, typer.Option(help="No so many tokens occur twice; 0 for no rule.")] = None,
+    no_repeat_ngram: Annotated[
+        int | None, typer.Option(help="No sequence of so many tokens occurs twice; 0 for no rule.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Answers written together.")] = None,
     out: Annotated[Path | None, typer.Option(help="The result directory; without, nothing is kept.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML file; options and overrides win over it.")] = None,

@@ -15,7 +15,7 @@ from raycloud.errors import RecipeError, ResultError
 def privacy(
     model: Annotated[str, typer.Option(help="A hub id, a directory, a .gguf file or a builtin: name.")],
     first: Annotated[int, typer.Option(help="The first block in the cloud.")],
-    second: Annotated[int, typer.Option(help="The block after the cloud's last.")],
+    second: Annotated[int, typer.Option(help="The first block after those that the cloud runs.")],
     codec: Annotated[str, typer.Option(help="What rows cross the wire as.")] = "float32",
     calibration: Annotated[
         Path | None, typer.Option(help="Of 'raycloud split calibrate', for int8, int4 and low rank.")

@@ -10,6 +10,8 @@ import typer
 from raycloud.cli.recipes import recipe_class
 
 
-def schema(job: Annotated[str, typer.Argument(help="The job whose recipe is described.")] = "distill") -> None:
-    """Print a recipe's JSON Schema, for editors."""
-    typer.echo(json.dumps(recipe_class(job).model_json_schema(), indent=2))
+def schema(
+    job: Annotated[str, typer.Argument(help="tune_teacher, distill, evaluate, split_plan or split_tune.")] = "distill",
+) -> None:
+    """Print the JSON Schema of a job's recipe, for editors."""
+    typer.echo(json.dumps(recipe_class(job.replace("-", "_")).model_json_schema(), indent=2))

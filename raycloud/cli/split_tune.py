@@ -14,11 +14,15 @@ from raycloud.cli.options import AsJson, Overwrite, RecipeFile, mode_of, needing
 def split_tune(
     recipe: RecipeFile,
     overrides: Annotated[list[str] | None, typer.Argument(help="Overrides, such as split=1 cut.rank=16.")] = None,
-    cloud: Annotated[str | None, typer.Option(help="Where the cloud's side is; without, here or on Ray.")] = None,
-    cloud_token: Annotated[
-        str | None, typer.Option(help="What the cloud wants to see.", envvar="RAYCLOUD_TOKEN", show_envvar=True)
+    cloud: Annotated[
+        str | None, typer.Option(help="The cloud's address; if not given, its side runs here, or with `edges` on Ray.")
     ] = None,
-    certificates: Annotated[str | None, typer.Option(help="Trust these instead of the system's.")] = None,
+    cloud_token: Annotated[
+        str | None, typer.Option(help="The token that the cloud asks for.", envvar="RAYCLOUD_TOKEN", show_envvar=True)
+    ] = None,
+    certificates: Annotated[
+        str | None, typer.Option(help="A file of certificates to trust instead of the system's.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,

@@ -14,7 +14,6 @@ from raycloud.cluster.run_log import RunLog
 from raycloud.cluster.runtime import share_of_cores
 from raycloud.models.loading import load_config, resolve
 from raycloud.split.finetune.assembly import plan_of
-from raycloud.split.finetune.examples import CALIBRATION_TEXTS
 from raycloud.split.finetune.host import TuneHost, TuneLimits
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.parts import load_cloud
@@ -76,7 +75,7 @@ def limits_for(recipe: SplitTuneRecipe) -> TuneLimits:
     # An edge that died leaves a session behind until its lease ends; it must find room for the next one.
     sessions = 4 * len(recipe.edges)
     usual = TuneLimits()
-    tokens = max(usual.tokens, recipe.data.max_length * max(recipe.training.batch_size, CALIBRATION_TEXTS))
+    tokens = max(usual.tokens, recipe.data.max_length * recipe.training.batch_size)
     return TuneLimits(
         sessions=sessions,
         sessions_per_principal=sessions,

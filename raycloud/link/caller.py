@@ -130,8 +130,8 @@ class Caller(Generic[R, G]):
         anew: what a new session is asked in place of what was unanswered in the lost one; None where a new one cannot
             go on from there, so that none is begun.
         replies: kinds of frames that answer a request.
-        patience_s: how long nothing may come back, reconnecting included. A cloud that answers others meanwhile says
-            so.
+        patience_s: how long nothing may come back, reconnecting included. A cloud where requests wait behind those of
+            others sends PING while it answers these, which is something.
 
     Raises:
         LinkError: the cloud cannot be reached in time, or refuses.

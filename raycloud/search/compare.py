@@ -72,11 +72,6 @@ def paired(ours: Scores, theirs: Scores, *, seed: int = 0) -> Paired | None:
     return Paired(float(difference.mean()), float(low), float(high), p, len(common))
 
 
-def better(metric: Metric, one: float, other: float) -> bool:
-    """Whether ``one`` is better than ``other``."""
-    return one < other if metric.direction == "min" else one > other
-
-
 def best(metric: Metric, means: Mapping[str, float]) -> str | None:
     """The name with the best value."""
     if not means:

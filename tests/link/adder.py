@@ -61,7 +61,7 @@ class Adder(SessionHost[Session]):
         return self._added(session, value)
 
     async def _added(self, session: Session, value: int) -> Frame:
-        await asyncio.sleep(1.0 if value == 50 else 0)
+        await asyncio.sleep(3.0 if value == 50 else 0)
         if value == 13:
             raise Refused("unlucky", "13 is not added")
         if value == 99:

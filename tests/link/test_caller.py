@@ -12,7 +12,7 @@ import pytest
 from raycloud.errors import LinkError
 from raycloud.link.caller import Caller, Patience, SessionLost, asked_to_wait, reconnect, refused
 from raycloud.link.channel import Channel, LinkDown
-from raycloud.link.frames import Busy, Frame, FrameError, Kind, Refusal, body
+from raycloud.link.frames import Busy, Frame, FrameError, Kind, Refusal, body, unpack
 from raycloud.link.hosting import SessionLimits
 from tests.link.adder import Adder, Begun, Number
 
@@ -199,7 +199,8 @@ def test_only_what_may_pass_is_tried_again() -> None:
 
 @pytest.mark.parametrize("others", [True, False], ids=["others-are-answered", "nobody-is"])
 def test_a_reply_may_take_longer_than_patience_while_others_are_answered(others: bool) -> None:
-    host = Adder(SessionLimits(beat_s=0.05))
+    host = Adder(SessionLimits())
+    host.beat_s = 0.1
     over = threading.Event()
 
     def ask_on() -> None:
@@ -209,15 +210,40 @@ def test_a_reply_may_take_longer_than_patience_while_others_are_answered(others:
 
     asking = threading.Thread(target=ask_on)
     try:
-        edge = Edge(host, patience_s=0.45)
+        edge = Edge(host, patience_s=1.2)
         if others:
             asking.start()
             assert edge.add(50) == [50]
         else:
-            with pytest.raises(LinkError, match=r"no answer from the cloud within 0\.45 s"):
+            with pytest.raises(LinkError, match=r"no answer from the cloud within 1\.2 s"):
                 edge.add(50)
     finally:
         over.set()
         if asking.ident is not None:
             asking.join()
+        host.loopback.close()
+
+
+def test_only_the_answers_to_others_are_told_of() -> None:
+    """Not an edge's own: nothing would tell it that nothing moves any more."""
+    host, heard = Adder(SessionLimits()), []
+    host.beat_s = 0.1
+
+    class Heard:
+        def __init__(self, inner: Channel) -> None:
+            self._inner, self.send, self.close = inner, inner.send, inner.close
+
+        def receive(self, timeout_s: float) -> bytes:
+            data = self._inner.receive(timeout_s)
+            heard.append(unpack(data).kind)
+            return data
+
+    try:
+        edge = Edge(host, wrap=Heard)
+        assert edge.add(1, 2, 50) == [1, 3, 53]
+        assert Kind.PING not in heard
+        Edge(host).add(1)
+        assert edge.add(50) == [103]
+        assert heard.count(Kind.PING) == 1
+    finally:
         host.loopback.close()

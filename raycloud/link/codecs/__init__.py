@@ -8,6 +8,6 @@ a model's own rows at one cut (:mod:`raycloud.link.codecs.fitting`).
 from __future__ import annotations
 
 from raycloud.link.codecs.codec import Codec
-from raycloud.link.codecs.floats import CODECS, Cast, CodecName
+from raycloud.link.codecs.floats import CODECS, Cast
 
-__all__ = ["CODECS", "Cast", "Codec", "CodecName"]
+__all__ = ["CODECS", "Cast", "Codec"]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from raycloud.link.codecs.codec import Codec
-
-CodecName = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ class SessionHost(ABC, Generic[S]):
 
     kinds: ClassVar[frozenset[Kind]]
     """Of the requests within a session."""
+    beat_s: float | None = None
+    """So often an edge that waits for a reply is told if others were answered meanwhile; None for never."""
 
     def __init__(self, limits: SessionLimits, metrics: SessionMetrics) -> None:
         self._limits, self._metrics = limits, metrics
@@ -212,22 +214,20 @@ class SessionHost(ABC, Generic[S]):
 
         async def tell(reply: Frame) -> bool:
             await line.send(reply)
+            session.heard_of = self._replied
             # A request that failed ended the session; a connection without one would be held by nothing.
             return reply.kind is not Kind.ERROR or session.id in self._attached
 
-        heard_of = self._replied
-
         async def beat() -> None:
             """An edge whose request waits behind those of others need not take the cloud for dead."""
-            nonlocal heard_of
-            if self._replied != heard_of:
-                heard_of = self._replied
+            if self._replied > session.heard_of:
+                session.heard_of = self._replied
                 await line.send(Frame(Kind.PING, session.id, session.epoch))
 
         def reply(frame: Frame) -> asyncio.Future[Frame]:
             return self._reply(session, frame)
 
-        await converse(hear, reply, tell, self._limits.unanswered, beat, self._limits.beat_s)
+        await converse(hear, reply, tell, self._limits.unanswered, beat, self.beat_s)
 
     def _reply(self, session: S, frame: Frame) -> asyncio.Future[Frame]:
         """The reply to a frame within a session, now or when it is computed."""

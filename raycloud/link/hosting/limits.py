@@ -30,8 +30,6 @@ class SessionLimits(ConnectionLimits):
     """At the same time, for one token."""
     lease_s: float = Field(default=60.0, gt=0)
     """A session that is silent for so long is freed."""
-    beat_s: float = Field(default=5.0, gt=0)
-    """So often an edge is told, while it waits for a reply, that requests are being answered."""
     credit: int = Field(default=4, ge=1, le=64)
     """Requests one session may have on their way. So many of its latest replies are kept: where a connection breaks,
     none of them may have arrived."""

@@ -92,7 +92,7 @@ async def converse(
     tell: Callable[[T], Awaitable[bool]],
     unanswered: int,
     meanwhile: Callable[[], Awaitable[None]] | None = None,
-    every_s: float = 5.0,
+    every_s: float | None = None,
 ) -> None:
     """Hear requests while replies are computed and told, in the order of the requests.
 
@@ -102,7 +102,7 @@ async def converse(
         tell: sends a reply; False ends the conversation.
         unanswered: how many replies may wait.
         meanwhile: done again and again while a reply is waited for.
-        every_s: how often.
+        every_s: how often; None for never.
 
     Raises:
         FrameError: more requests came.

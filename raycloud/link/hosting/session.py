@@ -27,6 +27,8 @@ class Session:
     """Replies that are not computed yet."""
     replies: OrderedDict[int, Frame] = field(default_factory=OrderedDict)
     """The latest replies."""
+    heard_of: int = 0
+    """Of how many requests, whoever's, its edge can tell that they were answered."""
 
     def renew(self, now: float) -> None:
         """Any frame renews the lease."""

@@ -202,13 +202,15 @@ class Ends:
         lr = code_rates(self.recipe, first="encoder", second="decoder")
         return Trainer(groups, self.recipe.training, total_steps=self.total_steps, seed=self.recipe.seed, lr=lr)
 
-    def check_frames(self, tokens: int) -> None:
-        """Whether a batch of so many tokens fits the frames of a link.
+    def check_frames(self, tokens: int, fitted_to: Sequence[Batch]) -> None:
+        """Whether a batch of so many tokens fits the frames of a link, and those that codes are fitted to.
 
         Raises:
             RecipeError: it does not.
         """
-        check_frames(tokens, self.packings, self.back if self.terms is None else "mean")
+        cross = fitted_to if self.recipe.back.kind == "narrow" else ()
+        fitted = max((int(batch.valid.sum()) for batch in cross), default=0)
+        check_frames(tokens, self.packings, self.back if self.terms is None else "mean", fitted)
 
     def begin(self, fingerprint: str, run: str) -> Begin:
         """What a cloud at the other end of a link is asked for.

@@ -45,11 +45,10 @@ class OutOfStep(LinkError):
 
 @dataclass(frozen=True)
 class _Pass:
-    """A micro-batch whose gradient is not there yet: the leaf its rows came in by, what went out, and padded tokens."""
+    """A micro-batch whose gradient is not there yet: the leaf its rows came in by, and what went out."""
 
     numbers: Tensor
     out: Tensor
-    tokens: int
 
 
 def valid_of(lengths: Tensor) -> Tensor:
@@ -124,12 +123,6 @@ class CloudSide:
         if self.trainer is not None:
             self.trainer.jump(step)
 
-    @property
-    def outstanding(self) -> tuple[int, int]:
-        """Micro-batches whose gradient is not there yet, and their tokens, padding included."""
-        passes = list(self._passes.values())  # at one go: another thread asks
-        return len(passes), sum(one.tokens for one in passes)
-
     def answer(self, request: Frame) -> Frame:
         """What one message leads to.
 
@@ -201,7 +194,7 @@ class CloudSide:
         with torch.set_grad_enabled(asked.returns), self._mode(asked.training, asked.step, asked.micro):
             out = self.encoder(self._through(numbers, lengths))
         if asked.returns:
-            self._passes[asked.micro] = _Pass(numbers, out, max(asked.lengths) * len(asked.lengths))
+            self._passes[asked.micro] = _Pass(numbers, out)
         rows = asked.lengths if self.pooling == "rows" else [1] * len(asked.lengths)
         coded = self.memory.pack("second", out, places, rows)
         told = Forwarded(unit=coded.unit, seconds=time.perf_counter() - started)

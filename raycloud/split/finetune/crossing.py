@@ -38,15 +38,16 @@ def _add(sizes: Counter[str], kind: Kind, body: Body, more: int = 0) -> None:
     sizes[kind.name] += with_bytes(kind, body).size + more
 
 
-def check_frames(tokens: int, packings: Packings, back: Pooling) -> None:
-    """Whether a batch of so many tokens fits one frame at either cut.
+def check_frames(tokens: int, packings: Packings, back: Pooling, fitted: int = 0) -> None:
+    """Whether a batch of so many tokens fits one frame at either cut, and one that codes are fitted to at the first.
 
     Raises:
         RecipeError: it does not.
     """
-    row = packings.first.bytes_per_row
-    if back == "rows":  # otherwise a row for each text
-        row = max(row, packings.second.bytes_per_row)
+    first, second = packings.first.bytes_per_row, packings.second.bytes_per_row
+    row = max(first, second) if back == "rows" else first  # otherwise a row for each text
+    if fitted * first > tokens * row:
+        tokens, row = fitted, first
     if tokens * row > (room := MAX_FRAME - HEADER_BYTES - MAX_CONTROL):
         raise RecipeError(
             f"training.batch_size: {tokens:,} tokens of {row:,} bytes take {tokens * row / 1e6:.1f} MB, a frame holds "

@@ -93,10 +93,7 @@ class Lessons:
 
 
 def calibration(examples: Examples, texts: int = 64, *, most: int = CALIBRATION_TEXTS) -> list[Batch]:
-    """So many of the texts, spread over all of them, in batches of ``most`` at most.
-
-    No more than there are in a batch to learn from, which a frame of a link holds.
-    """
+    """So many of the texts, spread over all of them, in batches of ``most`` at most."""
     places, size = spread(len(examples.samples), texts), min(most, CALIBRATION_TEXTS)
     return [examples.batch(places[at : at + size]) for at in range(0, len(places), size)]
 

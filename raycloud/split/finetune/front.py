@@ -84,10 +84,10 @@ class Learning:
 class Front(ABC):
     """The part of a model ahead of the first cut, and the training loop.
 
-    While a micro-batch is away, others are worked on. Half of those away at most are on the first of two ways, or each
-    gradient would wait behind all that was sent ahead of it. Each part adds gradients up in the order of the
-    micro-batches, so the depth of the pipeline changes nothing (where first and last part share the embedding, the
-    order in which both add to it, and so a rounding).
+    While a micro-batch is away, others are worked on. Where each goes out twice, at most half of the depth (rounded up)
+    are on their first way, or each gradient would wait behind all that was sent ahead of it. Each part adds gradients
+    up in the order of the micro-batches, so the depth of the pipeline changes nothing (where first and last part share
+    the embedding, the order in which both add to it, and so a rounding).
 
     Args:
         first: blocks [0, first) with the embedding.

@@ -9,7 +9,7 @@ import asyncio
 import copy
 import hashlib
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +28,19 @@ from raycloud.split.finetune.code import blank, plain
 from raycloud.split.finetune.group import Group
 from raycloud.split.finetune.labelled import LabelledCloud
 from raycloud.split.finetune.meeting import Meeting, read
-from raycloud.split.finetune.messages import PIECE_BYTES, Begin, Given, Meet, Optimised, Rows, Saved, Take, Taken
+from raycloud.split.finetune.messages import (
+    PIECE_BYTES,
+    Backward,
+    Begin,
+    Forward,
+    Given,
+    Meet,
+    Optimised,
+    Rows,
+    Saved,
+    Take,
+    Taken,
+)
 from raycloud.split.finetune.numbers import Packings
 from raycloud.split.finetune.state import GROUPS, Checkpoints, forget
 from raycloud.split.parts import CloudPart
@@ -48,10 +60,13 @@ class TuneLimits(SessionLimits):
     sessions_per_principal: int = Field(default=8, ge=1)
     credit: int = Field(default=8, ge=1, le=64)
     """Rows and gradients both are on their way at the same time."""
+    beat_s: float = Field(default=5.0, gt=0, le=15)
+    """So often an edge whose request waits for those of others is told that these are answered. It is patient for a
+    minute, and connects anew after a third of that."""
     tokens: int = Field(default=16_384, ge=1)
     """Of a micro-batch, its padding included."""
     micros: int = Field(default=32, ge=1)
-    """Micro-batches whose gradient may be outstanding."""
+    """Micro-batches of a session whose gradient may be outstanding."""
     outstanding: int = Field(default=65_536, ge=1)
     """Tokens of these together, their padding included."""
     runs: int = Field(default=64, ge=1)
@@ -71,6 +86,8 @@ class TuneSession(Session):
     side: CloudSide | None = None
     """Made by the first request, on the thread that computes."""
     ended: bool = False
+    away: dict[int, int] = field(default_factory=dict)
+    """Of each micro-batch that was accepted and whose gradient was not, the tokens, padding included."""
     meeting: Meeting | None = None
     """Of the group that it trains with."""
     given: bytearray = field(default_factory=bytearray)
@@ -114,6 +131,7 @@ class TuneHost(SessionHost[TuneSession]):
         threads: int | None = None,
     ) -> None:
         super().__init__(limits or TuneLimits(), metrics or NoMetrics())
+        self.beat_s = self._limits.beat_s
         self._part, self._folder = part, folder
         self._meetings: dict[Path, Meeting] = {}
         self._queued = 0
@@ -195,17 +213,10 @@ class TuneHost(SessionHost[TuneSession]):
         """Hand a request to the thread that computes."""
         if frame.kind in (Kind.FWD, Kind.FIT, Kind.LEARN, Kind.JUDGE):
             lengths = split_off(frame, Rows)[0].lengths
-            longest, tokens = int(self._part.config.max_position_embeddings), max(lengths) * len(lengths)
+            longest, tokens = int(self._part.config.max_position_embeddings), _padded(lengths)
             if max(lengths) > longest or tokens > self._limits.tokens:
                 padded = f"{len(lengths)} texts of up to {max(lengths)} tokens"
                 raise Refused("tokens", f"{padded}; allowed: {self._limits.tokens} tokens in all, {longest} of a text")
-            micros, outstanding = (0, 0) if session.side is None else session.side.outstanding
-            if micros >= self._limits.micros or outstanding + tokens > self._limits.outstanding:
-                raise Refused(
-                    "micros",
-                    f"{micros} micro-batches and {outstanding + tokens} tokens are on their way; allowed: "
-                    f"{self._limits.micros} and {self._limits.outstanding}, so a smaller depth is needed",
-                )
             if session.side is not None and session.side.memory.nbytes > self._limits.memory_bytes:
                 raise Refused("memory", f"what texts were takes more than {self._limits.memory_bytes} bytes")
         if frame.kind in (Kind.GIVE, Kind.ROUND, Kind.TAKE):
@@ -216,10 +227,27 @@ class TuneHost(SessionHost[TuneSession]):
         # Sessions that were closed leave what they had asked behind: a client could pile it up.
         if self._queued >= self._limits.sessions * self._limits.credit:
             raise TooBusy(_RETRY_S)
+        self._count(session, frame)
         self._queued += 1
         asked = asyncio.wrap_future(self._engine.submit(self._answer, session, frame))
         asked.add_done_callback(self._answered)
         return asked
+
+    def _count(self, session: TuneSession, frame: Frame) -> None:
+        """Hold a session to what of it may be outstanding, whether or not it is computed yet."""
+        if frame.kind is Kind.FWD and (asked := split_off(frame, Forward)[0]).returns:
+            micros, tokens = len(session.away) + 1, _padded(asked.lengths) + sum(session.away.values())
+            if micros > self._limits.micros or tokens > self._limits.outstanding:
+                raise Refused(
+                    "micros",
+                    f"{micros} micro-batches and {tokens} tokens would be on their way; allowed: "
+                    f"{self._limits.micros} and {self._limits.outstanding}, so a smaller depth is needed",
+                )
+            session.away[asked.micro] = _padded(asked.lengths)
+        if frame.kind is Kind.BWD:
+            session.away.pop(split_off(frame, Backward)[0].micro, None)
+        if frame.kind is Kind.TAKE:
+            session.away.clear()
 
     def _answered(self, _: asyncio.Future[Frame]) -> None:
         self._queued -= 1
@@ -354,3 +382,8 @@ def _refusing() -> Iterator[None]:
         raise Refused("step", str(error)) from None
     except (ValueError, FrameError, RaycloudError) as error:
         raise Refused("numbers", str(error)) from None
+
+
+def _padded(lengths: Sequence[int]) -> int:
+    """The tokens of texts with what they are padded to the longest by."""
+    return max(lengths) * len(lengths)

@@ -138,16 +138,17 @@ class Member:
         part = load_edge(
             recipe.model, self._plans, device=recipe.device, dtype="float32", training=True, pooler=recipe.first_rows
         )
+        fitted_to = self._calibration()
         ends = ends_of(
             recipe,
             part.first,
             part.last,
-            self._calibration(),
+            fitted_to,
             classes=self._classes,
             total_steps=self.steps,
             pooler=part.pooler,
         )
-        ends.check_frames(most_tokens(self._lessons, self.steps, self._held_out, recipe))
+        ends.check_frames(most_tokens(self._lessons, self.steps, self._held_out, recipe), fitted_to)
         run = hashlib.sha256(f"{self._run}/{self.name}/{what}".encode()).hexdigest()[:32]
         return ends, ends.begin(part.fingerprint, run)
 

@@ -2,7 +2,8 @@
 
 A session begins with OPEN and, unless it goes on from a checkpoint, with the codes of narrow cuts: CODE brings the
 cloud its end of the first one, FIT the rows that it fits the second one to, CODE the edge its end of that. A step is
-FWD and BWD for each of its micro-batches, then OPT; SAVE may follow. Each has one answer, in the order of the requests.
+FWD and BWD for each of its micro-batches, then OPT; SAVE may follow. Each has one answer, in the order of the requests;
+PING, which is none, may come between them.
 Payloads are a MessagePack map followed by coded numbers or tensors. Where changes cross, FWD has between the two which
 texts they are, by their numbers in the edge's data set, and how often each was there before.
 

@@ -182,7 +182,7 @@ class _Run:
         )
         fitted_to = self._calibration()
         ends = ends_of(recipe, part.first, part.last, fitted_to, classes=classes, total_steps=steps, pooler=part.pooler)
-        ends.check_frames(most_tokens(self.lessons, steps, self.held_out, recipe))
+        ends.check_frames(most_tokens(self.lessons, steps, self.held_out, recipe), fitted_to)
         begin = ends.begin(part.fingerprint, self.results.run_id)
 
         def cloud_at(step: int | None) -> Cloud:

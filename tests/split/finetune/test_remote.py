@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -306,6 +307,30 @@ def test_texts_beyond_what_is_granted_are_refused(tmp_path: Path) -> None:
         edge.cloud = service.at(None)
         with closing(edge.cloud), pytest.raises(LinkError, match="allowed: 8 tokens in all"):
             edge.step(batches(0, 1, language=False))
+
+
+@pytest.mark.parametrize("limits", [TuneLimits(micros=1), TuneLimits(outstanding=40)], ids=["micros", "tokens"])
+def test_micro_batches_beyond_what_is_granted_are_refused_though_none_is_computed(
+    limits: TuneLimits, tmp_path: Path
+) -> None:
+    edge, gate = fresh(), threading.Event()
+    with closing(Service(edge, tmp_path / "cloud", limits)) as service:
+        edge.cloud = service.at(None)
+        edge.fit(calibration(language=False))
+        service.host._engine.submit(gate.wait)
+        threading.Timer(0.5, gate.set).start()
+        with closing(edge.cloud), pytest.raises(LinkError, match=r"2 micro-batches and \d+ tokens .* a smaller depth"):
+            edge.step(batches(0, 5, language=False))
+
+
+def test_a_micro_batch_counts_until_its_gradient_has_come(tmp_path: Path) -> None:
+    edge = fresh()  # two of its four micro-batches on their way are gradients
+    with closing(Service(edge, tmp_path / "cloud", TuneLimits(micros=2))) as service:
+        edge.cloud = service.at(None)
+        edge.fit(calibration(language=False))
+        with closing(edge.cloud):
+            for step in range(2):
+                edge.step(batches(step, 5, language=False))
 
 
 def test_a_memory_beyond_what_is_granted_is_refused(tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def test_the_longest_held_out_texts_must_fit_a_frame_as_well(tmp_path: Path, mon
     mine = reviews(tmp_path / "out", cut={"kind": "plain", "form": "float32"})
     ends: list[int] = []
 
-    def check(self: Ends, tokens: int) -> None:
+    def check(self: Ends, tokens: int, fitted_to: object) -> None:
         ends.append(tokens)
         raise RecipeError("enough")
 

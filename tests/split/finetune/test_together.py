@@ -41,7 +41,7 @@ def fresh(code_seed: int = 5) -> EdgeSide:
         chance = torch.Generator().manual_seed(code_seed)
         return narrow(torch.randn(200, WIDTH, generator=chance), 8, outliers=2)
 
-    return split(model_of("bert"), 2, 6, head=head_of(), code=coded, form="int8", depth=2)
+    return split(model_of("bert"), 2, 6, head=head_of(), code=coded, form="int8", depth=4)
 
 
 def texts(edge: int, step: int) -> Sequence[Batch]:
