@@ -35,8 +35,8 @@ def _headlines(summary: Summary) -> tuple[list[str], list[list[str]]]:
     for name, told in _NAMED.items():
         if name not in summary:
             continue
-        scale = 1e3 if name.endswith("bytes_per_step") else 1
-        rows.append([told, "", f"{summary[name] / scale:,.3g}" if scale == 1 else f"{summary[name] / scale:,.1f}"])
+        shown = f"{summary[name] / 1e3:,.1f}" if "bytes" in name else f"{summary[name]:,.3f}"
+        rows.append([told, "", shown])
     return ["", "before", "after"], rows
 
 
