@@ -306,6 +306,30 @@ def test_codes_are_fitted_to_no_more_texts_at_once_than_are_learned_from(tmp_pat
         assert max(sizes) == size
 
 
+def test_what_codes_are_fitted_to_must_fit_a_frame_of_the_first_cut_alone() -> None:
+    wide, slim = Packing("float32", 1024), Packing("int8", 8)
+    with pytest.raises(RecipeError, match=r"3,000 tokens of 4,\d+ bytes take 12\.\d MB"):
+        check_frames(10, Packings(wide, slim), "rows", fitted=3000)
+    check_frames(10, Packings(slim, wide), "rows", fitted=3000)
+
+
+@pytest.mark.parametrize("kind", ["plain", "narrow"])
+def test_only_a_narrow_second_cut_has_texts_sent_to_fit_it(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = reviews(tmp_path / "out", split=2, second=4, back={"kind": kind, "rank": 8} if kind == "narrow" else {})
+    seen: list[int] = []
+
+    def check(tokens: int, packings: Packings, back: str, fitted: int) -> None:
+        seen.append(fitted)
+        raise RecipeError("enough")
+
+    monkeypatch.setattr("raycloud.split.finetune.assembly.check_frames", check)
+    with pytest.raises(RecipeError, match="enough"):
+        run(mine, connect=lambda session: pytest.fail("a channel was opened"))
+    assert (seen[0] > 0) == (kind == "narrow")
+
+
 def test_every_published_recipe_fits_the_frames_of_a_link() -> None:
     """Its longest texts, in a micro-batch and in the batches that are judged."""
     published = [path for path in Path("jobs/recipes").glob("sft-bert-*/*.yaml") if path.stem != "base"]
