@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install demo test test-slow lint bench clean
+.PHONY: install demo test test-slow coverage lint docs bench clean
 .DEFAULT_GOAL := install
 
 # The stamp makes installing again a matter of seconds: it is older than neither the dependencies nor their pins.
@@ -18,6 +18,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) --no-build-isolation $$(grep '^deepspeed==' constraints.txt)
 	touch $@
 
+# A stamp of its own: neither the demo nor the tests need what the docs do.
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) --editable '.[docs]'
+	touch $@
+
 demo: install
 	$(BIN)/raycloud distill --recipe jobs/recipes/demo.yaml --overwrite
 
@@ -27,14 +32,21 @@ test: install
 test-slow: install
 	$(BIN)/pytest -m 'slow or cluster' --timeout 900 --numprocesses 2 --dist loadscope
 
+# Of the fast tier; what Ray's workers and other processes run is not counted.
+coverage: install
+	$(BIN)/pytest --numprocesses 2 --dist loadscope --cov --cov-report term
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: install
 	$(BIN)/raycloud bench distill-step
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage

@@ -1,4 +1,4 @@
-"""``python -m raycloud``."""
+"""Entry point of ``python -m raycloud``."""
 
 from raycloud.cli.app import main
 

@@ -1,46 +1,87 @@
-"""Errors a user can act on: one clear line each, and the exit code the command line ends with."""
+"""Errors that a user can act on: a message of one line each, and the exit code of the command line."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RaycloudError(Exception):
-    """Something the user can mend; the message names the thing, its value and what is allowed."""
+    """Error that the user can fix; the message names the thing, its value and what is allowed."""
 
     exit_code = 2
 
 
 class RecipeError(RaycloudError):
-    """A recipe that cannot be read or does not validate."""
+    """Recipe that cannot be read or does not validate."""
 
 
 class ResultError(RaycloudError):
-    """A result directory that may not be written, or cannot be resumed."""
+    """Result directory that may not be written, or cannot be resumed."""
+
+
+class ChecksumError(RaycloudError):
+    """File that is missing, or whose content differs from its recorded checksum."""
+
+
+class StorageError(RaycloudError):
+    """File or folder that cannot be written, such as on a full disk."""
 
 
 class FetchError(RaycloudError):
-    """A built-in package that is unknown, unreachable or does not match its recorded hash."""
+    """Built-in package that cannot be downloaded, or that does not match its recorded hash."""
+
+    exit_code = 1
+
+
+class NoBuiltinError(FetchError):
+    """Unknown name of a built-in."""
+
+    exit_code = 2
 
 
 class ModelError(RaycloudError):
-    """A model that cannot be found, read or handled."""
+    """Model that cannot be found, read or handled."""
+
+
+@contextmanager
+def about(who: str) -> Iterator[None]:
+    """Prefix the message of a ``ModelError`` raised inside with ``who``, the name of one of several models."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{who}: {error}") from error
 
 
 class DataError(RaycloudError):
-    """A data set that cannot be found, read, or that holds nothing to learn from."""
+    """Data set that cannot be found or read, or that has nothing to train on."""
 
 
 class TrainingError(RaycloudError):
-    """Training that cannot go on, such as gradients that stay non-finite."""
+    """Training that cannot continue, such as with gradients that stay non-finite."""
 
     exit_code = 1
 
 
 class ClusterError(RaycloudError):
-    """A cluster that cannot hold the job."""
+    """Part of a job that failed or does not answer on the cluster."""
+
+    exit_code = 1
+
+
+class ClusterSetupError(ClusterError):
+    """Cluster that cannot be used: nothing answers at its address, or it lacks resources for the job."""
+
+    exit_code = 2
 
 
 class MissingExtra(RaycloudError):
-    """An optional dependency that this command needs."""
+    """Optional dependency that a command needs and that is not installed.
+
+    Args:
+        what: command or feature that needs it.
+        extra: name of the extra that installs it.
+    """
 
     def __init__(self, what: str, extra: str) -> None:
         self._parts = (what, extra)
@@ -51,12 +92,18 @@ class MissingExtra(RaycloudError):
 
 
 class Interrupted(RaycloudError):
-    """The user or the cluster asked the job to stop; what is on disk can be resumed."""
+    """Request by the user or the cluster to stop the job; the run can be resumed from what is on disk."""
 
     exit_code = 130
 
 
 class LinkError(RaycloudError):
-    """A link that broke and could not be mended, or a peer that refused or broke the protocol."""
+    """Link that broke and could not be restored, or a peer that refused or violated the protocol."""
 
     exit_code = 1
+
+
+class LinkSetupError(LinkError):
+    """Link that cannot be set up with the given address, token, certificates, model or codec."""
+
+    exit_code = 2

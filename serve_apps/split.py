@@ -1,4 +1,4 @@
-"""The cloud's part of a split model: ``serve run serve_apps.split:app model=parts/cloud``."""
+"""Cloud part of a split model: ``serve run serve_apps.split:app model=parts/cloud``."""
 
 from raycloud.serving.split import app
 

@@ -1,4 +1,4 @@
-"""The cloud's side of split fine-tuning: ``serve run serve_apps.split_tune:app model=… first=3 second=6 …``."""
+"""Cloud trainer of split fine-tuning: ``serve run serve_apps.split_tune:app model=… start_block=3 end_block=6 …``."""
 
 from raycloud.serving.split_tune import app
 

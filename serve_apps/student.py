@@ -1,4 +1,4 @@
-"""A distilled student behind OpenAI's API: ``serve run serve_apps.student:app model=path/to/student``."""
+"""Distilled student with an OpenAI-compatible API: ``serve run serve_apps.student:app model=path/to/student``."""
 
 from raycloud.serving.student import app
 

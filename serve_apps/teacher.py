@@ -1,4 +1,4 @@
-"""A teacher on the wire: ``serve run serve_apps.teacher:app model=path/to/teacher``."""
+"""Teacher that sends signals to edges: ``serve run serve_apps.teacher:app model=path/to/teacher``."""
 
 from raycloud.serving.teacher import app
 

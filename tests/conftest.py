@@ -1,4 +1,4 @@
-"""What all tests share: a temporary home that keeps the real cache, a tiny model with a real tokenizer, one Ray."""
+"""Shared fixtures: a temporary home with the real cache, a tiny model with a real tokenizer, one Ray session."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ os.environ["HOME"] = tempfile.mkdtemp(prefix="raycloud-home-")
 os.environ["RAY_AUTH_MODE"] = "disabled"
 # Ray's workers would have to wait for the tests that run beside them.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
+# Ray would kill workers for the memory that all programs of the machine take.
+os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112
 os.environ.pop("RAY_ADDRESS", None)
 # A command without an address joins the Ray that it finds in this folder: it may not be another test process's.
 os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="rt-")  # short, for sockets
@@ -31,6 +33,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 
 
+RAY = ("tests/cluster/", "tests/jobs/", "tests/search/", "tests/serving/")
+
+
 class Together(LoadScopeScheduling):
     """Under ``--dist``: tests of one file stay in one process for its fixtures, and the fast ones of the rooms that
     know ray, for their one Ray. The slow ones start Rays of their own, two files at a time."""
@@ -38,16 +43,25 @@ class Together(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
         fast = "not slow" in self.config.option.markexpr
-        return "ray" if fast and file.startswith(("tests/cluster/", "tests/search/", "tests/serving/")) else file
+        return "ray" if fast and file.startswith(RAY) else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
     return Together(config, log)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where torch finds none."""
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a GPU, and torch finds none")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of four narrow blocks with SmolLM2's tokenizer, as a directory."""
+    """Directory of a random Llama of four narrow blocks with SmolLM2's tokenizer."""
     from raycloud.models.loading import load_tokenizer, resolve
 
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
@@ -69,7 +83,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """The one Ray session of the fast tests, with room for teachers and students."""
+    """Ray session of all fast tests, with resources for teachers and students."""
     import ray
 
     ray.init(

@@ -1,7 +1,8 @@
-"""The core installs and works where there is no ray."""
+"""The core package installs and works without ray."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ print(len(names))
 
 def test_no_module_of_the_core_imports_ray() -> None:
     command = [sys.executable, "-c", IMPORT_ALL, str(ROOT / "raycloud")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) > 40
 
@@ -36,7 +37,8 @@ def test_no_module_of_the_core_imports_ray() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_core_installs_and_works_in_an_environment_without_ray(tmp_path: Path) -> None:
-    """A wheel of this package and its dependencies, nothing else; then a recipe is validated and ray is missed."""
+    """Install only a wheel of this package and its dependencies, validate a recipe, and get the error that ray is
+    missing."""
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     python = str(venv / "bin" / "python")
@@ -50,15 +52,18 @@ def test_the_core_installs_and_works_in_an_environment_without_ray(tmp_path: Pat
         "-c",
         str(ROOT / "constraints.txt"),
     ]
-    subprocess.run([*pip, "torch==2.13.0"], check=True, timeout=400)
-    subprocess.run([*pip, str(ROOT)], check=True, timeout=400)
+    subprocess.run([*pip, "torch==2.13.0"], check=True)
+    subprocess.run([*pip, str(ROOT)], check=True)
+
+    without = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([python, *words], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+        return subprocess.run([python, *words], capture_output=True, text=True, cwd=tmp_path, env=without)
 
     assert "No module named 'ray'" in run("-c", "import ray").stderr
     package = run("-c", "import raycloud; print(raycloud.__path__[0])").stdout.strip()
     assert str(venv) in package
+    assert (Path(package) / "py.typed").is_file()
     done = run("-c", IMPORT_ALL, package)
     assert done.returncode == 0, done.stderr
     recipe = str(ROOT / "jobs" / "recipes" / "demo.yaml")

@@ -1,4 +1,4 @@
-"""What a run logs, as lines of JSON."""
+"""Log of a run as lines of JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ LOG = logging.getLogger("raycloud.somewhere")
 
 
 def test_a_line_says_when_how_bad_which_run_who_and_what(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
+    path, package = tmp_path / "log.jsonl", logging.getLogger("raycloud")
+    before = package.level, package.propagate, list(package.handlers)  # the root's level is that of any library
     with log_into(path, "a1b2c3d4"):
         LOG.info("%d samples, «quoted»\nand more", 3)
         LOG.warning("from an actor", extra={"source": "student store"})
@@ -41,7 +42,7 @@ def test_a_line_says_when_how_bad_which_run_who_and_what(tmp_path: Path) -> None
     }
     assert (second["source"], second["run"]) == ("student store", "a1b2c3d4")
     assert "KeyError: 'x'" in third["exception"]
-    assert not LOG.isEnabledFor(logging.INFO)  # as before
+    assert (package.level, package.propagate, package.handlers) == before
 
 
 def said(path: Path) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
-"""How many blocks a student keeps and how it listens: divergence from the teacher against the student's size.
+"""Search over the student's number of blocks and objective: divergence from the teacher against the student's size.
 
-The base recipe, teacher and budget are those of `objectives.py`; Optuna draws the number of blocks and the weight of
-cross-entropy beside the teacher's divergence.
+The base recipe, teacher and budget are those of `objectives.py`. Optuna draws the number of blocks, the divergence, and
+the weight of cross-entropy.
 """
 
 from raycloud.search.domain import Choice, Range

@@ -1,4 +1,7 @@
-"""Where SmolLM2 bears int4 best: one objective, so ASHA stops the poorer cuts after some of the held-out tokens."""
+"""Search for the cuts of SmolLM2 with the lowest perplexity under int4.
+
+There is one metric, so ASHA stops the worse cuts after some of the held-out tokens.
+"""
 
 from raycloud.search.domain import Range
 from raycloud.search.space import Metric, Space
@@ -13,7 +16,7 @@ SPACE = Space(
         "tokens": 2048,
         "threads": 1,
     },
-    sample={"first": Range(low=2, high=14, step=4), "second": Range(low=16, high=28, step=4)},
+    sample={"start_block": Range(low=2, high=14, step=4), "end_block": Range(low=16, high=28, step=4)},
     trials=12,
     metrics=[Metric(name="perplexity", direction="min")],
     stop_by="perplexity",

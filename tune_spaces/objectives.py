@@ -1,6 +1,6 @@
-"""The objectives beside each other with one tokenizer: a student of six blocks learns from a fine-tuned SmolLM2.
+"""Comparison of the objectives with one tokenizer: a student of six blocks learns from a fine-tuned SmolLM2.
 
-The teacher is what ``jobs/recipes/sft_smollm2.yaml`` leaves.
+The teacher is the result of ``jobs/recipes/sft_smollm2.yaml``.
 """
 
 from raycloud.search.space import Metric, Space, Variant
@@ -10,7 +10,7 @@ TEACHER = {"teacher.model": "results/sft_smollm2/student", "teacher.signals": "r
 
 
 def objective(seeds: list[int] | None = None, **kd: object) -> Variant:
-    """Half cross-entropy, half an objective."""
+    """Make a variant with the base weights: half cross-entropy, half the distillation objective ``kd``."""
     return Variant(overrides={**TEACHER, "objective.kd": kd}, seeds=seeds)
 
 
@@ -22,7 +22,7 @@ SPACE = Space(
         ),
         "forward_kl": objective(SEEDS, name="forward_kl"),
         "skewed_reverse_kl": objective(SEEDS, name="skewed_reverse_kl"),
-        "dskd v2": objective(SEEDS, name="dskd", version=2),
+        "dskd v2 ours": objective(SEEDS, name="dskd", version=2, compat="ours"),
         "adaptive_kl": objective(SEEDS, name="adaptive_kl"),
         "reverse_kl": objective(name="reverse_kl"),
         "js_divergence": objective(name="js_divergence"),

@@ -1,7 +1,7 @@
-"""The objectives beside each other with two tokenizers: six blocks of SmolLM2 learn from a fine-tuned Gemma 3.
+"""Comparison of the objectives with two tokenizers: six blocks of SmolLM2 learn from a fine-tuned Gemma 3.
 
-The teacher is what ``jobs/recipes/sft_gemma3.yaml`` leaves. Divergence and agreement are of what both models say where
-their tokens begin together, over the words that both have.
+The teacher is the result of ``jobs/recipes/sft_gemma3.yaml``. Divergence and agreement compare both models where their
+tokens begin at the same byte, over the tokens that both vocabularies share.
 """
 
 from raycloud.search.space import Metric, Space, Variant
@@ -14,7 +14,7 @@ TEACHER = {
 
 
 def objective(seeds: list[int] | None = None, **kd: object) -> Variant:
-    """Half cross-entropy, half an objective."""
+    """Make a variant with the base weights: half cross-entropy, half the distillation objective ``kd``."""
     return Variant(overrides={**TEACHER, "objective.kd": kd}, seeds=seeds)
 
 
@@ -25,7 +25,8 @@ SPACE = Space(
             overrides={**TEACHER, "objective.ce_weight": 1.0, "objective.kd_weight": 0.0},
             seeds=SEEDS,
         ),
-        "dskd v2": objective(SEEDS, name="dskd", version=2),
+        "dskd v2 ours": objective(SEEDS, name="dskd", version=2, compat="ours"),
+        "dskd v2 published": objective(SEEDS, name="dskd", version=2, compat="published"),
         "mined": objective(SEEDS, name="mined"),
         "uld": objective(SEEDS, name="uld"),
         "multi_level_ot": objective(SEEDS, name="multi_level_ot"),

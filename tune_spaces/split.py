@@ -1,7 +1,7 @@
-"""Where to cut SmolLM2 and what to send: perplexity against bytes, time and edge memory at 10 Mbit/s and 50 ms.
+"""Search over the cuts and codec of SmolLM2: perplexity against bytes, time and edge memory at 10 Mbit/s and 50 ms.
 
-Optuna draws pairs of cuts and codecs. All four metrics count, so no trial is stopped at a rung: judged by perplexity
-alone, the codecs with few bytes would never come to their end.
+Optuna draws pairs of cuts and codecs. There are four metrics, so no trial is stopped early: by perplexity alone, the
+codecs with few bytes would always be stopped.
 """
 
 from raycloud.search.domain import Choice, Range
@@ -17,8 +17,8 @@ SPACE = Space(
         "threads": 1,
     },
     sample={
-        "first": Range(low=2, high=14, step=4),
-        "second": Range(low=16, high=28, step=4),
+        "start_block": Range(low=2, high=14, step=4),
+        "end_block": Range(low=16, high=28, step=4),
         "codec": Choice(values=["bfloat16", "int8", "int4"]),
     },
     trials=24,

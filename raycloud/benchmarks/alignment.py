@@ -1,10 +1,10 @@
-"""Aligning two tokenisations: byte offsets for a whole corpus against edit-distance time warping and against rapidfuzz.
+"""Alignment of two tokenisations: byte offsets against dynamic time warping and against an edit script of rapidfuzz.
 
-The published way (MinED, FuseLLM) warps one list of tokens onto the other, a match costing the edit distance of the two
-strings: N x M steps in Python for each text. Its edit distances are rapidfuzz's here, in C, and each is computed once.
-The other rival is rapidfuzz's own edit script between both lists of token strings, read into the same chunks, pairs and
-overlaps. All are given token ids, and have what they look up by vocabulary entry; none is given the text.
-``align_texts``, which also compares the tokens' bytes with the text, is shown beside them.
+The published method (MinED, FuseLLM) aligns two lists of tokens by dynamic time warping, where the cost of a match is
+the edit distance of the two strings: N x M steps in Python per text. Here rapidfuzz computes these distances in C, each
+once. The other method compared is the edit script of rapidfuzz between both lists of token strings, converted to the
+same chunks, pairs and overlaps. All methods get token ids, with tables by vocabulary entry made beforehand; none gets
+the text. ``align_texts``, which also compares the bytes of the tokens with the text, is measured too.
 """
 
 from __future__ import annotations
@@ -20,73 +20,80 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from raycloud.benchmarks.measure import PAIRS, SMOLLM2, interleaved, median_ratio, show
+from raycloud.benchmarks.measure import PAIRS, SMOLLM2, Measured, interleaved, median_ratio
 from raycloud.data.sources import load_rows
-from raycloud.distill.alignment import Alignment, align, align_texts, leads
-from raycloud.distill.vocabulary import byte_lengths, token_bytes
+from raycloud.distill.alignment.byte_spans import Alignment, align, align_texts, leading_spaces
+from raycloud.distill.alignment.vocabulary import byte_lengths, token_bytes
 from raycloud.errors import MissingExtra
 from raycloud.models.loading import load_tokenizer, resolve
-from raycloud.report.console import console, working
+from raycloud.report.console import console, timed
 
 BUILT_IN = ("SmolLM2/Gemma", SMOLLM2, "builtin:gemma3-270m")
 PUBLISHED = ("TinyLlama/Mistral", "tokenizers/tinyllama-1.1b-3T", "tokenizers/mistral-7b-v0.1")
 TEXTS = 2000
+QUICK = {"texts": 64, "rounds": 2}
 WARPED = 16
-"""Texts that time warping is timed on: every so many-th by length."""
+"""Number of texts on which time warping is timed, evenly spaced in order of length."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """The same texts as two tokenizers see them."""
+class AlignmentCase:
+    """Texts, tokenised by the student's and the teacher's tokenizer."""
 
     texts: list[str]
     student: PreTrainedTokenizerBase
     teacher: PreTrainedTokenizerBase
     student_ids: list[list[int]]
     teacher_ids: list[list[int]]
-    student_words: list[str]
-    """The string of each vocabulary entry, with the space as such."""
-    teacher_words: list[str]
+    student_strings: list[str]
+    """String of each vocabulary entry, with spaces written as spaces."""
+    teacher_strings: list[str]
 
     @classmethod
-    def of(cls, texts: Sequence[str], student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Case:
-        """Tokenise, without special tokens."""
+    def of(
+        cls, texts: Sequence[str], student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+    ) -> AlignmentCase:
+        """Tokenise texts without special tokens; empty texts are dropped."""
         texts = sorted((text for text in texts if text), key=len)
         ids = [tokenizer(texts, add_special_tokens=False)["input_ids"] for tokenizer in (student, teacher)]
-        return cls(texts, student, teacher, ids[0], ids[1], _words(student), _words(teacher))
+        return cls(texts, student, teacher, ids[0], ids[1], _token_strings(student), _token_strings(teacher))
 
     def checked(self) -> Alignment:
-        """All texts at once, their bytes compared."""
+        """Align all texts with ``align_texts``, which compares the bytes of the tokens with the text."""
         return align_texts(self.texts, self.student_ids, self.teacher_ids, self.student, self.teacher)
 
     def ours(self) -> Callable[[], Alignment]:
-        """All texts at once, by token ids."""
+        """Return a function that aligns all texts from token ids alone."""
         lengths = byte_lengths(self.student), byte_lengths(self.teacher)
-        before = leads(self.student, self.texts), leads(self.teacher, self.texts)
+        before = leading_spaces(self.student, self.texts), leading_spaces(self.teacher, self.texts)
         return lambda: align(
             self.student_ids, self.teacher_ids, *lengths, student_lead=before[0], teacher_lead=before[1]
         )
 
     def strings(self, nth: int) -> tuple[list[str], list[str]]:
-        """Both lists of token strings of a text."""
-        words, others = self.student_words, self.teacher_words
+        """Return the student's and the teacher's token strings of the text with this index."""
+        words, others = self.student_strings, self.teacher_strings
         return [words[token] for token in self.student_ids[nth]], [others[token] for token in self.teacher_ids[nth]]
 
     @property
     def some(self) -> list[int]:
-        """The texts that time warping is timed on."""
+        """Indices of the texts on which time warping is timed."""
         return np.linspace(0, len(self.texts) - 1, min(WARPED, len(self.texts)) + 2).round().astype(int)[1:-1].tolist()
 
 
-def _words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Byte-level and SentencePiece tokens in one spelling."""
+def _token_strings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the bytes of each vocabulary entry as latin-1, one spelling for byte-level and SentencePiece tokens."""
     entries = token_bytes(tokenizer)
     data, offsets = entries.data.tobytes(), entries.offsets.tolist()
     return [data[start:end].decode("latin-1") for start, end in zip(offsets, islice(offsets, 1, None), strict=False)]
 
 
 def warp(student: Sequence[str], teacher: Sequence[str], distance: Callable[[str, str], int]) -> list[tuple[int, int]]:
-    """The cheapest monotone path through all matches of student and teacher tokens, as index pairs from the end."""
+    """Find the cheapest monotone path through all matches of student and teacher tokens, by dynamic time warping.
+
+    Returns:
+        Pairs (student index, teacher index), the last pair first.
+    """
     known: dict[tuple[str, str], int] = {}
     cost = [[0.0] * len(teacher) for _ in student]
     for i, ours in enumerate(student):
@@ -113,7 +120,7 @@ def warp(student: Sequence[str], teacher: Sequence[str], distance: Callable[[str
 
 @dataclass
 class Edited:
-    """What an edit script says of all texts: chunks, pairs and overlaps as in :class:`Alignment`, as lists."""
+    """Alignment of all texts from edit scripts: chunks, pairs and overlaps as in :class:`Alignment`, but as lists."""
 
     student: list[int] = field(default_factory=list)
     teacher: list[int] = field(default_factory=list)
@@ -121,11 +128,13 @@ class Edited:
     overlap: list[tuple[int, int, int]] = field(default_factory=list)
 
 
-def edited(case: Case, matching: Callable[[list[str], list[str]], Any]) -> Edited:
-    """The alignment that an edit script of every text's token strings gives.
+def edited(case: AlignmentCase, matching: Callable[[list[str], list[str]], Any]) -> Edited:
+    """Align all texts with an edit script between their two lists of token strings.
 
-    ``matching`` finds the runs of equal tokens (index, index, length), an empty one at the end; what lies between two
-    runs is one chunk.
+    Args:
+        case: texts to align.
+        matching: returns the runs of equal tokens as (student index, teacher index, length), an empty run last. The
+            tokens between two runs form one chunk.
     """
     found, chunk = Edited(), 0
     for nth in range(len(case.texts)):
@@ -151,7 +160,17 @@ def edited(case: Case, matching: Callable[[list[str], list[str]], Any]) -> Edite
 
 
 def common(ours: list[int], theirs: list[int], at: int, there: int) -> list[tuple[int, int, int]]:
-    """Bytes shared by each two of the tokens of a chunk, with these lengths and first indices: two pointers."""
+    """Count the bytes that each pair of tokens in a chunk shares.
+
+    Args:
+        ours: byte lengths of the student's tokens; changed.
+        theirs: byte lengths of the teacher's tokens; changed.
+        at: index of the first student token.
+        there: index of the first teacher token.
+
+    Returns:
+        Triples (student index, teacher index, bytes) of the pairs that share at least one byte.
+    """
     found = []
     i = j = 0
     while i < len(ours) and j < len(theirs):
@@ -164,8 +183,8 @@ def common(ours: list[int], theirs: list[int], at: int, there: int) -> list[tupl
     return found
 
 
-def measure(texts: Sequence[str], student: str, teacher: str) -> dict[str, float]:
-    """The figures of one pair of tokenizers.
+def measure(texts: Sequence[str], student: str, teacher: str, rounds: int) -> dict[str, float]:
+    """Measure one pair of tokenizers; times are medians over ``rounds``.
 
     Raises:
         MissingExtra: rapidfuzz is not installed.
@@ -178,7 +197,7 @@ def measure(texts: Sequence[str], student: str, teacher: str) -> dict[str, float
     def matching(ours: list[str], theirs: list[str]) -> Any:
         return Levenshtein.editops(ours, theirs).as_matching_blocks()
 
-    case = Case.of(texts, *(load_tokenizer(resolve(source, console.print)) for source in (student, teacher)))
+    case = AlignmentCase.of(texts, *(load_tokenizer(resolve(source, console.print)) for source in (student, teacher)))
     alignment = case.checked()
     lists = [case.strings(nth) for nth in case.some]
     times = interleaved(
@@ -187,7 +206,8 @@ def measure(texts: Sequence[str], student: str, teacher: str) -> dict[str, float
             "checked": case.checked,
             "rapidfuzz": lambda: edited(case, matching),
             "dtw": lambda: [warp(ours, theirs, Levenshtein.distance) for ours, theirs in lists],
-        }
+        },
+        rounds,
     )
     count = len(case.texts)
     each = {name: [ms / (len(case.some) if name == "dtw" else count) for ms in taken] for name, taken in times.items()}
@@ -196,7 +216,7 @@ def measure(texts: Sequence[str], student: str, teacher: str) -> dict[str, float
         "texts": count,
         "student_tokens": len(alignment.student_group),
         "teacher_tokens": len(alignment.teacher_group),
-        "exact_span_share": alignment.exact_share,
+        "exact_span_share": alignment.exact_match_share,
         "pairs_per_s": 1e3 / statistics.median(each["ours"]),
         **{f"us_{name}": 1e3 * statistics.median(taken) for name, taken in each.items()},
         "speedup_vs_dtw": median_ratio(each["dtw"], each["ours"]),
@@ -205,41 +225,42 @@ def measure(texts: Sequence[str], student: str, teacher: str) -> dict[str, float
     }
 
 
-def run(as_json: bool, *, texts: int = TEXTS) -> dict[str, Any]:
-    """Measure, print, and return the figures."""
-    measured = {}
+def run(*, texts: int = TEXTS, rounds: int = PAIRS) -> Measured:
+    """Measure the built-in pair of tokenizers, and the pair of the publication if ``RAYCLOUD_DATA`` has it."""
+    measured, notes = {}, []
     rows = load_rows("builtin:instruct", "test", console.print)
     name, student, teacher = BUILT_IN
-    with working(f"{name}, {PAIRS} rounds"):
+    with timed(f"{name}, {rounds} rounds"):
         spoken = [f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows]
-        measured[name] = measure(spoken[:texts], student, teacher)
+        measured[name] = measure(spoken[:texts], student, teacher, rounds)
     name, student, teacher = PUBLISHED
     root = os.environ.get("RAYCLOUD_DATA")
     folder = Path(root or ".").expanduser()
     if root and all((folder / part).exists() for part in (student, teacher, "dolly/dev.jsonl")):
         rows = [row for split in ("train", "valid", "test") for row in load_rows("dolly/dev.jsonl", split)]
-        with working(f"{name}, {PAIRS} rounds"):
+        with timed(f"{name}, {rounds} rounds"):
             measured[name] = measure(
-                [row["output"] for row in rows[:texts]], str(folder / student), str(folder / teacher)
+                [row["output"] for row in rows[:texts]], str(folder / student), str(folder / teacher), rounds
             )
+    else:
+        notes.append(f"skipped: {name}: RAYCLOUD_DATA names no folder with {student}, {teacher} and dolly/dev.jsonl")
     headline = ("exact_span_share", "pairs_per_s", "speedup_vs_dtw", "speedup_vs_rapidfuzz")
     last = list(measured)[-1]
     result = {"pair": last, **{key: measured[last][key] for key in headline}, "pairs": measured}
-    _show(result, as_json)
-    return result
+    return _measured(result, rounds, notes)
 
 
-def _show(result: dict[str, Any], as_json: bool) -> None:
+def _measured(result: dict[str, Any], rounds: int, notes: Sequence[str]) -> Measured:
     lines = {
-        "student tokens with an exact partner": ("exact_span_share", ".1%"),
+        "student tokens with an exact match": ("exact_span_share", ".1%"),
         "texts per second": ("pairs_per_s", ",.0f"),
-        "µs a text, by ids": ("us_ours", ".1f"),
-        "µs a text, bytes compared": ("us_checked", ".1f"),
-        "µs a text, rapidfuzz": ("us_rapidfuzz", ".1f"),
-        "µs a text, time warping": ("us_dtw", ",.0f"),
+        "µs per text, by ids": ("us_ours", ".1f"),
+        "µs per text, bytes compared": ("us_checked", ".1f"),
+        "µs per text, rapidfuzz": ("us_rapidfuzz", ".1f"),
+        "µs per text, time warping": ("us_dtw", ",.0f"),
         "time warping / by ids": ("speedup_vs_dtw", ".0f"),
         "rapidfuzz / by ids": ("speedup_vs_rapidfuzz", ".1f"),
     }
     pairs = result["pairs"]
     rows = [[line, *(format(of[key], form) for of in pairs.values())] for line, (key, form) in lines.items()]
-    show(f"alignment, medians of {PAIRS}", ["", *pairs], rows, result, as_json)
+    return Measured(f"alignment, medians of {rounds}", ["", *pairs], rows, result, notes)

@@ -1,7 +1,7 @@
-"""One forward-KL step from hidden signals: logits for every padded position against our chunks of response tokens.
+"""Forward-KL step from hidden signals: dense logits at every padded position against chunks of labelled positions.
 
-Batch 4, length 512, vocabulary 49,152, hidden 576 (SmolLM2-135M), 16 % of the positions labelled. A step is everything
-from both models' final rows to the gradients of the student's rows and head.
+Batch 4, length 512, vocabulary 49,152, hidden size 576 (SmolLM2-135M), 16 % of the positions labelled. A step goes from
+the final hidden states of both models to the gradients of the student's hidden states and head.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from raycloud.benchmarks.measure import PAIRS, in_subprocess, interleaved, median_ratio, peak_growth_mb, show
+from raycloud.benchmarks.measure import PAIRS, Measured, in_subprocess, interleaved, median_ratio, peak_growth_mb
 from raycloud.data.batches import IGNORE
 from raycloud.distill.objective import StudentOutput, TeacherOutput, weighted_sum
 from raycloud.distill.objectives import DIVERGENCES
 from raycloud.distill.signals import FrozenHead, Signal
-from raycloud.link.codecs import CODECS
-from raycloud.report.console import working
+from raycloud.link.codecs.floats import CODECS
+from raycloud.report.console import timed
 
-BATCH, LENGTH, WORDS, HIDDEN, LABELLED = 4, 512, 49_152, 576, 0.16
+BATCH, LENGTH, VOCAB_SIZE, HIDDEN, LABELLED = 4, 512, 49_152, 576, 0.16
+QUICK = {"vocab_size": 4_096, "pairs": 1}
 
 Gradients = tuple[Tensor, Tensor, Tensor]
-"""Loss, gradient of the rows, gradient of the head."""
+"""Loss, gradient of the hidden states, gradient of the head."""
 
 
-class Case:
-    """The inputs of one step; both formulations see the same numbers."""
+class StepCase:
+    """Inputs of one step, the same for both formulations."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int = VOCAB_SIZE) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -39,59 +40,59 @@ class Case:
 
         labels = torch.full((BATCH, LENGTH), IGNORE)
         answer = round(LABELLED * LENGTH)
-        labels[:, 100 : 100 + answer] = torch.randint(0, WORDS, (BATCH, answer), generator=generator)
+        labels[:, 100 : 100 + answer] = torch.randint(0, vocab_size, (BATCH, answer), generator=generator)
         self.labels = labels
-        self.rows = normal(BATCH, LENGTH, HIDDEN).requires_grad_()
-        self.teacher_rows = normal(BATCH, LENGTH, HIDDEN)
-        self.head = nn.Linear(HIDDEN, WORDS, bias=False)
+        self.hidden = normal(BATCH, LENGTH, HIDDEN).requires_grad_()
+        self.teacher_hidden = normal(BATCH, LENGTH, HIDDEN)
+        self.head = nn.Linear(HIDDEN, vocab_size, bias=False)
         with torch.no_grad():
-            self.head.weight.copy_(normal(WORDS, HIDDEN, scale=0.08))
-        self.teacher_weight = normal(WORDS, HIDDEN, scale=0.08)
+            self.head.weight.copy_(normal(vocab_size, HIDDEN, scale=0.08))
+        self.teacher_weight = normal(vocab_size, HIDDEN, scale=0.08)
 
     def dense(self) -> Gradients:
-        """Forward KL as it is usually written: full logits of both models, masked at the end."""
-        logits = self.head(self.rows)
+        """Compute forward KL in the usual way: full logits of both models, masked at the end."""
+        logits = self.head(self.hidden)
         with torch.no_grad():
-            log_p = (self.teacher_rows @ self.teacher_weight.T).log_softmax(-1)
+            log_p = (self.teacher_hidden @ self.teacher_weight.T).log_softmax(-1)
         kl = (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1)
         mask = self.labels != IGNORE
         return self._gradients((kl * mask).sum() / mask.sum())
 
     def ours(self) -> Gradients:
-        """Labelled rows only, chunk by chunk, the head's gradient taken on the way."""
+        """Compute forward KL at labelled positions only, in chunks, accumulating the gradient of the head per chunk."""
         mask = self.labels != IGNORE
-        coded = CODECS["float32"].encode(self.teacher_rows[mask])
+        coded = CODECS["float32"].encode(self.teacher_hidden[mask])
         signal = Signal("", "hidden", "float32", {"rows": coded})
-        student = StudentOutput(self.rows[mask], self.labels[mask], self.head)
+        student = StudentOutput(self.hidden[mask], self.labels[mask], self.head)
         loss = weighted_sum(
             [(1.0, DIVERGENCES["forward_kl"]())], student, TeacherOutput(signal, FrozenHead(self.teacher_weight))
         )
         return self._gradients(loss.sum / loss.count)
 
     def _gradients(self, loss: Tensor) -> Gradients:
-        d_rows, d_head = torch.autograd.grad(loss, (self.rows, self.head.weight))
-        return loss.detach(), d_rows, d_head
+        d_hidden, d_head = torch.autograd.grad(loss, (self.hidden, self.head.weight))
+        return loss.detach(), d_hidden, d_head
 
     def formulation(self, name: str) -> Callable[[], Gradients]:
-        """``dense`` or ``ours``."""
+        """Return the method with this name: ``dense`` or ``ours``."""
         return {"dense": self.dense, "ours": self.ours}[name]
 
 
-def difference(case: Case) -> float:
-    """The largest relative difference between both formulations, of the loss and of both gradients."""
+def difference(case: StepCase) -> float:
+    """Largest relative difference between both formulations in the loss and in both gradients."""
     pairs = zip(case.dense(), case.ours(), strict=True)
     return max(float((ours - dense).norm() / dense.norm()) for dense, ours in pairs)
 
 
-def run(as_json: bool) -> dict[str, float]:
-    """Measure, print, and return the figures."""
-    case = Case()
-    with working("equality"):
-        apart = difference(case)
-    with working(f"time, {PAIRS} pairs"):
-        times = interleaved({name: case.formulation(name) for name in ("dense", "ours")})
-    with working("memory, one process each"):
-        memory = {name: float(in_subprocess(__name__, name)["mb"]) for name in ("dense", "ours")}
+def run(*, vocab_size: int = VOCAB_SIZE, pairs: int = PAIRS) -> Measured:
+    """Measure time side by side, and memory in fresh processes."""
+    case = StepCase(vocab_size)
+    with timed("equality"):
+        largest = difference(case)
+    with timed(f"time, {pairs} pairs"):
+        times = interleaved({name: case.formulation(name) for name in ("dense", "ours")}, pairs)
+    with timed("memory, one process each"):
+        memory = {name: float(in_subprocess(__name__, name, str(vocab_size))["mb"]) for name in ("dense", "ours")}
     result = {
         "ms_dense": statistics.median(times["dense"]),
         "ms_ours": statistics.median(times["ours"]),
@@ -99,15 +100,14 @@ def run(as_json: bool) -> dict[str, float]:
         "mb_ours": memory["ours"],
         "speedup": median_ratio(times["dense"], times["ours"]),
         "memory_ratio": memory["dense"] / memory["ours"],
-        "difference": apart,
+        "difference": largest,
     }
     rows = [[name, f"{result[f'ms_{name}']:.0f}", f"{result[f'mb_{name}']:.0f}"] for name in ("dense", "ours")]
     rows.append(["dense / ours", f"{result['speedup']:.1f}", f"{result['memory_ratio']:.1f}"])
-    rows.append(["largest difference", f"{apart:.1e}", ""])
-    title = f"forward-KL step, batch {BATCH} x {LENGTH}, vocabulary {WORDS}, {LABELLED:.0%} labelled"
-    show(title, ["", f"ms (median of {PAIRS})", "MB of peak growth"], rows, result, as_json)
-    return result
+    rows.append(["largest difference", f"{largest:.1e}", ""])
+    title = f"forward-KL step, batch {BATCH} x {LENGTH}, vocabulary {vocab_size}, {LABELLED:.0%} labelled"
+    return Measured(title, ["", f"ms (median of {pairs})", "MB of peak memory growth"], rows, result)
 
 
 if __name__ == "__main__":
-    print(json.dumps({"mb": peak_growth_mb(lambda: Case().formulation(sys.argv[1]))}))
+    print(json.dumps({"mb": peak_growth_mb(lambda: StepCase(int(sys.argv[2])).formulation(sys.argv[1]))}))

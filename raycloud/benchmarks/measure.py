@@ -1,4 +1,4 @@
-"""How benchmarks measure: interleaved pairs for time, a fresh subprocess for memory."""
+"""Measurement for benchmarks: interleaved calls for time, a fresh subprocess for memory."""
 
 from __future__ import annotations
 
@@ -7,25 +7,36 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
+from raycloud.benchmarks.machine import commit, machine
 from raycloud.report.console import console
+from raycloud.report.table import print_table
+from raycloud.results import plain_json
 
 SMOLLM2 = "builtin:smollm2-135m-instruct"
-"""The model that most figures are of."""
+"""Model that most benchmarks use."""
 PAIRS = 7
 
 
 def interleaved(
     candidates: Mapping[str, Callable[[], object]], pairs: int = PAIRS, *, warm: bool = False
 ) -> dict[str, list[float]]:
-    """Milliseconds of each candidate, called in turn after one call to warm up, unless all are ``warm`` already.
+    """Measure the milliseconds of each call of several candidates, which are called in turn.
 
-    On a shared machine only what ran side by side can be compared: take the ratio pair by pair, then its median.
+    On a shared machine only measurements made side by side can be compared: take the ratio of each pair, then the
+    median of the ratios (:func:`median_ratio`).
+
+    Args:
+        candidates: functions by name.
+        pairs: number of measured calls of each candidate.
+        warm: skip the unmeasured first call of each candidate.
+
+    Returns:
+        Milliseconds of each measured call, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for call in () if warm else candidates.values():
@@ -39,14 +50,17 @@ def interleaved(
 
 
 def median_ratio(above: list[float], below: list[float]) -> float:
-    """The median of the ratios pair by pair."""
+    """Median of the ratios of paired measurements."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def peak_growth_mb(prepare: Callable[[], Callable[[], object]]) -> float:
-    """By how many MB (1e6 bytes) one call raises this process's resident size at its peak. Linux only.
+    """Measure the growth of this process's peak resident size during one call, in MB (1e6 bytes). Linux only.
 
-    The peak is set back after ``prepare``, whose temporaries would hide the call's own.
+    The recorded peak is reset after ``prepare``, so that its temporaries do not hide those of the call.
+
+    Args:
+        prepare: makes the inputs, and returns the function to measure.
     """
     call = prepare()
     Path("/proc/self/clear_refs").write_text("5")
@@ -61,18 +75,27 @@ def _status_kib(field: str) -> int:
 
 
 def in_subprocess(module: str, *arguments: str) -> Any:
-    """Run ``python -m module arguments`` and read the JSON on its last line."""
+    """Run ``python -m module arguments`` and return the JSON value on the last line of its output."""
     done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def show(title: str, header: list[str], rows: list[list[str]], result: Mapping[str, Any], as_json: bool) -> None:
-    """Print the table and, where asked for, the result as one line of JSON."""
-    table = Table(*header, title=title)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    if as_json:
-        print(json.dumps(result), flush=True)
+@dataclass(frozen=True)
+class Measured:
+    """Result of a benchmark: a table with its title and notes, and the figures."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    figures: Mapping[str, Any]
+    notes: Sequence[str] = ()
+
+    def show(self, *, quick: bool, as_json: bool) -> None:
+        """Print notes and table, and the figures as JSON if asked for; table and JSON include machine and commit."""
+        for note in self.notes:
+            console.print(note)
+        where = {"quick": quick, "machine": machine(), "commit": commit()}
+        caption = f"{'quick run, proves no figure; ' * quick}{where['machine']}; commit {where['commit']}"
+        print_table(self.header, self.rows, title=self.title, caption=caption)
+        if as_json:
+            print(plain_json({**self.figures, **where}), flush=True)

@@ -1,11 +1,11 @@
-"""Does a model cut in three say what the whole one says? Every pair of cuts, fixed and drawn anew for each token."""
+"""Equality of a model cut in three with the whole model, at every pair of cuts, fixed or drawn for each token."""
 
 from __future__ import annotations
 
 import itertools
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from raycloud.benchmarks.measure import SMOLLM2, show
+from raycloud.benchmarks.measure import SMOLLM2, Measured
 from raycloud.models.loading import load, quiet_transformers
 from raycloud.models.segments import Segment
-from raycloud.report.console import bars
-from raycloud.split.generation import SplitModel
-from raycloud.split.middle import LocalMiddle, Middle, middle_state
+from raycloud.models.texts import TextBounds
+from raycloud.report.console import progress_bars
+from raycloud.split.inference.blocks import CloudBlocks, LocalBlocks, cloud_stage
+from raycloud.split.inference.generation import SplitTokenSource
 from raycloud.split.plan import PlanSet, SplitPlan
 
 Attention = Literal["eager", "sdpa"]
@@ -34,23 +35,27 @@ _WINDOW = {"head_dim": 16, "sliding_window": 16}
 RANDOM_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _ROTARY),
     "qwen3": ("qwen3", {**_ROTARY, **_WINDOW, "use_sliding_window": True, "max_window_layers": 4}),
-    # Gemma scales its embeddings by the root of the width: a wide one with tied weights only repeats itself.
+    # Gemma scales its embeddings by the root of the hidden size: a wide model with tied weights repeats one token.
     "gemma3": ("gemma3_text", {**_ROTARY, **_WINDOW, "hidden_size": 32, "sliding_window_pattern": 3}),
     "gpt2": ("gpt2", {**_SMALL, "n_positions": 256}),
     "opt": ("opt", {**_SMALL, "ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 256}),
 }
 
 
+FAMILIES = (*RANDOM_MODELS, "smollm2")
+QUICK = {"families": tuple(RANDOM_MODELS), "attentions": ("sdpa",), "ties": (True,), "pairs": 2, "drawn": 2}
+
+
 @dataclass
-class Tally:
-    """What one model under one attention implementation came to."""
+class ComparisonCounts:
+    """Counts of one model with one attention implementation."""
 
     pairs: int = 0
     runs: int = 0
     mismatches: int = 0
 
-    def add(self, other: Tally) -> None:
-        """Count another's, too."""
+    def add(self, other: ComparisonCounts) -> None:
+        """Add the counts of another model."""
         self.pairs += other.pairs
         self.runs += other.runs
         self.mismatches += other.mismatches
@@ -58,28 +63,28 @@ class Tally:
 
 @dataclass
 class Reference:
-    """A whole model with a text and what stock greedy decoding makes of its prompt."""
+    """Whole model with a text, its logits, and the greedy continuation of its prompt by ``transformers``."""
 
     model: PreTrainedModel
     text: Tensor
     """(1, TEXT) token ids."""
     logits: Tensor
-    """(1, TEXT, V) of the text."""
+    """(1, TEXT, V) logits of the text."""
     continuation: list[int] = field(default_factory=list)
 
     @property
     def prompt(self) -> list[int]:
-        """The text's beginning, which is continued."""
+        """First tokens of the text, which are continued."""
         return self.text[0, :PROMPT].tolist()
 
     @property
     def blocks(self) -> int:
-        """Of the model."""
+        """Number of blocks of the model."""
         return Segment(self.model).hi
 
 
 def random_model(family: str, tied: bool, attention: Attention, seed: int) -> PreTrainedModel:
-    """A random model with weights wide enough that its greedy text is not constant."""
+    """Make a random model whose weights vary enough that its greedy text is not constant."""
     model_type, options = RANDOM_MODELS[family]
     wide = "init_std" if model_type == "opt" else "initializer_range"
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -91,7 +96,12 @@ def random_model(family: str, tied: bool, attention: Attention, seed: int) -> Pr
 
 @torch.no_grad()
 def reference(model: PreTrainedModel, text: Tensor) -> Reference | None:
-    """The reference of a text, or None if its continuation is too dull or too close a call to prove anything."""
+    """Compute the reference of a text.
+
+    Returns:
+        None if a comparison would prove nothing: the continuation has too few distinct tokens, or the two largest
+        logits at a step are too close.
+    """
     prompt = text[:, :PROMPT]
     with quiet_transformers():
         stock: Any = model
@@ -112,10 +122,10 @@ def reference(model: PreTrainedModel, text: Tensor) -> Reference | None:
 
 
 def random_reference(family: str, tied: bool, attention: Attention) -> Reference:
-    """The first of many random models whose greedy text is worth comparing.
+    """Find the first of several random models for which :func:`reference` is not None.
 
     Raises:
-        RuntimeError: there is none among them.
+        RuntimeError: there is none.
     """
     for seed in range(_SEEDS):
         text = torch.randint(3, _SMALL["vocab_size"], (1, TEXT), generator=torch.Generator().manual_seed(seed))
@@ -125,12 +135,17 @@ def random_reference(family: str, tied: bool, attention: Attention) -> Reference
 
 
 def real_reference(attention: Attention = "sdpa") -> Reference:
-    """SmolLM2 with the beginning of a real text."""
+    """Compute the reference of SmolLM2 with the beginning of a real text.
+
+    Raises:
+        RuntimeError: :func:`reference` is None.
+    """
     loaded = load(SMOLLM2, device="cpu", dtype="float32", attention=attention)
-    ids = loaded.tokenizer(_STORY, return_tensors="pt")["input_ids"][:, :TEXT]
+    bare = loaded.tokenizer(_STORY, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([TextBounds.of(loaded.tokenizer).begun(bare)[:TEXT]])
     found = reference(loaded.model, ids)
     if found is None:
-        raise RuntimeError("the real model's continuation is too dull to compare")
+        raise RuntimeError("the real model's continuation varies too little to compare")
     return found
 
 
@@ -141,25 +156,25 @@ _STORY = (
 )
 
 
-def cut(model: PreTrainedModel, plans: PlanSet, *, chunk: int = 128, seed: int = 0) -> SplitModel:
-    """The model cut in three within this process."""
+def cut(model: PreTrainedModel, plans: PlanSet, *, chunk: int = 128, seed: int = 0) -> SplitTokenSource:
+    """Cut a model in three parts that run in this process."""
     blocks = Segment(model).hi
     ahead, behind = plans.edge(blocks)
     middle = Segment(model, plans.cloud.start, max(plans.cloud.start, plans.cloud.stop), embed=False, head=False)
 
-    def connect() -> Middle:
-        return LocalMiddle(middle_state(middle, plans, blocks))
+    def connect() -> CloudBlocks:
+        return LocalBlocks(cloud_stage(middle, plans, blocks))
 
     first = Segment(model, 0, ahead.stop, embed=True, head=False)
     last = Segment(model, behind.start, blocks, embed=False, head=True)
-    return SplitModel(first, last, connect, plans, chunk=chunk, seed=seed)
+    return SplitTokenSource(first, last, connect, plans, chunk=chunk, seed=seed)
 
 
-Cut = Callable[..., SplitModel]
+Cut = Callable[..., SplitTokenSource]
 
 
 def logits_agree(known: Reference, plans: PlanSet, make: Cut = cut) -> bool:
-    """Whether a text fed in uneven chunks has the unsplit model's logits at every token."""
+    """Tell whether a text fed in uneven chunks gives the unsplit model's logits at every token."""
     triad = make(known.model, plans).open()
     parts = [triad.advance(part, logits=part.shape[1]) for part in known.text.split(CHUNKS, dim=1)]
     triad.close()
@@ -169,18 +184,18 @@ def logits_agree(known: Reference, plans: PlanSet, make: Cut = cut) -> bool:
 
 
 def text_agrees(known: Reference, plans: PlanSet, seed: int = 0, make: Cut = cut) -> bool:
-    """Whether greedy decoding with these plans, prompt in uneven chunks, gives stock ``generate``'s tokens."""
+    """Tell whether greedy decoding with these plans, the prompt fed in chunks, gives the tokens of ``generate``."""
     return list(make(known.model, plans, chunk=9, seed=seed).stream(known.prompt, NEW)) == known.continuation
 
 
 def all_plans(blocks: int) -> list[PlanSet]:
-    """Every pair of cuts."""
+    """Make a plan for every pair of cuts."""
     pairs = itertools.combinations_with_replacement(range(blocks + 1), 2)
     return [PlanSet.of(SplitPlan(first, second)) for first, second in pairs]
 
 
 def drawn_plans(blocks: int, count: int) -> list[PlanSet]:
-    """Sets of cuts to draw from for each token, ends of the model included."""
+    """Make random sets of cuts from which each token draws; they may include both ends of the model."""
     found: list[PlanSet] = []
     for seed in itertools.count():
         if len(found) == count:
@@ -192,9 +207,18 @@ def drawn_plans(blocks: int, count: int) -> list[PlanSet]:
     return found
 
 
-def examine(known: Reference, step: Callable[[], None], pairs: int = PAIRS, drawn: int = RANDOM_RUNS) -> Tally:
-    """Logits at every pair of cuts, text at some of them and with plans drawn for each token."""
-    plans, tally = all_plans(known.blocks), Tally()
+def compare_plans(
+    known: Reference, step: Callable[[], None], pairs: int = PAIRS, drawn: int = RANDOM_RUNS
+) -> ComparisonCounts:
+    """Compare logits at every pair of cuts, and text at some of them and with plans drawn for each token.
+
+    Args:
+        known: whole model and its outputs.
+        step: called after each comparison.
+        pairs: number of pairs of cuts at which text is compared.
+        drawn: number of sets of cuts from which each token draws.
+    """
+    plans, tally = all_plans(known.blocks), ComparisonCounts()
     for plan in plans:
         tally.pairs += 1
         tally.mismatches += not logits_agree(known, plan)
@@ -207,35 +231,44 @@ def examine(known: Reference, step: Callable[[], None], pairs: int = PAIRS, draw
     return tally
 
 
-def _references(family: str, attention: Attention) -> Iterable[Reference]:
+def _references(family: str, attention: Attention, ties: Sequence[bool]) -> Iterable[Reference]:
     if family == "smollm2":
         return (real_reference(attention),)
-    return (random_reference(family, tied, attention) for tied in (True, False))
+    return (random_reference(family, tied, attention) for tied in ties)
 
 
-def run(as_json: bool) -> dict[str, Any]:
-    """Examine all models, print the table, and return what went into it."""
-    jobs: list[tuple[str, Attention]] = list(itertools.product(RANDOM_MODELS, ("eager", "sdpa")))
-    jobs.append(("smollm2", "sdpa"))
+def run(
+    *,
+    families: Sequence[str] = FAMILIES,
+    attentions: Sequence[Attention] = ("eager", "sdpa"),
+    ties: Sequence[bool] = (True, False),
+    pairs: int = PAIRS,
+    drawn: int = RANDOM_RUNS,
+) -> Measured:
+    """Compare random models, tied and untied, with each attention implementation, and SmolLM2 with the last one."""
+    jobs: list[tuple[str, Attention]] = [
+        (family, attention)
+        for family in families
+        for attention in (attentions[-1:] if family == "smollm2" else attentions)
+    ]
     by_family: dict[str, dict[str, dict[str, int]]] = defaultdict(dict)
-    total, rows = Tally(), []
-    with bars(100) as shown:
+    total, rows = ComparisonCounts(), []
+    with progress_bars(100) as shown:
         for family, attention in jobs:
-            tally = Tally()
-            for known in _references(family, attention):
+            tally = ComparisonCounts()
+            for known in _references(family, attention, ties):
                 done = itertools.count(1)
-                steps = len(all_plans(known.blocks)) + min(PAIRS, len(all_plans(known.blocks))) + RANDOM_RUNS
+                steps = len(all_plans(known.blocks)) + min(pairs, len(all_plans(known.blocks))) + drawn
                 name = f"{family} {attention} ({'tied' if known.model.config.tie_word_embeddings else 'untied'})"
 
                 def step(name: str = name, done: Iterator[int] = done, steps: int = steps) -> None:
                     shown.move(name, 100 * next(done) // steps, "%")
 
-                tally.add(examine(known, step))
+                tally.add(compare_plans(known, step, pairs, drawn))
             by_family[family][attention] = {"pairs": tally.pairs, "runs": tally.runs, "mismatches": tally.mismatches}
             rows.append([family, attention, str(tally.pairs), str(tally.runs), str(tally.mismatches)])
             total.add(tally)
     result = {"families": by_family, "pairs": total.pairs, "runs": total.runs, "mismatches": total.mismatches}
     rows.append(["all", "", str(total.pairs), str(total.runs), str(total.mismatches)])
     header = ["family", "attention", "pairs (logits)", "runs (text)", "mismatches"]
-    show("A model cut in three against the whole one", header, rows, result, as_json)
-    return result
+    return Measured("A model cut in three against the whole one", header, rows, result)

@@ -1,7 +1,7 @@
-"""Bad days, for real: Ray Serve, SmolLM2 and OpenAI-style sessions while replicas die and sockets break.
+"""Fault injection: generations of SmolLM2 over Ray Serve while replicas die and sockets break.
 
-Every generation must finish with the very tokens an undisturbed one gives, or end with one clear error; the cloud must
-serve the others throughout and free every session.
+Every generation must finish with exactly the tokens of an undisturbed run, or end with one clear error. The cloud must
+keep serving other sessions and free every session.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import itertools
 import json
 import random
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,42 +17,44 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import urlopen
+from urllib.request import Request
 
-import ray
 import torch
-from ray import serve
 
-from raycloud.benchmarks.local_cloud import local_cloud
-from raycloud.benchmarks.measure import SMOLLM2, show
-from raycloud.edge.cloud import Cloud, remote
+from raycloud.benchmarks.breaking_proxy import BreakingProxy
+from raycloud.benchmarks.local_cloud import ServedApplication, served
+from raycloud.benchmarks.measure import SMOLLM2, Measured
+from raycloud.edge.endpoint import CloudEndpoint, load_split
 from raycloud.errors import LinkError, RaycloudError
 from raycloud.link.channel import Channel, LinkDown
-from raycloud.link.frames import MAX_FRAME, Frame, Kind, Open, Refusal, body, unpack
+from raycloud.link.frames import MAX_FRAME, ErrorReply, Frame, ResumeRequest, SessionKind, parse_body, unpack
 from raycloud.link.meter import Meter
+from raycloud.link.proxy import open_url
 from raycloud.link.websocket import WebSocketChannel
-from raycloud.models.text import TextModel
-from raycloud.report.console import working
+from raycloud.models.text_model import TextModel
+from raycloud.report.console import timed
 from raycloud.serving.split import SplitSettings, app
-from raycloud.split.cloud.limits import Limits
-from raycloud.split.middle import Trip
+from raycloud.split.cut_codecs import CutCodecs
+from raycloud.split.inference.blocks import StepRequest
+from raycloud.split.inference.client import RemoteBlocks, SessionConfig
+from raycloud.split.inference.limits import InferenceLimits
+from raycloud.split.inference.messages import InferenceKind, OpenInference, StepMessage
 from raycloud.split.plan import PlanSet, SplitPlan
-from raycloud.split.remote import RemoteMiddle, Terms
-from raycloud.split.terms import CODEC_NUMBERS, Codecs
 
 FIRST, SECOND, NEW, WIDTH = 4, 26, 24, 576
-# Lossy: what is replayed must be the very bytes that were sent.
+# A lossy codec, so that a replay is exact only if it sends the same bytes again.
 CODEC = "bfloat16"
 TOKEN, OTHER_TOKEN = "benchmark", "somebody-else"
-LEASE_S, PATIENCE_S = 8.0, 90.0
-BAD_FRAMES, IDLE_SOCKETS = 10_000, 200
+LEASE_S, LEASES_END_S, PATIENCE_S = 8.0, 40.0, 90.0
+BAD_FRAMES, IDLE_SOCKETS, KILLS = 10_000, 200, 2
 CUT_AFTER = (60, 300, 700, 5_000, 30_000, 50_001, 75_003, 90_017, 100_000, 110_101, 120_000, 125_555)
+QUICK = {"new": 12, "cut_after": (60, 30_000), "kills": 1, "bad_frames": 200, "idle_sockets": 8}
 _PROMPTS = ("Describe the sea in winter.", "How does a bicycle stay upright?", "What is a lighthouse for?")
 
 
 @dataclass
-class Score:
-    """How the generations ended."""
+class OutcomeCounts:
+    """Outcomes of the generations, and the number of injected faults."""
 
     faults: int = 0
     exact: int = 0
@@ -62,7 +63,7 @@ class Score:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ended(self, *, exact: bool = False, clear: bool = False, note: str = "") -> str:
-        """Count one: with the right tokens, with a clear error, or wrong."""
+        """Count one generation as exact, as ended by a clear error, or as wrong; return a description."""
         with self._lock:
             self.clear += clear
             self.exact += exact
@@ -70,224 +71,230 @@ class Score:
         return f"error: {note}" if clear else "exact" if exact else "WRONG TOKENS"
 
 
-class CuttingProxy:
-    """A TCP relay that breaks a connection after so many bytes, in the middle of whatever is crossing."""
-
-    def __init__(self, port: int) -> None:
-        self._target, self._budgets = port, list[int]()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self.cuts = 0
-        threading.Thread(target=self._accept, name="proxy", daemon=True).start()
-
-    def plan(self, budgets: list[int]) -> None:
-        """The next connections break after these numbers of bytes; those behind them do not."""
-        self._budgets = list(budgets)
-
-    def close(self) -> None:
-        """Take no more connections."""
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                budget = [self._budgets.pop(0)] if self._budgets else [-1]
-                far = socket.create_connection(("127.0.0.1", self._target))
-                for source, sink in ((near, far), (far, near)):
-                    threading.Thread(target=self._relay, args=(source, sink, budget), daemon=True).start()
-
-    def _relay(self, source: socket.socket, sink: socket.socket, budget: list[int]) -> None:
-        with suppress(OSError):
-            while data := source.recv(65_536):
-                if 0 <= budget[0] <= len(data):
-                    sink.sendall(data[: budget[0]])
-                    self.cuts += 1
-                    break
-                budget[0] -= len(data) if budget[0] > 0 else 0
-                sink.sendall(data)
-        for end in (source, sink):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-                end.close()
-
-
 @dataclass(frozen=True)
-class WatchedCloud(Cloud):
-    """A cloud that remembers the sessions it was asked for."""
+class RecordingCloud(CloudEndpoint):
+    """Cloud endpoint that records the ids of the sessions opened through it."""
 
     asked: list[str] = field(default_factory=list)
 
     def channel(self, meter: Meter, session: str) -> Channel:
-        """A new channel for a session."""
+        """Open a new channel for a session."""
         self.asked.append(session)
         return super().channel(meter, session)
 
 
-class Bench:
-    """The running cloud and what is done to it."""
+@dataclass(frozen=True)
+class Faults:
+    """Number of faults of each kind, and number of tokens per generation; see :data:`FAULTS`."""
 
-    def __init__(self, cloud: WatchedCloud, settings: SplitSettings) -> None:
-        self.cloud, self.settings, self.score = cloud, settings, Score()
+    new: int
+    cut_after: tuple[int, ...]
+    kills: int
+    bad_frames: int
+    idle_sockets: int
+
+
+class FaultBench:
+    """Running cloud, with the operations that the faults use.
+
+    Args:
+        running: application on Ray Serve.
+        faults: number of faults of each kind.
+    """
+
+    def __init__(self, running: ServedApplication, faults: Faults) -> None:
+        self.running, self.faults, self.score = running, faults, OutcomeCounts()
+        self.cloud = cloud = RecordingCloud(f"{running.url}/v1/split", TOKEN)
         self.model = self.reach(cloud)
-        self.offer = cloud.offer()
+        self.server_info = cloud.server_info()
         self.prompts = [self.model.chat_prompt([{"role": "user", "content": text}]) for text in _PROMPTS]
         self.references = [self.tokens(self.model, prompt) for prompt in self.prompts]
         self._turn = itertools.count()
 
-    def reach(self, cloud: Cloud) -> TextModel:
-        """The edge's side of the model."""
-        return remote(SMOLLM2, cloud, codec=CODEC, device="cpu", dtype="float32", patience_s=PATIENCE_S)
+    def reach(self, cloud: CloudEndpoint) -> TextModel:
+        """Load the edge part of the model, connected to a cloud."""
+        return load_split(SMOLLM2, cloud, codec=CODEC, device="cpu", dtype="float32", patience_s=PATIENCE_S)
 
-    def tokens(self, model: TextModel, prompt: list[int]) -> list[int]:
-        """One generation."""
-        return list(model.source.stream(prompt, NEW))
+    def tokens(self, model: TextModel, prompt: list[int], begun: threading.Event | None = None) -> list[int]:
+        """Generate tokens once; ``begun`` is set at the first token."""
+        made = []
+        for token in model.source.stream(prompt, self.faults.new):
+            made.append(token)
+            if begun is not None:
+                begun.set()
+        return made
 
-    def generate(self, model: TextModel | None = None) -> str:
-        """One counted generation of the next prompt; how it ended."""
+    def generate(self, model: TextModel | None = None, begun: threading.Event | None = None) -> str:
+        """Generate from the next prompt, count the outcome, and describe it."""
         index = next(self._turn) % len(self.prompts)
         try:
-            made = self.tokens(model or self.model, self.prompts[index])
+            made = self.tokens(model or self.model, self.prompts[index], begun)
         except RaycloudError as error:
             return self.score.ended(clear=True, note=str(error))
         return self.score.ended(exact=made == self.references[index])
 
     @contextmanager
     def meanwhile(self, count: int = 1) -> Iterator[list[str]]:
-        """Generations beside what happens in the block; how each ended, once it is left."""
+        """Run generations in threads during the block, which starts after their first tokens.
+
+        Yields:
+            The list of outcomes, complete after the block.
+        """
         ends: list[str] = []
-        threads = [threading.Thread(target=lambda: ends.append(self.generate())) for _ in range(count)]
+        begun = [threading.Event() for _ in range(count)]
+        threads = [threading.Thread(target=lambda one=one: ends.append(self.generate(begun=one))) for one in begun]
         for thread in threads:
             thread.start()
-        # Into the middle of them.
-        time.sleep(0.5)
+        # Wait until all generations have begun.
+        for one in begun:
+            one.wait(PATIENCE_S)
         yield ends
         for thread in threads:
             thread.join()
 
     def connect(self, token: str = TOKEN) -> WebSocketChannel:
-        """A bare connection."""
+        """Open a connection without a session."""
         return WebSocketChannel(self.cloud.url, token=token)
 
     def open(self) -> tuple[WebSocketChannel, bytes]:
-        """A bare connection with a session."""
+        """Open a connection and a session on it."""
         channel, session = self.connect(), secrets.token_bytes(16)
-        asked = Open(fingerprint=self.offer.fingerprint, codec=CODEC, firsts=[FIRST], seconds=[SECOND], max_tokens=2048)
-        channel.send(Frame(Kind.OPEN, session, payload=asked.pack()).pack())
-        if unpack(channel.receive(30)).kind is Kind.OPEN_OK:
+        asked = OpenInference(
+            fingerprint=self.server_info.fingerprint,
+            codec=CODEC,
+            start_blocks=[FIRST],
+            end_blocks=[SECOND],
+            max_tokens=2048,
+        )
+        channel.send(Frame(SessionKind.OPEN, session, body=asked.pack()).pack())
+        if unpack(channel.receive(30), InferenceKind).kind is SessionKind.OPEN_OK:
             return channel, session
-        # The cloud holds as many sessions of one principal as it wants to: broken ones go when their leases end.
+        # The cloud limits the sessions of one principal: broken sessions count until their leases end.
         channel.close()
         time.sleep(1)
         return self.open()
 
-    def middle(self) -> RemoteMiddle:
-        """The middle as the edge sees it."""
+    def middle(self) -> RemoteBlocks:
+        """Make the edge's client of the middle blocks."""
         plans = PlanSet.of(SplitPlan(FIRST, SECOND))
-        terms = Terms(self.offer.fingerprint, plans, Codecs(WIDTH), CODEC, 2048, PATIENCE_S)
-        return RemoteMiddle(lambda _: self.connect(), terms)
+        config = SessionConfig(self.server_info.fingerprint, plans, CutCodecs(WIDTH), CODEC, 2048, PATIENCE_S)
+        return RemoteBlocks(lambda _: self.connect(), config)
 
-    def sessions(self) -> int:
-        """What the cloud says it holds."""
-        with urlopen(f"http://{urlsplit(self.cloud.url).netloc}/healthz", timeout=30) as answer:
-            return int(json.load(answer)["sessions"])
+    def sessions_left(self) -> int:
+        """Return the number of sessions the cloud still holds; wait until it is zero or every lease must have ended."""
+        until = time.monotonic() + LEASES_END_S
+        while True:
+            with open_url(Request(f"http://{urlsplit(self.cloud.url).netloc}/healthz"), timeout_s=30) as answer:
+                held = int(json.load(answer)["sessions"])
+            if not held or time.monotonic() > until:
+                return held
+            time.sleep(0.5)
 
 
-# -- the faults; each says how many it injected and what came of it
+# -- faults; each function returns the number of injected faults and a description of the outcome
 
 
-def cut_sockets(bench: Bench) -> tuple[int, str]:
-    """The connection breaks after so many bytes, also in frames and handshakes; twice in one generation."""
+def cut_sockets(bench: FaultBench) -> tuple[int, str]:
+    """Break the connection twice per generation after a number of bytes, also within frames and handshakes."""
     parts = urlsplit(bench.cloud.url)
     assert parts.port is not None
-    proxy = CuttingProxy(parts.port)
+    proxy = BreakingProxy(parts.port)
     model = bench.reach(replace(bench.cloud, url=f"ws://127.0.0.1:{proxy.port}{parts.path}"))
     ends = []
-    for place in CUT_AFTER:
-        proxy.plan([place, 2 * place])
+    for limit in bench.faults.cut_after:
+        proxy.plan([limit, 2 * limit])
         ends.append(bench.generate(model))
     proxy.close()
     return proxy.cuts, _summary(ends)
 
 
-def kill_replicas(bench: Bench) -> tuple[int, str]:
-    """The replica's process dies in mid-generation, twice; its keys and values are gone."""
-    ends = []
-    for _ in range(2):
+def kill_replicas(bench: FaultBench) -> tuple[int, str]:
+    """Kill the replica's process during generations, repeatedly; its KV cache is lost."""
+    ends, killed = [], 0
+    for _ in range(bench.faults.kills):
         with bench.meanwhile(2) as ended:
-            for actor in ray.util.list_named_actors(all_namespaces=True):
-                if "#split#" in actor["name"]:
-                    ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]), no_restart=True)
+            killed += bench.running.kill_replicas()
         ends += ended
-    return 2, _summary(ends)
+    return killed, _summary(ends)
 
 
-def restart_cloud(bench: Bench) -> tuple[int, str]:
-    """The application is taken away and deployed again."""
+def restart_cloud(bench: FaultBench) -> tuple[int, str]:
+    """Delete the application during a generation and deploy it again."""
     with bench.meanwhile() as ends:
-        serve.delete("split")
-        serve.run(app(bench.settings), name="split", route_prefix="/")
+        bench.running.undeploy()
+        bench.running.deploy()
     return 1, _summary(ends)
 
 
-def connect_twice(bench: Bench) -> tuple[int, str]:
-    """Somebody with the same token takes a running session over; somebody with another token tries to."""
+def connect_twice(bench: FaultBench) -> tuple[int, str]:
+    """Resume a running session from other connections: with another token, an old epoch, and a newer epoch."""
     answers = []
     with bench.meanwhile() as ends:
         session = bytes.fromhex(bench.cloud.asked[-1])
         for token, epoch in ((OTHER_TOKEN, 7), (TOKEN, 0), (TOKEN, 3)):
             channel = bench.connect(token)
-            channel.send(Frame(Kind.RESUME, session, epoch).pack())
-            answer = unpack(channel.receive(30))
-            answers.append(body(answer, Refusal).code if answer.kind is Kind.ERROR else answer.kind.name)
+            channel.send(Frame(SessionKind.RESUME, session, epoch, body=ResumeRequest().pack()).pack())
+            answer = unpack(channel.receive(30), InferenceKind)
+            answers.append(
+                parse_body(answer, ErrorReply).code if answer.kind is SessionKind.ERROR else answer.kind.name
+            )
             channel.close()
     return 3, f"{_summary(ends)}; other token: {answers[0]}, old epoch: {answers[1]}, newer epoch: {answers[2]}"
 
 
-def bad_frames(bench: Bench) -> tuple[int, str]:
-    """Corrupted, truncated, oversized, reordered and senseless frames, and rows that are no numbers."""
+def bad_frames(bench: FaultBench) -> tuple[int, str]:
+    """Send corrupted, truncated, oversized, reordered and invalid frames, and hidden states that are not finite."""
     source, sent, refused = random.Random(0), 0, 0
-    boundary = Codecs(WIDTH).boundary(CODEC, FIRST)
+    cut_codec = CutCodecs(WIDTH).cut_codec(CODEC, FIRST)
     with bench.meanwhile(2) as ends:
-        while sent < BAD_FRAMES:
+        while sent < bench.faults.bad_frames:
             channel, session = bench.open()
-            good = Frame(
-                Kind.STEP, session, 0, 1, rows=1, out_rows=1, first=FIRST, second=SECOND, codec=CODEC_NUMBERS[CODEC]
-            )
-            good = replace(good, payload=boundary.encode(torch.zeros(1, WIDTH), 0).numpy().tobytes())
-            mild = [make(good, source) for make in source.choices(_MILD, k=min(100, BAD_FRAMES - sent - 1))]
+            coded = cut_codec.encode(torch.zeros(1, WIDTH), 0).numpy().tobytes()
+            good = Frame(InferenceKind.STEP, session, 0, 1, body=_STEP.pack(), raw=coded)
+            mild = [
+                make(good, source) for make in source.choices(_MILD, k=min(100, bench.faults.bad_frames - sent - 1))
+            ]
             for data in (*mild, source.choice(_FATAL)(good, source)):
                 with suppress(LinkDown):
                     channel.send(data)
                 sent += 1
                 try:
-                    refused += unpack(channel.receive(30)).kind is Kind.ERROR
+                    refused += unpack(channel.receive(30), InferenceKind).kind is SessionKind.ERROR
                 except LinkDown:
                     refused += 1
                     break
             channel.close()
-    return sent, f"{refused} of {sent} refused; beside them {_summary(ends)}"
+    return sent, f"{refused} of {sent} refused; meanwhile {_summary(ends)}"
+
+
+_STEP = StepMessage(FIRST, SECOND, keep=0, start=0, tokens=1, wanted=1)
 
 
 def _with(**changes: Any) -> Callable[[Frame, random.Random], bytes]:
+    """Make a frame with other values of its header or its raw bytes."""
     return lambda frame, source: replace(frame, **changes).pack()
 
 
-# Refused one by one: the connection and its session stay.
+def _step(**changes: int) -> Callable[[Frame, random.Random], bytes]:
+    """Make a frame with other numbers in its step."""
+    return _with(body=replace(_STEP, **changes).pack())
+
+
+# Frames that are refused one by one; the connection and its session stay open.
 _MILD: list[Callable[[Frame, random.Random], bytes]] = [
     _with(seq=2),
-    _with(seq=2**40),
-    _with(kind=Kind.OPEN),
-    _with(kind=Kind.STEP_OK),
-    _with(rows=2),
-    _with(rows=4_000_000_000),
-    _with(pos=5),
-    _with(keep=9),
-    _with(out_rows=2),
-    _with(first=FIRST + 1),
-    _with(second=SECOND - 1),
-    _with(codec=0),
-    _with(payload=b""),
+    _with(seq=2**31),
+    _with(kind=SessionKind.OPEN),
+    _with(kind=InferenceKind.STEP_OK),
+    _step(tokens=2),
+    _step(tokens=65_535),
+    _step(start=5),
+    _step(keep=9),
+    _step(wanted=2),
+    _step(start_block=FIRST + 1),
+    _step(end_block=SECOND - 1),
+    _with(body=b"short"),
+    _with(raw=b""),
 ]
 
 
@@ -297,24 +304,24 @@ def _flipped(frame: Frame, source: random.Random) -> bytes:
     return bytes(data)
 
 
-# After these nothing on the connection, or in the session, can be trusted any more.
+# Frames after which the connection or the session must be closed.
 _FATAL: list[Callable[[Frame, random.Random], bytes]] = [
     _flipped,
     lambda frame, source: frame.pack()[: source.randrange(len(frame.pack()))],
     lambda frame, source: frame.pack() + bytes(source.randrange(1, 2_000_000)),
     lambda frame, source: source.randbytes(source.randrange(4096)),
     lambda frame, source: bytes(MAX_FRAME + 1),
-    lambda frame, source: replace(frame, payload=b"\xff" * len(frame.payload)).pack(),
+    lambda frame, source: replace(frame, raw=b"\xff" * len(frame.raw)).pack(),
     lambda frame, source: replace(frame, session=bytes(16)).pack(),
     lambda frame, source: replace(frame, epoch=1).pack(),
 ]
 
 
-def not_a_number(bench: Bench) -> tuple[int, str]:
-    """An edge whose own rows overflow is told so."""
+def not_a_number(bench: FaultBench) -> tuple[int, str]:
+    """Send hidden states with NaN; the edge must get a clear error."""
     middle = bench.middle()
-    rows = torch.full((1, 3, WIDTH), float("nan"))
-    middle.send(Trip(SplitPlan(FIRST, SECOND), rows, 0, 3, 0))
+    hidden = torch.full((1, 3, WIDTH), float("nan"))
+    middle.send(StepRequest(SplitPlan(FIRST, SECOND), hidden, 0, 3, 0))
     try:
         middle.receive()
     except LinkError as error:
@@ -322,9 +329,9 @@ def not_a_number(bench: Bench) -> tuple[int, str]:
     return 1, bench.score.ended(exact=False)
 
 
-def idle_sockets(bench: Bench) -> tuple[int, str]:
-    """Connections that never say anything."""
-    channels = [bench.connect() for _ in range(IDLE_SOCKETS)]
+def idle_sockets(bench: FaultBench) -> tuple[int, str]:
+    """Open connections that never send anything."""
+    channels = [bench.connect() for _ in range(bench.faults.idle_sockets)]
     ends = [bench.generate() for _ in range(2)]
     closed = 0
     for channel in channels:
@@ -333,14 +340,14 @@ def idle_sockets(bench: Bench) -> tuple[int, str]:
         except LinkDown:
             closed += 1
         channel.close()
-    return IDLE_SOCKETS, f"{closed} closed by the cloud; beside them {_summary(ends)}"
+    return len(channels), f"{closed} closed by the cloud; meanwhile {_summary(ends)}"
 
 
-def slow_reader(bench: Bench) -> tuple[int, str]:
-    """An edge that sends one chunk after the other and takes no reply."""
+def slow_reader(bench: FaultBench) -> tuple[int, str]:
+    """Send one chunk after another without reading replies."""
     channel, session = bench.open()
-    boundary = Codecs(WIDTH).boundary(CODEC, FIRST)
-    payload = boundary.encode(torch.zeros(512, WIDTH), 0).numpy().tobytes()
+    cut_codec = CutCodecs(WIDTH).cut_codec(CODEC, FIRST)
+    payload = cut_codec.encode(torch.zeros(512, WIDTH), 0).numpy().tobytes()
     sent, stop = 0, threading.Event()
 
     def send() -> None:
@@ -348,11 +355,10 @@ def slow_reader(bench: Bench) -> tuple[int, str]:
         with suppress(LinkDown):
             while not stop.is_set():
                 sent += 1
-                step = Frame(
-                    Kind.STEP, session, 0, sent, rows=512, out_rows=512, first=FIRST, second=SECOND,
-                    codec=CODEC_NUMBERS[CODEC], payload=payload,
-                )  # fmt: skip
-                channel.send(step.pack())
+                step = StepMessage(FIRST, SECOND, keep=0, start=0, tokens=512, wanted=512)
+                frame = Frame(InferenceKind.STEP, session, 0, sent, body=step.pack(), raw=payload)
+                for piece in frame.pieces():
+                    channel.send(piece)
 
     thread = threading.Thread(target=send, daemon=True)
     thread.start()
@@ -360,10 +366,10 @@ def slow_reader(bench: Bench) -> tuple[int, str]:
     stop.set()
     channel.close()
     thread.join(5)
-    return 1, f"{sent} chunks taken from it; beside it {_summary(ends)}"
+    return 1, f"{sent} chunks accepted; meanwhile {_summary(ends)}"
 
 
-FAULTS: tuple[Callable[[Bench], tuple[int, str]], ...] = (
+FAULTS: tuple[Callable[[FaultBench], tuple[int, str]], ...] = (
     cut_sockets,
     kill_replicas,
     restart_cloud,
@@ -376,30 +382,35 @@ FAULTS: tuple[Callable[[Bench], tuple[int, str]], ...] = (
 
 
 def _summary(ends: list[str]) -> str:
-    return ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends)) or "nothing ended"
+    return ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends)) or "no generation ended"
 
 
-def run(as_json: bool) -> dict[str, Any]:
-    """Inject every fault and print what came of it."""
-    limits = Limits(lease_s=LEASE_S, send_s=5.0, tokens=2048)
+def run(
+    *,
+    new: int = NEW,
+    cut_after: tuple[int, ...] = CUT_AFTER,
+    kills: int = KILLS,
+    bad_frames: int = BAD_FRAMES,
+    idle_sockets: int = IDLE_SOCKETS,
+) -> Measured:
+    """Inject every fault."""
+    limits = InferenceLimits(lease_s=LEASE_S, send_s=5.0, tokens=2048)
     settings = SplitSettings(
-        model=SMOLLM2, first=FIRST, second=SECOND, token=f"{TOKEN},{OTHER_TOKEN}", limits=limits, threads=1
+        model=SMOLLM2, start_block=FIRST, end_block=SECOND, token=f"{TOKEN},{OTHER_TOKEN}", limits=limits, threads=1
     )
     torch.set_num_threads(1)
     rows = []
-    with local_cloud(settings) as cloud:
-        bench = Bench(WatchedCloud(cloud.url, cloud.token), settings)
+    with served(app(settings)) as running:
+        bench = FaultBench(running, Faults(new, cut_after, kills, bad_frames, idle_sockets))
         score = bench.score
         for fault in FAULTS:
-            with working(fault.__name__.replace("_", " ")):
+            with timed(fault.__name__.replace("_", " ")):
                 count, outcome = fault(bench)
             score.faults += count
             rows.append([fault.__name__.replace("_", " "), str(count), outcome])
-        with working("waiting for leases to end"):
-            time.sleep(LEASE_S + 3)
         rows.append(["afterwards", "", bench.generate()])
-        time.sleep(1)
-        leaked = bench.sessions()
+        with timed("waiting for leases to end"):
+            leaked = bench.sessions_left()
     result = {
         "faults_injected": score.faults,
         "completed_exact": score.exact,
@@ -408,5 +419,4 @@ def run(as_json: bool) -> dict[str, Any]:
         "leaked_sessions": leaked,
     }
     rows.append(["sessions left", "", str(leaked)])
-    show("Bad days of a split model on Ray Serve", ["fault", "injected", "outcome"], rows, result, as_json)
-    return result
+    return Measured("Faults injected into a split model on Ray Serve", ["fault", "injected", "outcome"], rows, result)

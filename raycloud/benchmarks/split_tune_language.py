@@ -1,36 +1,38 @@
-"""Split fine-tuning of SmolLM2 with adapters: perplexity against what crosses both cuts, beside the unsplit model.
+"""Split fine-tuning of SmolLM2 with adapters: perplexity against bytes across both cuts, and the unsplit model.
 
-All train adapters on the same texts of ``builtin:instruct``, one epoch, one schedule, the same order of samples and the
-same dropout; the edge runs the first and the last few of thirty blocks. Held-out perplexity is that of the model as it
-was trained: where there are cuts, through them. Bytes are of the whole run, codes, headers and lengths included.
+All runs train adapters on the same texts of ``builtin:instruct`` for one epoch, with the same schedule, order of
+samples and dropout. The edge runs the first and the last few of thirty blocks. Held-out perplexity is that of the model
+as trained: through the cuts if there are any. Bytes are those of the whole run, including bottlenecks, headers and
+lengths.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from raycloud.benchmarks.measure import SMOLLM2, show
+from raycloud.benchmarks.measure import SMOLLM2, Measured
 from raycloud.benchmarks.split_tune import Unsplit
 from raycloud.data.batches import SampleOrder
 from raycloud.models.loading import load
 from raycloud.models.segments import Segment
 from raycloud.models.weights import load_weights, weights_of
-from raycloud.report.console import bars, console
-from raycloud.split.finetune.assembly import assemble, learning_of
-from raycloud.split.finetune.crossing import crossing, fitting, per_cut
-from raycloud.split.finetune.examples import calibration, examples_of, judge, lessons_of
-from raycloud.split.finetune.front import Front, Learning
-from raycloud.split.finetune.numbers import Packing, Packings
+from raycloud.report.console import console, progress_bars
+from raycloud.split.finetune.assembly import build_local_edge, trainable_parts
+from raycloud.split.finetune.edge_trainer import EdgeTrainer, TrainableParts
+from raycloud.split.finetune.examples import batch_schedule, calibration_batches, evaluate, load_examples
 from raycloud.split.finetune.recipe import SplitTuneRecipe
-from raycloud.training.lora import adapt
+from raycloud.split.finetune.traffic import bottleneck_traffic, bytes_by_cut, step_traffic
+from raycloud.split.finetune.wire_format import WireFormat, WireFormats
+from raycloud.training.lora import add_segment_adapters
 
 MODEL = SMOLLM2
 SPLIT, SECOND = 2, 28
 TRAIN, TEST, BATCH, SEED = 256, 128, 8, 10
 WORSE = 1.01
-"""The perplexity, in unsplit ones, up to which a cut counts as harmless."""
+"""Maximum ratio of the perplexity to that of the unsplit model for a cut to count as harmless."""
 BASE: dict[str, Any] = {
     "task": {"kind": "language", "format": "alpaca"},
     "lora": {"r": 16, "alpha": 32, "dropout": 0.05},
@@ -40,97 +42,106 @@ BASE: dict[str, Any] = {
 
 
 def _both(**cut: Any) -> dict[str, Any]:
-    return {"cut": cut, "back": cut}
+    return {"uplink": cut, "downlink": cut}
 
 
 def _int4(rank: int, *, trained: bool) -> dict[str, Any]:
-    return _both(kind="narrow", rank=rank, outliers=4, form="int4", trained=trained)
+    return _both(kind="low_rank", rank=rank, num_outliers=4, dtype="int4", trained=trained)
 
 
 CUTS: dict[str, dict[str, Any]] = {
-    "rows in int8": _both(kind="plain", form="int8"),
-    "rank 284, int8": _both(kind="narrow", rank=284, outliers=4, form="int8"),
+    "rows in int8": _both(kind="plain", dtype="int8"),
+    "rank 284, int8": _both(kind="low_rank", rank=284, num_outliers=4, dtype="int8"),
     "rank 448, int4": _int4(448, trained=True),
     "rank 448, int4, codes fixed": _int4(448, trained=False),
-    "rank 572, int4, first part and codes fixed": {**_int4(572, trained=False), "learning": "last+middle"},
-    "rank 572, int4, first part fixed": {**_int4(572, trained=True), "learning": "last+middle"},
+    "rank 572, int4, first part and codes fixed": {**_int4(572, trained=False), "trainable": "last+middle"},
+    "rank 572, int4, first part fixed": {**_int4(572, trained=True), "trainable": "last+middle"},
 }
-"""At each cut 4 coordinates cross as they are: without them the row at the first token spoils the scale of all."""
-QUICK = ("rank 572, int4, first part and codes fixed",)
+"""Cuts by name. Each sends 4 outlier coordinates uncompressed: otherwise the large hidden state at the first token
+determines the quantisation scale of all."""
 _CALIBRATE = 32
-"""Texts that the codes are fitted to."""
+"""Number of texts to which the bottlenecks are fitted."""
+QUICK = {"cuts": ("rank 572, int4, first part and codes fixed",), "texts": 16, "held_out": 8}
 
 
-def recipe_of(cut: Mapping[str, Any]) -> SplitTuneRecipe:
-    """One run."""
+def recipe_of(cut: Mapping[str, Any], texts: int, held_out: int) -> SplitTuneRecipe:
+    """Make the recipe of one run."""
     return SplitTuneRecipe.parse(
         {
             **BASE,
             "model": MODEL,
             "seed": SEED,
-            "split": SPLIT,
-            "second": SECOND,
-            "data": {"source": "builtin:instruct", "max_length": 128, "limit": TRAIN, "held_out": TEST},
+            "start_block": SPLIT,
+            "end_block": SECOND,
+            "data": {"source": "builtin:instruct", "max_length": 128, "limit": texts, "held_out_samples": held_out},
             "training": {**BASE["training"], "batch_size": BATCH},
             **cut,
         }
     )
 
 
-class Bench:
-    """The model and the texts that all runs share."""
+class LanguageBench:
+    """Model and texts that all runs share.
 
-    def __init__(self) -> None:
+    Args:
+        texts: number of training texts.
+        held_out: number of held-out texts.
+    """
+
+    def __init__(self, texts: int = TRAIN, held_out: int = TEST) -> None:
+        self._recipe_of = partial(recipe_of, texts=texts, held_out=held_out)
         self._pretrained = load(MODEL, device="cpu", dtype="float32", notify=console.print)
         self._fresh = {name: tensor.clone() for name, tensor in weights_of(self._pretrained.model).items()}
-        recipe = recipe_of({})
-        self.train, self.test, _ = examples_of(recipe, self._pretrained.tokenizer, console.print)
-        self.order: SampleOrder = lessons_of(self.train, recipe).order
+        recipe = self._recipe_of({})
+        self.train, self.test, _ = load_examples(recipe, self._pretrained.tokenizer, console.print)
+        self.order: SampleOrder = batch_schedule(self.train, recipe).order
         self.steps = self.order.steps_per_epoch
         self.width = int(self._pretrained.model.config.hidden_size)
-        self.calibration = calibration(self.train, _CALIBRATE)
+        self.calibration = calibration_batches(self.train, _CALIBRATE)
 
-    def learner(self, name: str) -> Unsplit | Front:
-        """One that begins with the pretrained weights, in modules of its own."""
+    def learner(self, name: str) -> Unsplit | EdgeTrainer:
+        """Build the model of one run from the pretrained weights, in new modules."""
         model = type(self._pretrained.model)(self._pretrained.model.config)
         load_weights(model, self._fresh)
-        recipe = recipe_of(CUTS.get(name, {}))
+        recipe = self._recipe_of(CUTS.get(name, {}))
         if name in CUTS:
-            return assemble(model, recipe, self.calibration, total_steps=self.steps)
+            return build_local_edge(model, recipe, self.calibration, total_steps=self.steps)
         assert recipe.lora is not None
-        adapt(Segment(model), recipe.lora, recipe.seed)
+        add_segment_adapters(Segment(model), recipe.lora, recipe.seed)
         return Unsplit(model, recipe, self.steps)
 
-    def perplexity(self, learner: Unsplit | Front) -> float:
-        """On the held-out texts."""
-        return judge(learner.predict, self.test, recipe_of({}))["perplexity"]
+    def perplexity(self, learner: Unsplit | EdgeTrainer) -> float:
+        """Compute the perplexity on the held-out texts."""
+        return evaluate(learner.predict, self.test, self._recipe_of({}))["perplexity"]
 
-    def crossed(self, packings: Packings, learning: Learning, codes: Counter[str]) -> Counter[str]:
-        """Bytes of a whole run by kind of message, with those that bring its codes."""
+    def crossed(self, wire_formats: WireFormats, trainable: TrainableParts, codes: Counter[str]) -> Counter[str]:
+        """Count the bytes of a whole run by kind of message, including those in ``codes``."""
         sizes = Counter(codes)
         for step in range(self.steps):
             lengths = [self.train.lengths[place] for place in self.order.indices(step)]
-            sizes += crossing(step, [lengths], packings, "rows", learning)
+            sizes += step_traffic(step, [lengths], wire_formats, "rows", trainable)
         return sizes
 
-    def crossed_by(self, name: str, packings: Packings) -> Counter[str]:
-        """Of one of the cuts."""
-        recipe = recipe_of(CUTS[name])
-        narrow = {"first": recipe.cut.kind == "narrow", "second": recipe.back.kind == "narrow"}
+    def cut_traffic(self, name: str, wire_formats: WireFormats) -> Counter[str]:
+        """Count the bytes of a whole run with one of the cuts."""
+        recipe = self._recipe_of(CUTS[name])
+        low_rank = {"uplink": recipe.uplink.kind == "low_rank", "downlink": recipe.downlink.kind == "low_rank"}
         lengths = [batch.valid.sum(dim=1).tolist() for batch in self.calibration]
-        return self.crossed(packings, learning_of(recipe), fitting(lengths, packings, self.width, **narrow))
+        return self.crossed(
+            wire_formats, trainable_parts(recipe), bottleneck_traffic(lengths, wire_formats, self.width, **low_rank)
+        )
 
 
-def run(as_json: bool = False, quick: bool = False) -> dict[str, Any]:
-    """Print the table and return the figures; ``quick`` is one of the cuts beside the unsplit model."""
-    bench = Bench()
-    names = ["unsplit", *(QUICK if quick else CUTS)]
-    row = Packing("float32", bench.width)
-    plain = bench.crossed(Packings(row, row), Learning(), Counter()).total()
+def run(*, cuts: Sequence[str] | None = None, texts: int = TRAIN, held_out: int = TEST) -> Measured:
+    """Train the unsplit model and these cuts (default: all) on ``texts`` texts; evaluate on ``held_out`` texts."""
+    bench = LanguageBench(texts, held_out)
+    names = ["unsplit", *(CUTS if cuts is None else cuts)]
+    row = WireFormat("float32", bench.width)
+    plain = bench.crossed(WireFormats(row, row), TrainableParts(), Counter()).total()
     found: dict[str, float] = {}
     crossed: dict[str, Counter[str]] = {}
     before = 0.0
-    with bars(len(names) * bench.steps) as shown:
+    with progress_bars(len(names) * bench.steps) as shown:
         for number, name in enumerate(names):
             learner = bench.learner(name)
             if name == "unsplit":
@@ -139,23 +150,18 @@ def run(as_json: bool = False, quick: bool = False) -> dict[str, Any]:
                 learner.step([bench.train.batch(bench.order.indices(step))])
                 shown.move("steps of all runs", number * bench.steps + step + 1, name)
             found[name] = bench.perplexity(learner)
-            if isinstance(learner, Front):
-                crossed[name] = bench.crossed_by(name, learner.packings)
+            if isinstance(learner, EdgeTrainer):
+                crossed[name] = bench.cut_traffic(name, learner.wire_formats)
             del learner
-    return _tell(found, crossed, before, plain, bench.steps, as_json)
+    return _measured(found, crossed, before, plain, bench.steps)
 
 
-def _tell(
-    found: Mapping[str, float],
-    crossed: Mapping[str, Counter[str]],
-    before: float,
-    plain: int,
-    steps: int,
-    as_json: bool,
-) -> dict[str, Any]:
+def _measured(
+    found: Mapping[str, float], crossed: Mapping[str, Counter[str]], before: float, plain: int, steps: int
+) -> Measured:
     rows: list[dict[str, Any]] = []
     for name, perplexity in found.items():
-        first, second, total = per_cut(crossed.get(name, Counter()))
+        first, second, total = bytes_by_cut(crossed.get(name, Counter()))
         rows.append(
             {
                 "cut": name,
@@ -177,14 +183,13 @@ def _tell(
         "plain_float32_bytes": plain,
         "steps": steps,
     }
-    header = ["cut", "perplexity", "of unsplit", "first cut", "second cut", "in all", "times fewer bytes"]
+    header = ["cut", "perplexity", "relative to unsplit", "first cut", "second cut", "total", "times fewer bytes"]
     reached = "none" if best is None else f"{best:.1f} times fewer bytes"
     title = (
         f"SmolLM2, adapters, {steps} steps from perplexity {before:.2f}; MB of the run, in plain float32 "
         f"{plain / 1e6:,.1f}; best within 1 %: {reached}"
     )
-    show(title, header, [_line(row) for row in rows], result, as_json)
-    return result
+    return Measured(title, header, [_line(row) for row in rows], result)
 
 
 def _line(row: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What crosses the link of a whole session: its bytes against the formula, and a search for ids and text in them."""
+"""Traffic of a whole session: its bytes compared with a formula, and a search for token ids and text in them."""
 
 from __future__ import annotations
 
@@ -11,43 +11,46 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from raycloud.benchmarks.local_cloud import calibrated, scratch
-from raycloud.benchmarks.measure import SMOLLM2, show
-from raycloud.data.prompts import chat
+from raycloud.benchmarks.local_cloud import TEXT, calibrated, scratch
+from raycloud.benchmarks.measure import SMOLLM2, Measured
+from raycloud.data.prompts import bounds_of, chat
 from raycloud.data.sources import load_rows
-from raycloud.link.channel import Channel, Loopback, Metered
-from raycloud.link.frames import HEADER_BYTES, Kind, unpack
+from raycloud.data.splits import Row
+from raycloud.link.channel import Channel, Loopback, MeteredChannel
+from raycloud.link.frames import HEADER_BYTES, SessionKind, unpack
 from raycloud.link.meter import Meter
 from raycloud.models.loading import load_tokenizer, resolve
-from raycloud.report.console import working
+from raycloud.report.console import timed
 from raycloud.split.calibration import Calibration
-from raycloud.split.cloud.engine import Engine
-from raycloud.split.cloud.host import Host
-from raycloud.split.generation import SplitModel
+from raycloud.split.cut_codecs import CutCodecs
+from raycloud.split.inference.client import RemoteBlocks, SessionConfig
+from raycloud.split.inference.engine import InferenceEngine
+from raycloud.split.inference.generation import SplitTokenSource
+from raycloud.split.inference.messages import STEP_BYTES, InferenceKind
+from raycloud.split.inference.server import InferenceServer
 from raycloud.split.parts import load_cloud, load_edge
 from raycloud.split.plan import PlanSet, SplitPlan
-from raycloud.split.remote import RemoteMiddle, Terms
-from raycloud.split.terms import Codecs
 
 FIRST, SECOND, NEW, CHUNK, GRAM = 4, 26, 48, 32, 4
 CODECS = ("float32", "bfloat16", "int8", "int4")
+QUICK = {"new": 6, "text": 512}
 _INTEGERS = ("<i2", "<i4", "<i8")
 
 
 @dataclass
-class Captured:
-    """A channel that keeps everything that goes through it."""
+class CapturingChannel:
+    """Channel that keeps all messages that pass through it."""
 
     inner: Channel
     trace: list[bytes] = field(default_factory=list)
 
     def send(self, data: bytes) -> None:
-        """Keep and send."""
+        """Record a message and send it."""
         self.trace.append(data)
         self.inner.send(data)
 
     def receive(self, timeout_s: float) -> bytes:
-        """Receive and keep."""
+        """Receive a message and record it."""
         data = self.inner.receive(timeout_s)
         self.trace.append(data)
         return data
@@ -58,7 +61,7 @@ class Captured:
 
 
 def needles(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[bytes]]:
-    """Every run of four tokens of a text, as integers of three sizes and as UTF-8."""
+    """Encode every run of four tokens of a text as integers of three sizes and as UTF-8, by encoding."""
     grams = [list(ids[start : start + GRAM]) for start in range(len(ids) - GRAM + 1)]
     found = {kind: [np.array(gram).astype(kind).tobytes() for gram in grams] for kind in _INTEGERS}
     texts = [str(tokenizer.decode(gram)) for gram in grams]
@@ -67,70 +70,84 @@ def needles(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> dict[str,
 
 
 def leaks(trace: bytes, sought: dict[str, list[bytes]]) -> dict[str, int]:
-    """How many of the runs occur in a trace, by their form."""
+    """Count how many of the runs occur in a trace, by encoding."""
     return {form: sum(needle in trace for needle in runs) for form, runs in sought.items()}
 
 
-def formula(codecs: Codecs, codec: str, prompt: int, new: int, controls: dict[str, int]) -> dict[str, int]:
-    """Bytes each way of a session: a header and coded rows per chunk and per token, and the control frames.
+def formula(codecs: CutCodecs, codec: str, prompt: int, new: int, controls: dict[str, int]) -> dict[str, int]:
+    """Compute the bytes of a session in each direction: a header and coded hidden states per chunk and per token.
 
-    The last token is never sent: nothing follows it.
+    The last token is never sent, because nothing follows it.
+
+    Args:
+        codecs: codecs of the model.
+        codec: name of the codec.
+        prompt: number of prompt tokens.
+        new: number of generated tokens.
+        controls: bytes of the control frames in each direction.
     """
-    up, down = (codecs.boundary(codec, cut) for cut in (FIRST, SECOND))
+    up, down = (codecs.cut_codec(codec, cut) for cut in (FIRST, SECOND))
     steps = [(pos, min(CHUNK, prompt - pos)) for pos in range(0, prompt, CHUNK)]
     steps += [(prompt + token, 1) for token in range(new - 1)]
-    sent = sum(HEADER_BYTES + up.payload_bytes(pos, rows) for pos, rows in steps)
-    back = sum(HEADER_BYTES + down.payload_bytes(pos, rows) for pos, rows in steps)
+    sent = sum(STEP_BYTES + up.payload_bytes(pos, rows) for pos, rows in steps)
+    back = sum(STEP_BYTES + down.payload_bytes(pos, rows) for pos, rows in steps)
     return {"up": controls["up"] + sent, "down": controls["down"] + back}
 
 
+def prompt_of(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokenise the prompt of a data row; the chat template writes BOS itself, which is not added twice."""
+    asked = chat(tokenizer, row["instruction"], row["input"]).text
+    return bounds_of(tokenizer, "chat").begun(tokenizer(asked, add_special_tokens=False)["input_ids"])
+
+
 def session(
-    make: Callable[[Channel], SplitModel], channel: Channel, prompt: Sequence[int]
+    make: Callable[[Channel], SplitTokenSource], channel: Channel, prompt: Sequence[int], new: int
 ) -> tuple[list[int], list[bytes]]:
-    """One generation over a captured channel: the new tokens and the messages that crossed."""
-    captured = Captured(channel)
-    made = list(make(captured).stream(prompt, NEW))
+    """Generate once over a captured channel; return the new tokens and the messages that were sent."""
+    captured = CapturingChannel(channel)
+    made = list(make(captured).stream(prompt, new))
     return made, captured.trace
 
 
-def run(as_json: bool) -> dict[str, Any]:
-    """Run one session per codec and examine what crossed."""
+def run(*, new: int = NEW, text: int = TEXT) -> Measured:
+    """Run one session of ``new`` tokens per codec and check its traffic; codecs are calibrated on ``text`` tokens."""
     plans = PlanSet.of(SplitPlan(FIRST, SECOND))
     edge = load_edge(SMOLLM2, plans, device="cpu", dtype="float32")
-    engine = Engine(load_cloud(SMOLLM2, plans, device="cpu", dtype="float32"), threads=torch.get_num_threads())
+    engine = InferenceEngine(load_cloud(SMOLLM2, plans, device="cpu", dtype="float32"), threads=torch.get_num_threads())
     tokenizer = load_tokenizer(resolve(SMOLLM2))
     row = max(load_rows("builtin:instruct", "test")[:200], key=lambda row: len(row["input"]))
-    prompt: list[int] = tokenizer(chat(tokenizer, row["instruction"], row["input"]).text)["input_ids"]
+    prompt = prompt_of(row, tokenizer)
     with scratch() as folder:
-        codecs = Codecs(edge.config.hidden_size, Calibration.load(calibrated(FIRST, SECOND, folder)))
-    host = Host(engine, codecs)
-    result: dict[str, Any] = {"codecs": {}, "header_bytes": HEADER_BYTES, "rows": len(prompt) + NEW - 1}
+        codecs = CutCodecs(edge.config.hidden_size, Calibration.load(calibrated(FIRST, SECOND, folder, text)))
+    host = InferenceServer(engine, codecs)
+    result: dict[str, Any] = {"codecs": {}, "header_bytes": STEP_BYTES, "rows": len(prompt) + new - 1}
     rows = []
     with closing(Loopback(lambda connection: host.serve(connection, "benchmark"))) as cloud:
         for codec in CODECS:
             meter = Meter()
-            terms = Terms(edge.fingerprint, plans, codecs, codec, 2048)
+            terms = SessionConfig(edge.fingerprint, plans, codecs, codec, 2048)
 
-            def make(channel: Channel, terms: Terms = terms) -> SplitModel:
-                return SplitModel(
-                    edge.first, edge.last, lambda: RemoteMiddle(lambda _: channel, terms), plans, chunk=CHUNK
+            def make(channel: Channel, terms: SessionConfig = terms) -> SplitTokenSource:
+                return SplitTokenSource(
+                    edge.first, edge.last, lambda: RemoteBlocks(lambda _: channel, terms), plans, chunk=CHUNK
                 )
 
-            with working(f"a session with {codec}"):
-                made, trace = session(make, Metered(cloud.connect(), meter), prompt)
-            frames = [unpack(message) for message in trace]
+            with timed(f"a session with {codec}"):
+                made, trace = session(make, MeteredChannel(cloud.connect(), meter), prompt, new)
+            frames = [unpack(message, InferenceKind) for message in trace]
             opened = {
-                frame.kind: HEADER_BYTES + len(frame.payload)
-                for frame in frames
-                if frame.kind in (Kind.OPEN, Kind.OPEN_OK)
+                frame.kind: frame.size for frame in frames if frame.kind in (SessionKind.OPEN, SessionKind.OPEN_OK)
             }
             # CLOSE is a header alone, each way.
-            controls = {"up": opened[Kind.OPEN] + HEADER_BYTES, "down": opened[Kind.OPEN_OK] + HEADER_BYTES}
-            wanted = formula(codecs, codec, len(prompt), NEW, controls)
+            controls = {
+                "up": opened[SessionKind.OPEN] + HEADER_BYTES,
+                "down": opened[SessionKind.OPEN_OK] + HEADER_BYTES,
+            }
+            wanted = formula(codecs, codec, len(prompt), new, controls)
             counted = {way: meter.payload[way] for way in ("up", "down")}
             sought = needles([*prompt, *made], tokenizer)
             found = leaks(b"".join(trace), sought)
-            # What leaks must be found: one run of the text in each form, hidden in the middle of the trace.
+            # Positive control: one run of the text in each encoding, planted in the middle of the trace, must be found.
             middle = len(trace) // 2
             control = {
                 form: leaks(b"".join([*trace[:middle], runs[len(runs) // 2], *trace[middle:]]), sought)[form]
@@ -154,7 +171,8 @@ def run(as_json: bool) -> dict[str, Any]:
     result["equal"] = all(one["equal"] for one in each)
     result["leaks"] = sum(sum(one["leaks"].values()) for one in each)
     result["controls_found"] = all(all(one["control_found"].values()) for one in each)
-    title = f"A session of SmolLM2: {len(prompt)} prompt and {NEW} new tokens, headers of {HEADER_BYTES} bytes"
-    header = ["codec", "bytes up", "bytes down", "as the formula says", "runs searched", "found", "planted ones found"]
-    show(title, header, rows, result, as_json)
-    return result
+    title = (
+        f"A session of SmolLM2: {len(prompt)} prompt and {new} new tokens, {STEP_BYTES} bytes of a step without them"
+    )
+    header = ["codec", "bytes up", "bytes down", "equals formula", "runs searched", "found", "controls found"]
+    return Measured(title, header, rows, result)

@@ -1,1 +1,1 @@
-"""The command line: one small file per verb, which imports its job when it is called."""
+"""Command line: one small file per verb, which imports its job when it is called."""

@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from raycloud.cli.options import AsJson, needing_ray
-from raycloud.cli.recipes import load_recipe
+from raycloud.cli.options import AsJson, print_json, requires_ray
+from raycloud.jobs.registry import job_named, load_recipe
+from raycloud.recipe import Bundle
 
 
 def doctor(
     overrides: Annotated[list[str] | None, typer.Argument(help="Overrides of the recipe.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Look for room for this job as well.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Also check that the cluster has resources for this job.")] = None,
     address: Annotated[
-        str | None, typer.Option(help="HOST:PORT of the cluster, instead of RAY_ADDRESS or the one started here.")
+        str | None, typer.Option(help="HOST:PORT of the cluster; default: RAY_ADDRESS, or the one started here.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look for what would keep a job from running: versions, token, ports, resources, shared folders, room.
+    """Check what a job needs of the cluster: versions, token, ports, resources, shared folders, capacity.
 
-    Ends with 2 where a job would fail or wait for ever.
+    Exits with status 2 if a job would fail or wait forever.
     """
-    from raycloud.report.findings import print_findings
+    from raycloud.report.doctor import print_doctor
 
-    checked = load_recipe(recipe, overrides or ()) if recipe is not None else None
-    with needing_ray("doctor"):
-        from raycloud.cluster.doctor import examine
-    found = [asdict(finding) for finding in examine(address, checked)]
+    output, actors = None, list[Bundle]()
+    if recipe is not None:
+        checked: Any = load_recipe(recipe, overrides or ())
+        output, actors = checked.output, job_named(checked.job).bundles(checked)
+    with requires_ray("doctor"):
+        from raycloud.cluster.doctor import run_checks
+    found = [asdict(finding) for finding in run_checks(address, output, actors)]
     healthy = not any(finding["level"] == "error" for finding in found)
-    print_findings(found)
-    if as_json:
-        typer.echo(json.dumps({"healthy": healthy, "findings": found}))
+    print_doctor(found)
+    print_json(as_json, {"healthy": healthy, "findings": found})
     if not healthy:
         raise typer.Exit(2)

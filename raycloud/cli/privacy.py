@@ -2,58 +2,83 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from raycloud.cli.options import AsJson
+from raycloud.cli.options import AsJson, Overwrite, print_json
 from raycloud.errors import RecipeError, ResultError
 
 
 def privacy(
-    model: Annotated[str, typer.Option(help="A hub id, a directory, a .gguf file or a builtin: name.")],
-    first: Annotated[int, typer.Option(help="The first block in the cloud.")],
-    second: Annotated[int, typer.Option(help="The first block after those that the cloud runs.")],
-    codec: Annotated[str, typer.Option(help="What rows cross the wire as.")] = "float32",
+    model: Annotated[str, typer.Option(help="A directory, GGUF file, hub id or builtin: name.")],
+    start_block: Annotated[int, typer.Option(help="The first block in the cloud.")],
+    end_block: Annotated[int, typer.Option(help="The first block after those that the cloud runs.")],
+    codec: Annotated[str, typer.Option(help="Codec of the hidden states on the link.")] = "float32",
     calibration: Annotated[
-        Path | None, typer.Option(help="Of 'raycloud split calibrate', for int8, int4 and low rank.")
+        Path | None, typer.Option(help="File of 'raycloud split calibrate', for int8 and int4.")
     ] = None,
-    data: Annotated[str, typer.Option(help="Attackers learn from its train split; its test split is attacked.")] = (
+    data: Annotated[str, typer.Option(help="Data set; attacks train on its train split and attack its test split.")] = (
         "builtin:instruct"
     ),
-    texts: Annotated[int, typer.Option(min=1, help="Sessions under attack.")] = 24,
-    seed: Annotated[int, typer.Option(help="Of the texts and the attacks.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="A new folder for numbers, plot and page.")] = None,
+    texts: Annotated[int, typer.Option(min=1, help="Number of sessions to attack, one per text.")] = 24,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of texts and of the attacks.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for numbers, plot and page; default: none.")] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what a curious cloud reads from the rows of a split model, prompt and answer."""
-    from raycloud.evaluation.privacy.examination import examine
-    from raycloud.link.codecs import CODECS
-    from raycloud.models.loading import load
-    from raycloud.report.console import console, working
+    """Measure how much of prompt and answer a cloud can reconstruct from the hidden states of a split model."""
+    from raycloud.durable import check_folder
+    from raycloud.evaluation.privacy.evaluation import evaluate_privacy
+    from raycloud.link.codecs.registry import CODEC_NAMES, check_codec
+    from raycloud.models.loading import load, load_config, resolve
+    from raycloud.origin import Origin
+    from raycloud.report.console import console, timed
     from raycloud.report.privacy import print_privacy, write_privacy
+    from raycloud.report.runs import PRIVACY
     from raycloud.split.calibration import Calibration
-    from raycloud.split.terms import CODEC_NUMBERS, Codecs
+    from raycloud.split.cut_codecs import CutCodecs
+    from raycloud.split.plan import SplitPlan
 
-    if codec not in CODEC_NUMBERS:
-        raise RecipeError(f"codec: no codec '{codec}'; allowed: {', '.join(CODEC_NUMBERS)}")
-    if calibration is None and codec not in CODECS:
+    try:
+        check_codec(codec)
+    except ValueError as error:
+        raise RecipeError(f"codec: {error}") from None
+    if calibration is None and CODEC_NAMES[codec].calibrated:
         raise RecipeError(f"codec: '{codec}' needs --calibration, a file of 'raycloud split calibrate'")
     if out is not None and out.exists() and (out.is_file() or any(out.iterdir())):
-        raise ResultError(f"out: '{out}' exists already; name a new folder")
-    with working("model loaded"):
+        if not overwrite:
+            raise ResultError(f"out: '{out}' exists already; pass --overwrite to replace it, or name a new folder")
+        if not (out / PRIVACY).is_file():
+            raise ResultError(f"out: '{out}' holds no {PRIVACY}, so it is no folder of this command; not overwritten")
+    if out is not None:
+        check_folder(out)
+    config = load_config(resolve(model, console.print)).get_text_config()
+    SplitPlan(start_block, end_block).check(config.num_hidden_layers)
+    width = config.hidden_size
+    codecs = CutCodecs(
+        width, Calibration.load(calibration).check(width, {start_block, end_block}) if calibration else None
+    )
+    uplink, downlink = (codecs.cut_codec(codec, cut) for cut in (start_block, end_block))
+    origin = Origin.now()
+    with timed("model loaded"):
         pretrained = load(model, notify=console.print)
-    width = pretrained.model.config.get_text_config().hidden_size
-    codecs = Codecs(width, Calibration.load(calibration).check(width, {first, second}) if calibration else None)
-    up, down = (codecs.boundary(codec, cut) for cut in (first, second))
-    found = examine(pretrained, first, second, up=up, down=down, source=data, texts=texts, seed=seed, stage=working)
-    asked = {"model": model, "codec": codec, "data": data, "texts": texts, "seed": seed}
-    summary = {**asked, **found.summary()}
+    found = evaluate_privacy(
+        pretrained,
+        start_block,
+        end_block,
+        uplink=uplink,
+        downlink=downlink,
+        source=data,
+        texts=texts,
+        seed=seed,
+        stage=timed,
+    )
+    settings = {"model": model, "codec": codec, "data": data, "texts": texts, "seed": seed}
+    summary = {**settings, **found.summary()}
     print_privacy(summary)
     if out is not None:
-        write_privacy(out, summary)
+        write_privacy(out, summary, origin)
         console.print(f"results: {out}")
-    if as_json:
-        print(json.dumps(summary), flush=True)
+    print_json(as_json, summary)

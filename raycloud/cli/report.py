@@ -9,7 +9,8 @@ import typer
 
 
 def report(folder: Annotated[Path, typer.Argument(help="The result directory.")]) -> None:
-    """Render the page of a finished run again, and print where it is."""
+    """Write the report page of a finished run again, and print its path."""
+    from raycloud.jobs.registry import REPORTS
     from raycloud.report.render import render
 
-    typer.echo(render(folder))
+    typer.echo(render(folder, REPORTS))

@@ -1,17 +1,15 @@
 """``raycloud schema``."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated
 
 import typer
 
-from raycloud.cli.recipes import recipe_class
+from raycloud.jobs.registry import JOBS, job_named
 
 
 def schema(
-    job: Annotated[str, typer.Argument(help="tune_teacher, distill, evaluate, split_plan or split_tune.")] = "distill",
+    job: Annotated[str, typer.Argument(help=f"{', '.join(list(JOBS)[:-1])} or {list(JOBS)[-1]}.")] = "distill",
 ) -> None:
-    """Print the JSON Schema of a job's recipe, for editors."""
-    typer.echo(json.dumps(recipe_class(job.replace("-", "_")).model_json_schema(), indent=2))
+    """Print the JSON Schema of a recipe, for use in editors."""
+    typer.echo(json.dumps(job_named(job.replace("-", "_")).recipe_class.model_json_schema(), indent=2))

@@ -1,1 +1,1 @@
-"""Ray: the actors, how they are placed, rounds, and the jobs. One trust domain."""
+"""Ray actors, their placement, rounds and jobs. All processes of a cluster are in one trust domain."""

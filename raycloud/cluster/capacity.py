@@ -1,4 +1,4 @@
-"""Whether a cluster can ever hold a job: Ray waits for ever, and silently, for resources that no node has."""
+"""Check whether a cluster can hold a job. Ray waits forever, without a message, for resources that no node has."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import ray
 from ray._private.state import state
 
-from raycloud.cluster.bundles import Bundle
+from raycloud.recipe import Bundle
 
 _START = "ray start --address=… --resources='{{\"{}\": 1}}'"
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a cluster has, or may have once its autoscaler has started all it may.
+    """Resources of a cluster, including the nodes that its autoscaler may start.
 
     Args:
-        nodes: resources of every node, and of a node of every type that may be started.
-        totals: of all nodes together.
+        nodes: resources of every node, and of one node of every type that the autoscaler may start.
+        totals: sum over all nodes, or the autoscaler's maximum where that is larger.
         grows: whether an autoscaler may start nodes.
     """
 
@@ -30,17 +30,17 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Shortfall:
-    """Why a job would wait for ever, and what helps, each in one line."""
+    """Reason why a job would wait forever (``what``) and its remedy (``fix``), each in one line."""
 
     what: str
-    mend: str
+    fix: str
 
 
 def capacity() -> Capacity:
-    """Of the cluster that this process is connected to."""
+    """Return the capacity of the cluster that this process is connected to."""
     nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    totals = summed(nodes)
-    # Where `ray up` or KubeRay keeps the limits of the autoscaler; without one there is no such record.
+    totals = total_resources(nodes)
+    # `ray up` and KubeRay store the limits of the autoscaler in this record; it does not exist without an autoscaler.
     config = state.get_cluster_config()
     types = [group for group in config.node_group_configs if group.max_count] if config is not None else []
     for name, most in (state.get_max_resources_from_cluster_config() or {}).items() if types else ():
@@ -48,19 +48,19 @@ def capacity() -> Capacity:
     return Capacity((*nodes, *(dict(group.resources) for group in types)), totals, bool(types))
 
 
-def summed(bundles: Sequence[Mapping[str, float]]) -> Bundle:
-    """All of them together."""
+def total_resources(bundles: Sequence[Mapping[str, float]]) -> Bundle:
+    """Return the sum of the bundles, by resource name."""
     names = {name for bundle in bundles for name in bundle}
     return {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in sorted(names)}
 
 
 def shortfall(needs: Mapping[str, float], actors: Sequence[Bundle], there: Capacity) -> Shortfall | None:
-    """Why a job cannot run; None if it can.
+    """Return the reason why a job cannot run; None if it can.
 
     Args:
-        needs: what it takes in all.
-        actors: what each of its actors takes, as far as that is known.
-        there: the cluster's.
+        needs: total resources of the job.
+        actors: resources of each of its actors, where known.
+        there: capacity of the cluster.
     """
     for name, amount in needs.items():
         if there.totals.get(name, 0.0) < amount:
@@ -71,16 +71,16 @@ def shortfall(needs: Mapping[str, float], actors: Sequence[Bundle], there: Capac
     for actor in actors:
         if not any(_fits(actor, node) for node in there.nodes):
             return Shortfall(
-                f"no node has {spelled(actor)} together, which one actor of this job needs",
+                f"no node has {format_bundle(actor)} together, which one actor of this job needs",
                 "start a node that has them, or ask for less in the recipe's placement",
             )
     return None
 
 
-def crowded(actors: Sequence[Bundle], nodes: Sequence[Bundle]) -> int:
-    """How many actors find no place when the largest are placed first, each on the first node that has room.
+def unplaceable_actors(actors: Sequence[Bundle], nodes: Sequence[Bundle]) -> int:
+    """Count the actors that do not fit when the largest are placed first, each on the first node with enough left.
 
-    Ray may place a few more or fewer: more than 0 is a sign, not a proof.
+    Ray may place a few more or fewer, so a result above 0 is an indication, not a proof.
     """
     left = [dict(node) for node in nodes]
     homeless = 0
@@ -99,6 +99,6 @@ def _fits(actor: Bundle, node: Mapping[str, float]) -> bool:
     return all(node.get(name, 0.0) + 1e-6 >= amount for name, amount in actor.items())
 
 
-def spelled(bundle: Mapping[str, float]) -> str:
-    """Such as ``0.25 CPU and 1 edge``."""
+def format_bundle(bundle: Mapping[str, float]) -> str:
+    """Format resources, such as ``0.25 CPU and 1 edge``."""
     return " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())

@@ -1,21 +1,24 @@
-"""Metrics of the cloud and of runs through Ray, which Prometheus scrapes from every node."""
+"""Prometheus metrics of inference servers and of runs, exported through Ray from every node."""
 
 from __future__ import annotations
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from raycloud.split.cloud.metrics import Count, Duration, Level
+from raycloud.split.inference.metrics import Count, Duration, Level
 
 _STEP_SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
 
 
 class RayMetrics:
-    """A :class:`raycloud.split.cloud.metrics.Metrics` of one model; create it inside a Ray worker."""
+    """Implementation of :class:`raycloud.split.inference.metrics.InferenceMetrics` for one model.
+
+    Create it inside a Ray worker.
+    """
 
     def __init__(self, model: str) -> None:
         tags = {"model": model}
         self._counts: dict[Count, Counter] = {
-            "rows": _counter("rows", "Rows of hidden states computed.", tags),
+            "tokens": _counter("tokens", "Tokens whose hidden states were computed.", tags),
             "errors": _counter("errors", "Frames and steps refused or failed.", tags),
             "sessions_opened": _counter("sessions_opened", "Sessions opened.", tags),
             "sessions_expired": _counter("sessions_expired", "Sessions whose lease ended.", tags),
@@ -43,16 +46,16 @@ class RayMetrics:
         self._levels[name].set(value)
 
     def observe(self, name: Duration, seconds: float) -> None:
-        """Add to a distribution."""
+        """Add a value to a histogram."""
         self._steps.observe(seconds)
 
 
 class RunMetrics:
-    """Where a run is and how its students do, as ``raycloud_run_*``; create it in the driver or an actor.
+    """Progress of a run and its students, as ``raycloud_run_*``; create it in the driver or an actor.
 
     Args:
-        job: such as ``distill``.
-        run: the id in the run's summary.
+        job: name of the job, such as ``distill``.
+        run: id of the run, as in its summary.
     """
 
     def __init__(self, job: str, run: str) -> None:
@@ -69,11 +72,11 @@ class RunMetrics:
         )
 
     def rounds(self, complete: int) -> None:
-        """So many rounds are complete."""
+        """Set the number of complete rounds."""
         self._round.set(complete, tags=self._tags)
 
     def student(self, name: str, loss: float, tokens_per_second: float) -> None:
-        """Where a student is."""
+        """Set the progress of a student: loss per token, and tokens per second of the round."""
         tags = {**self._tags, "student": name}
         self._loss.set(loss, tags=tags)
         self._speed.set(tokens_per_second, tags=tags)

@@ -17,18 +17,18 @@ _TRIES = 3
 
 
 class ObjectStoreSignals:
-    """A :class:`~raycloud.distill.signals.SignalStore` whose signals are computed by teacher actors.
+    """Implementation of :class:`~raycloud.distill.signals.SignalStore` with signals computed by teacher actors.
 
-    A batch always goes to the same replica, so that students with the same batch share its answer. Asking again is
-    harmless, so a replica that dies or a lost object costs a second request and nothing else.
+    A batch always goes to the same replica, so that students with the same batch share the result. Requests are
+    idempotent: if a replica dies or an object is lost, the only cost is a second request.
 
     Args:
-        teachers: handles of the replicas.
+        teachers: handles of the teacher's replicas.
         name: the teacher's name, part of every key.
-        recipe: kind of signal.
+        recipe: recipe of the signals.
         temperatures: see :attr:`~raycloud.distill.recipe.DistillRecipe.temperatures`.
-        timeout_s: how long to wait for one signal.
-        meter: counts ids up and signals down.
+        timeout_s: maximum time to wait for one signal.
+        meter: counts bytes of ids (uplink) and of signals (downlink).
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class ObjectStoreSignals:
         return self._teachers[int(key[:8], 16) % len(self._teachers)].signal.remote(self._name, batch)
 
     def prefetch(self, batch: Batch) -> None:
-        """Have the teacher begin with a batch that will be needed."""
+        """Request the signal of a batch that will be needed."""
         key = self._key(batch)
         if key not in self._asked:
             self._asked[key] = self._ask(key, batch)
 
     def signal(self, batch: Batch) -> Signal:
-        """What the teacher says about a batch.
+        """Return the teacher's signal of a batch.
 
         Raises:
-            ClusterError: no replica answered in time, or the answer is for other ids.
+            ClusterError: no replica answered in time, or the signal is for other ids.
         """
         key = self._key(batch)
         why: Exception | None = None
@@ -69,16 +69,16 @@ class ObjectStoreSignals:
             ref = self._asked.pop(key, None) or self._ask(key, batch)
             try:
                 (shared,) = ray.get(ref, timeout=self._timeout)
-                said: Signal = ray.get(shared, timeout=self._timeout)
+                signal: Signal = ray.get(shared, timeout=self._timeout)
             except (RayTaskError, GetTimeoutError) as error:
                 raise ClusterError(f"no signal from the teacher: {_reason(error, self._timeout)}") from error
-            except RayError as error:  # the replica died, or the object with it; it starts again by itself
+            except RayError as error:  # the replica died, or its node with the object; Ray restarts it
                 why = error
                 continue
-            if said.key != key:
+            if signal.key != key:
                 raise ClusterError("the teacher's signal is for other token ids than were asked for")
-            self._meter.add("signals", said.nbytes)
-            return said
+            self._meter.add("signals", signal.nbytes)
+            return signal
         raise ClusterError(f"no signal from the teacher in {_TRIES} tries: {_reason(why, self._timeout)}")
 
 

@@ -1,7 +1,9 @@
-"""Rounds: the students of a cohort train from the same weights, those that answer in time are averaged by tokens.
+"""Rounds on Ray: the students of a cohort train from the same weights; updates that arrive in time are aggregated.
 
-A student whose process dies, or that is late, is left out of the round; Ray starts it again, it is given the newest
-weights and takes part in the next round. No failure of a student ends the run while another one answers.
+Each cohort has a :class:`RoundMachine`, which accepts the updates and closes the round. A student is left out of the
+round if its process dies, if it is late, or if its weights are not all finite. Ray restarts its actor if needed; the
+student gets the newest weights and takes part in the next round. No failure of a student ends the run while another
+student answers.
 """
 
 from __future__ import annotations
@@ -13,111 +15,121 @@ from typing import Any, Literal
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from torch import Tensor
 
-from raycloud.cluster.edge_student import Answer, Beat
-from raycloud.distill.recipe import RoundsRecipe
+from raycloud.distill.learner import NOT_FINITE, Heartbeat, StudentUpdate
+from raycloud.distill.recipe import DistillRoundsRecipe
 from raycloud.errors import ClusterError, RaycloudError, TrainingError
-from raycloud.models.surgery.merging import weighted_average
-from raycloud.models.weights import Weights
+from raycloud.rounds.aggregators import AGGREGATORS
+from raycloud.rounds.contribution import Contribution
+from raycloud.rounds.machine import RoundMachine
+from raycloud.rounds.service import DeviceGone
 
 _POLL_S = 0.5
 
 
 @dataclass
-class Member:
-    """A student actor as the driver sees it."""
+class StudentHandle:
+    """Student actor as seen by the driver."""
 
     name: str
     cohort: str
     actor: Any
     ready: bool = False
     met: bool = False
-    """Whether it has ever been ready; until then a round's deadline is the only limit."""
+    """True once the student has been ready; until then only the round's deadline limits the wait."""
     preparing: ray.ObjectRef | None = None
-    beating: ray.ObjectRef | None = None
+    pending_heartbeat: ray.ObjectRef | None = None
 
     def prepare(self) -> ray.ObjectRef:
-        """The call that returns once the actor is up and has its data; made once."""
+        """Return the call that ends once the actor is up and has its data; it is made once."""
         if self.preparing is None:
             self.preparing = self.actor.prepare.remote()
         return self.preparing
 
     def leave(self, round_id: int) -> None:
-        """The round goes on without it; it has to answer again before it can train again.
+        """Leave the student out of the round; it must complete ``prepare`` again before it can train again.
 
-        It is told, since it may be alive and only out of reach.
+        The actor gets the new round id as well, since it may be alive but out of reach.
         """
-        self.ready, self.preparing, self.beating = False, None, None
+        self.ready, self.preparing, self.pending_heartbeat = False, None, None
         self.actor.advance.remote(round_id + 1)
         self.prepare()
 
 
+MissReason = Literal["died", "late", "failed", "absent", "diverged"]
+
+
 @dataclass(frozen=True)
-class Missed:
-    """A student that a round went on without."""
+class MissedStudent:
+    """Student that a round left out, with the reason."""
 
     name: str
-    why: Literal["died", "late", "failed", "absent"]
+    why: MissReason
     detail: str = ""
 
 
 @dataclass
-class Round:
-    """What a round brought."""
+class RoundOutcome:
+    """Result of a round."""
 
     index: int
-    weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """Averages by cohort, of those in which a student answered."""
-    answers: list[Answer] = field(default_factory=list)
-    missed: list[Missed] = field(default_factory=list)
+    answers: list[StudentUpdate] = field(default_factory=list)
+    missed: list[MissedStudent] = field(default_factory=list)
     seconds: float = 0.0
 
 
-Watch = Callable[[dict[str, Beat]], None]
-"""Told where every student is, about twice a second."""
+OnProgress = Callable[[dict[str, Heartbeat]], None]
+"""Callback that gets the latest heartbeat of every student, about twice a second."""
 
 
 def run_round(
     round_id: int,
     index: int,
-    members: Sequence[Member],
-    weights: Mapping[str, Weights],
-    recipe: RoundsRecipe,
-    watch: Watch,
-) -> Round:
-    """Train one round and average it; without any answer the result has no weights.
+    members: Sequence[StudentHandle],
+    rounds: Mapping[str, RoundMachine],
+    recipe: DistillRoundsRecipe,
+    on_progress: OnProgress,
+) -> RoundOutcome:
+    """Train one round and aggregate the updates; a cohort without any update keeps its weights.
 
     Args:
-        round_id: larger than that of every earlier call, also where a round is tried again.
-        index: the round, counted from 0.
-        members: the students.
-        weights: what they start from, by cohort.
-        recipe: deadline and patience.
-        watch: see :data:`Watch`.
+        round_id: id larger than that of every earlier call, including earlier attempts at the same round.
+        index: index of the round, counted from 0.
+        members: students of the run.
+        rounds: rounds by cohort, none of them open; they hold the initial weights, and then the new ones.
+        recipe: recipe of the rounds, with ``deadline_s`` and ``rejoin_s``.
+        on_progress: see :data:`OnProgress`.
 
     Raises:
-        RaycloudError: a student's own data or recipe is at fault, which starting again would not mend.
+        RaycloudError: a student's own data or recipe is wrong, which a restart would not fix.
     """
     begun = time.monotonic()
-    deadline, patience = begun + recipe.deadline_s, begun + recipe.rejoin_s
-    current = {cohort: ray.put(dict(some)) for cohort, some in weights.items()}
-    training: dict[ray.ObjectRef, Member] = {}
-    preparing: dict[ray.ObjectRef, Member] = {}
-    beats: dict[str, Beat] = {}
-    done = Round(index)
+    patience = begun + recipe.rejoin_s
+    current = {}
+    for cohort, machine in rounds.items():
+        # Sums depend on the order, and the order of arrival is random.
+        names = sorted(member.name for member in members if member.cohort == cohort)
+        machine.open(index, names, deadline=begun + recipe.deadline_s)
+        current[cohort] = ray.put(machine.weights)
+    training: dict[ray.ObjectRef, StudentHandle] = {}
+    preparing: dict[ray.ObjectRef, StudentHandle] = {}
+    heartbeats: dict[str, Heartbeat] = {}
+    done = RoundOutcome(index)
 
-    def train(member: Member) -> None:
+    def train(member: StudentHandle) -> None:
         training[member.actor.train.remote(round_id, index, current[member.cohort])] = member
+
+    def leave_out(member: StudentHandle, why: MissReason, detail: str) -> None:
+        done.missed.append(MissedStudent(member.name, why, detail))
+        rounds[member.cohort].remove(member.name)
+        member.leave(round_id)
 
     for member in members:
         if member.ready:
             train(member)
         else:
             preparing[member.prepare()] = member
-    while training or _worth_waiting(preparing.values(), patience):
-        if time.monotonic() >= deadline:
-            break
+    while any(machine.number is not None for machine in rounds.values()):
         finished, _ = ray.wait([*training, *preparing], num_returns=1, timeout=_POLL_S)
         for ref in finished:
             was_training = ref in training
@@ -126,58 +138,73 @@ def run_round(
                 outcome = ray.get(ref)
             except RayTaskError as error:
                 _reraise(error)
-                done.missed.append(Missed(member.name, "failed", _last_line(error)))
-                member.leave(round_id)
+                leave_out(member, _why(error), _last_line(error))
             except RayError as error:
-                done.missed.append(Missed(member.name, "died", _last_line(error)))
-                member.leave(round_id)
+                leave_out(member, "died", _last_line(error))
             else:
                 if not was_training:
                     member.ready, member.met, member.preparing = True, True, None
                     train(member)
-                elif outcome is not None:
-                    done.answers.append(outcome)
-        _listen(members, beats, index)
-        watch(beats)
+                elif outcome is None:
+                    rounds[member.cohort].remove(member.name)
+                else:
+                    work = Contribution(outcome.weights, outcome.tokens)
+                    refusal = rounds[member.cohort].accept(member.name, index, work)
+                    if refusal is None:
+                        done.answers.append(outcome)
+                    elif refusal.reason == "not_finite":
+                        leave_out(member, "diverged", NOT_FINITE)
+                    else:
+                        leave_out(member, "failed", refusal.detail)
+        _poll_heartbeats(members, heartbeats, index)
+        on_progress(heartbeats)
+        if not training and not _should_wait(preparing.values(), patience):
+            for member in preparing.values():
+                rounds[member.cohort].remove(member.name)
+        now = time.monotonic()
+        for machine in rounds.values():
+            machine.close(now, AGGREGATORS[recipe.aggregation])
     for member in training.values():
-        done.missed.append(Missed(member.name, "late", f"no answer in {recipe.deadline_s:g} s"))
+        done.missed.append(MissedStudent(member.name, "late", f"no answer in {recipe.deadline_s:g} s"))
         member.leave(round_id)
-    done.missed.extend(Missed(member.name, "absent", "not started") for member in preparing.values())
+    done.missed.extend(MissedStudent(member.name, "absent", "not started") for member in preparing.values())
     done.seconds = time.monotonic() - begun
-    done.answers.sort(key=lambda answer: answer.name)  # sums depend on their order, and arrival is chance
-    for cohort in weights:
-        names = {member.name for member in members if member.cohort == cohort}
-        if mine := [one for one in done.answers if one.name in names]:
-            done.weights[cohort] = weighted_average([one.weights for one in mine], [one.tokens for one in mine])
+    done.answers.sort(key=lambda answer: answer.name)
     return done
 
 
-def _worth_waiting(preparing: Iterable[Member], patience: float) -> bool:
+def _should_wait(preparing: Iterable[StudentHandle], patience: float) -> bool:
     return any(not member.met or time.monotonic() < patience for member in preparing)
 
 
-def _listen(members: Sequence[Member], beats: dict[str, Beat], index: int) -> None:
-    """Collect the signs of life that have come in and ask for the next ones; never waits."""
+def _poll_heartbeats(members: Sequence[StudentHandle], heartbeats: dict[str, Heartbeat], index: int) -> None:
+    """Collect the heartbeats that have arrived and request the next ones; never wait."""
     for member in members:
         if not member.ready:
             continue
-        if member.beating is None:
-            member.beating = member.actor.beat.remote()
-        elif ray.wait([member.beating], timeout=0)[0]:
+        if member.pending_heartbeat is None:
+            member.pending_heartbeat = member.actor.heartbeat.remote()
+        elif ray.wait([member.pending_heartbeat], timeout=0)[0]:
             try:
-                beat = ray.get(member.beating, timeout=0)
+                heartbeat = ray.get(member.pending_heartbeat, timeout=0)
             except (RayError, GetTimeoutError):
-                beat = None
-            member.beating = None
-            if beat is not None and beat.round == index:
-                beats[member.name] = beat
+                heartbeat = None
+            member.pending_heartbeat = None
+            if heartbeat is not None and heartbeat.round == index:
+                heartbeats[member.name] = heartbeat
 
 
 def _reraise(error: RayTaskError) -> None:
-    """An error the user can mend, which would come again, ends the run as itself, without the remote traceback."""
+    """Raise an error that the user must fix, without the remote traceback: it would occur again after a restart."""
     cause = error.cause
-    if isinstance(cause, RaycloudError) and not isinstance(cause, ClusterError | TrainingError):
+    if isinstance(cause, RaycloudError) and not isinstance(cause, ClusterError | TrainingError | DeviceGone):
         raise cause from None
+
+
+def _why(error: RayTaskError) -> MissReason:
+    if isinstance(error.cause, DeviceGone):
+        return "died"
+    return "diverged" if isinstance(error.cause, TrainingError) else "failed"
 
 
 def _last_line(error: Exception) -> str:

@@ -1,6 +1,6 @@
-"""What the actors of a run log, sent to its driver, which writes it into the result directory.
+"""Log records of a run's actors, sent to its driver, which writes them into the result directory.
 
-An edge shares no disk with the driver, so the records go through Ray.
+An edge shares no disk with the driver, so the records are sent through Ray.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from raycloud.logs import LOGGER
 
 
 def driver_queue(name: str | None = None) -> Queue:
-    """A queue on this process's own node: one that leaves the cluster does not take it along."""
+    """Return a queue on this process's own node, so that it survives other nodes leaving the cluster."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Queue(actor_options={"name": name, "num_cpus": 0, "scheduling_strategy": here})
 
 
 @dataclass(frozen=True)
 class RunLog:
-    """Goes with an actor's arguments; the actor calls :meth:`attach` once.
+    """Argument of an actor that sends its log to the driver; the actor calls :meth:`attach` once.
 
     Args:
-        queue: the name of the actor where the driver listens; a handle would tie the actor's restarts to it.
-        source: what the actor is called in the log.
+        queue: name of the queue's actor; a handle would make the actor's restarts depend on it.
+        source: name of the actor in the log.
     """
 
     queue: str
     source: str = ""
 
     def of(self, source: str) -> RunLog:
-        """The same for one actor."""
+        """Return a copy for the actor called ``source``."""
         return replace(self, source=source)
 
     def attach(self) -> None:
-        """Send what this process logs from now on; without a driver that listens the work goes on all the same."""
+        """Send the log records of this process from now on; without a queue it does nothing."""
         with suppress(ValueError):
             LOGGER.addHandler(_Sender(ray.get_actor(self.queue), self.source))
             LOGGER.setLevel(logging.INFO)
 
 
 @contextmanager
-def gathered(handler: logging.Handler) -> Iterator[RunLog]:
-    """Hand what the actors of a run log to a handler of this process."""
+def collect_logs(handler: logging.Handler) -> Iterator[RunLog]:
+    """Pass the log records of a run's actors to a handler of this process."""
     name = f"log-{uuid.uuid4().hex[:8]}"
     listener = _Listener(driver_queue(name), handler)
     listener.start()
@@ -73,11 +73,11 @@ class _Sender(QueueHandler):
         return prepared
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        self._actor.put_nowait.remote(record)  # waits for no answer: a log must not hold up the work
+        self._actor.put_nowait.remote(record)  # does not wait for a reply: logging must not delay the work
 
 
 class _Listener(QueueListener):
-    """A log that is lost, since its queue's process was, does not end the run."""
+    """Listener that stops without an error if the queue's actor dies: a lost log does not end the run."""
 
     def dequeue(self, block: bool) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting one on this machine, and checking that it can hold a job."""
+"""Connection to a Ray cluster, or to a Ray started on this machine, and the check that it can hold a job."""
 
 from __future__ import annotations
 
@@ -13,44 +13,48 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 
-from raycloud.cluster.bundles import Bundle
 from raycloud.cluster.capacity import capacity, shortfall
-from raycloud.errors import ClusterError
+from raycloud.errors import ClusterSetupError
+from raycloud.origin import cores
+from raycloud.recipe import Bundle
 
 _FORWARDED = ("RAYCLOUD_CACHE", "RAYCLOUD_DATA")
 
 
 @contextmanager
-def joined(needs: Mapping[str, float], shares: Mapping[str, float], actors: Sequence[Bundle] = ()) -> Iterator[None]:
-    """A connection to Ray for the length of a job.
+def ray_connection(
+    needs: Mapping[str, float], shares: Mapping[str, float], actors: Sequence[Bundle] = ()
+) -> Iterator[None]:
+    """Connect to Ray for the duration of a job.
 
     An initialised session is used as it is. Otherwise the cluster at ``RAY_ADDRESS`` or the one that ``ray start`` runs
-    on this machine is joined; where there is none, one is started here that provides what the job needs.
+    on this machine is used. If there is none, a local Ray starts with the resources that the job needs.
 
     Args:
-        needs: custom resources the job takes in all, such as ``{"cloud": 1, "edge": 2}``.
-        shares: ``CPU`` and ``GPU`` it takes in all.
-        actors: what each of its actors takes, where that is known.
+        needs: custom resources of the whole job, such as ``{"cloud": 1, "edge": 2}``.
+        shares: ``CPU`` and ``GPU`` of the whole job.
+        actors: resources of each of its actors, where known.
 
     Raises:
-        ClusterError: the cluster cannot be reached, has less than that, or no node that fits one of the actors.
+        ClusterSetupError: the cluster cannot be reached, has too few resources, or has no node that fits an actor.
     """
     if ray.is_initialized():
         check_capacity({**needs, **shares}, actors)
         yield
         return
-    # What the job was submitted with already reaches the workers; Ray refuses to be told twice.
+    # Variables of the submitted job already reach the workers; Ray refuses to set them twice.
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
     known = submitted.get("env_vars", {})
     forwarded = {name: os.environ[name] for name in _FORWARDED if name in os.environ and name not in known}
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if forwarded:
         options["runtime_env"] = {"env_vars": forwarded}
-    if not (running_address() and _join(options)):
-        ray.init(address="local", resources=dict(needs), include_dashboard=False, **options)
-        _hide_token()
+    with _deferred_interrupt():
+        if not (running_address() and _join(options)):
+            protect_token()
+            ray.init(address="local", resources=dict(needs), include_dashboard=False, **options)
+            protect_token()
     try:
         check_capacity({**needs, **shares}, actors)
         yield
@@ -59,9 +63,9 @@ def joined(needs: Mapping[str, float], shares: Mapping[str, float], actors: Sequ
 
 
 def running_address() -> str | None:
-    """What ``RAY_ADDRESS`` names, or where ``ray start`` noted that it runs a cluster on this machine; None for none.
+    """Return ``RAY_ADDRESS``, or the address that ``ray start`` noted on this machine; None for none.
 
-    Ray's own "auto" would go on to join whatever Ray it finds running, such as the private one of another job.
+    Ray's own "auto" would also connect to any other Ray that runs here, such as the private one of another job.
     """
     if address := os.environ.get("RAY_ADDRESS"):
         return address
@@ -70,47 +74,52 @@ def running_address() -> str | None:
 
 
 def _join(options: Mapping[str, Any]) -> bool:
-    """Connect; False where ``ray start`` left an address behind that nobody answers at."""
+    """Connect to the cluster; False if ``ray start`` left an address at which nothing answers.
+
+    Raises:
+        ClusterSetupError: the cluster at ``RAY_ADDRESS`` cannot be reached.
+    """
     try:
         ray.init(address="auto", **options)
     except (ConnectionError, ValueError) as error:
         address, first = os.environ.get("RAY_ADDRESS"), str(error).splitlines()[0]
         if address:
-            raise ClusterError(f"cannot reach the Ray cluster at RAY_ADDRESS={address}: {first}") from None
+            raise ClusterSetupError(f"cannot reach the Ray cluster at RAY_ADDRESS={address}: {first}") from None
         return False
     return True
 
 
-def _hide_token() -> None:
-    """Ray leaves the token it makes for a local session readable by everyone on the machine."""
+def protect_token() -> None:
+    """Protect Ray's token, which Ray makes readable for everyone, from other users of this machine.
+
+    Before Ray starts this restricts the folder, so that the file is never readable by others; afterwards the file too.
+    """
+    folder = Path.home() / ".ray"
     with suppress(OSError):
-        (Path.home() / ".ray" / "auth_token").chmod(0o600)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.chmod(0o700)
+        (folder / "auth_token").chmod(0o600)
 
 
 def check_capacity(needs: Mapping[str, float], actors: Sequence[Bundle] = ()) -> None:
-    """Ray would wait for ever, and silently, for resources that no node has.
+    """Check that the cluster can hold a job, since Ray would wait forever, without a message, for missing resources.
 
     Args:
-        needs: what the job takes in all.
-        actors: what each of its actors takes, which has to be on one node.
+        needs: total resources of the job.
+        actors: resources of each of its actors, which must be on one node.
 
     Raises:
-        ClusterError: naming the resource, what is there and how to provide it.
+        ClusterSetupError: a resource is missing; the message names it, the amount present and the remedy.
     """
     found = shortfall(needs, actors, capacity())
     if found is not None:
-        raise ClusterError(f"{found.what}; {found.mend}")
+        raise ClusterSetupError(f"{found.what}; {found.fix}")
 
 
-def cores() -> int:
-    """CPU cores that this process may use: fewer than the machine has under ``taskset`` and in some containers."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def threads_per_actor(threads: int, tier: str, actors: int) -> int:
+    """Return the CPU threads of one of ``actors`` actors with the resource ``tier``; ``threads`` if that is not 0.
 
-
-def share_of_cores(threads: int, tier: str, actors: int) -> int:
-    """CPU threads of one of ``actors`` with the resource ``tier``; ``threads`` if that is set.
-
-    They share the cores of this node as far as they fit on it; a node without the resource has its cores to itself.
+    The actors that fit on this node share its cores; on a node without the resource an actor gets all cores.
     """
     if threads:
         return threads
@@ -120,21 +129,38 @@ def share_of_cores(threads: int, tier: str, actors: int) -> int:
 
 
 @contextmanager
-def computing_with(threads: int) -> Iterator[None]:
-    """Ray sets one OpenMP thread where it is told nothing; compute with this many, and put the old number back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+def _deferred_interrupt() -> Iterator[None]:
+    """Defer Ctrl-C while Ray starts: the first is raised once Ray has started, a second one at once.
+
+    Starting Ray forks, and Python drops an exception that a signal handler raises in a hook of ``fork``: the command
+    would continue as if Ctrl-C had not been pressed.
+    """
+    raising = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(raising):
+        yield
+        return
+    came: list[int] = []
+
+    def keep(number: int, _: object) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, keep)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        signal.signal(signal.SIGINT, raising)
+        if came:  # also if it interrupted Ray's start
+            ray.shutdown()
+            raise KeyboardInterrupt from None
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """Let ``ray job stop``, which sends SIGTERM, end a job in the same orderly way as Ctrl-C.
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Handle SIGTERM, which ``ray job stop`` sends, in the same way as Ctrl-C.
 
-    To be entered after :func:`joined`: connecting, Ray puts its own handlers in, which end the process at once.
+    Enter it after :func:`ray_connection`: on connecting, Ray installs its own handlers, which end the process at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

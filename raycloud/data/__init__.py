@@ -1,1 +1,1 @@
-"""Data: built-in sets, files and hub ids as rows; prompts; tokens, labels and the order of samples."""
+"""Data: rows of built-in data sets, files and hub ids; prompts; tokens, labels and the order of samples."""

@@ -1,4 +1,4 @@
-"""``builtin:instruct``: instructions whose answers are real, made from ``builtin:reviews`` by a few templates."""
+"""Data set ``builtin:instruct``: instructions with real answers, made from ``builtin:reviews`` by templates."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _DOMAIN_NAMES = {
 
 
 def instruct(notify: Callable[[str], None] = lambda line: None) -> pa.Table:
-    """Rows of domain, text, task, instruction, input and output; one row for each sentence of ``builtin:reviews``.
+    """Table of domain, text, task, instruction, input and output; one row for each sentence of ``builtin:reviews``.
 
-    A row keeps its sentence as ``text`` and so falls into that sentence's split; a comparison takes its second
-    sentence from the same split, so nothing of the test split is ever trained on, here or in ``builtin:reviews``.
+    A row keeps its sentence as ``text`` and so belongs to the split of that sentence; a comparison takes its second
+    sentence from the same split, so no text of the test split is used for training, here or in ``builtin:reviews``.
     """
     return pa.Table.from_pylist(list(_rows(reviews(notify).to_pylist())))
 
@@ -60,7 +60,7 @@ def _sentiment(row: dict[str, Any]) -> tuple[str, str, str, str]:
 
 def _more_positive(row: dict[str, Any], other: dict[str, Any]) -> tuple[str, str, str, str] | None:
     if abs(row["score"] - other["score"]) < 0.5:
-        return None  # too close for the raters to tell
+        return None  # the ratings are too close to each other
     first, second = (row, other) if len(row["text"]) % 2 else (other, row)
     answer = "first" if first["score"] > second["score"] else "second"
     given = f"1. {first['text']}\n2. {second['text']}"

@@ -1,4 +1,4 @@
-"""``builtin:reviews``: sentences of four domains with human sentiment scores (Hutto & Gilbert, ICWSM 2014)."""
+"""Data set ``builtin:reviews``: sentences of four domains with human sentiment scores (Hutto & Gilbert, ICWSM 2014)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raycloud.fetch import cache_dir, fetch, prepared
+from raycloud.fetch import cache_dir, cached_folder, fetch
 
 DOMAINS = {
     "movie": "movieReviewSnippets",
@@ -19,27 +19,27 @@ DOMAINS = {
     "product": "amazonReviewSnippets",
     "tweet": "tweets",
 }
-"""Our name of each domain and the name of its file."""
+"""Names of the files by domain."""
 
 _ENTRY = "reviews-1"
-"""The number grows whenever sentences are parsed in another way."""
+"""Name of the cache entry; its number increases whenever the parsing of sentences changes."""
 
 SCHEMA = pa.schema([("domain", pa.string()), ("text", pa.string()), ("score", pa.float64()), ("label", pa.string())])
 
 
 def label_of(score: float) -> str:
-    """The sentiment of a mean rating from -4 to 4; VADER's own threshold of half a point."""
+    """Sentiment label of a mean rating from -4 to 4, with VADER's own threshold of 0.5."""
     return "positive" if score >= 0.5 else "negative" if score <= -0.5 else "neutral"
 
 
 def reviews(notify: Callable[[str], None] = lambda line: None) -> pa.Table:
-    """All sentences as a table of domain, text, score (-4 to 4) and label; parsed once into the cache."""
+    """Table of all sentences with domain, text, score (-4 to 4) and label; parsed once into the cache."""
     archive = fetch("reviews", notify) / "hutto_ICWSM_2014.tar.gz"
 
     def prepare(folder: Path) -> None:
         pq.write_table(pa.Table.from_pylist(list(_parse(archive)), schema=SCHEMA), folder / "reviews.parquet")
 
-    return pq.read_table(prepared(cache_dir() / "data" / _ENTRY, prepare) / "reviews.parquet")
+    return pq.read_table(cached_folder(cache_dir() / "data" / _ENTRY, prepare) / "reviews.parquet")
 
 
 def _parse(archive: Path) -> Iterator[dict[str, Any]]:

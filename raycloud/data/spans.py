@@ -1,38 +1,38 @@
-"""Questions whose answer is a span of a text, as windows of tokens that a model of limited length can read."""
+"""Extractive questions, whose answer is a span of a text, as windows of tokens that fit a model of limited length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from raycloud.data.files import describe_value, location_of, text_in
 from raycloud.data.labelled import LabelledText
 from raycloud.data.splits import Row
 from raycloud.errors import DataError
 
 
 @dataclass(frozen=True)
-class Question:
-    """A text and the answers to a question about it, any of which is right."""
+class SpanQuestion:
+    """Text of a question and its right answers; any of them counts as right."""
 
     context: str
     answers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Window(LabelledText):
-    """A question and a part of its text. The label is the first and the last token of the answer.
+class SpanWindow(LabelledText):
+    """Question and a part of its text. The label is the first and the last token of the answer.
 
-    Where the window has no answer both are its first token, which is of neither.
+    If the answer is not in the window, both are the window's first token, which belongs to neither question nor text.
     """
 
     question: int
-    """Its number."""
+    """Index of the question."""
     offsets: np.ndarray
-    """(tokens, 2): where each token stands in the text; -1 for those that are not of it."""
+    """Character offsets (tokens, 2) of each token in the text; -1 for tokens that are not part of the text."""
 
 
 def encode_spans(
@@ -45,31 +45,37 @@ def encode_spans(
     max_length: int,
     max_question: int,
     stride: int,
-) -> tuple[list[Window], list[Question]]:
-    """The rows as overlapping windows, and the questions they belong to.
+) -> tuple[list[SpanWindow], list[SpanQuestion]]:
+    """Encode rows as overlapping windows; return the windows and their questions.
 
     Args:
-        rows: as SQuAD has them: ``answers`` is a map of ``text`` and ``answer_start``, lists of equal length.
-        tokenizer: a fast one; it adds its special tokens.
+        rows: rows in the format of SQuAD: ``answers`` is a map of ``text`` and ``answer_start``, lists of equal length.
+        tokenizer: a fast tokenizer, which adds its special tokens.
         question: column of the question.
         context: column of the text.
         answers: column of the answers.
-        max_length: tokens of a window, question included.
-        max_question: tokens of a question; longer ones are cut.
-        stride: tokens that two windows of a text share.
+        max_length: largest number of tokens of a window, question included.
+        max_question: largest number of tokens of a question; longer ones are truncated.
+        stride: number of tokens that two consecutive windows of a text share.
 
     Raises:
-        DataError: there are no rows, or they lack a column.
+        DataError: there are no rows, a column is missing, or a value in it has the wrong type or is empty.
     """
     for column in (question, context, answers):
         if rows and column not in rows[0]:
             raise DataError(f"no column '{column}'; the rows have: {', '.join(rows[0])}")
     if not rows:
         raise DataError("no rows with questions")
-    asked = _shortened([str(row[question]).strip() for row in rows], tokenizer, max_question)
+    given = [_answers(row, answers) for row in rows]
+    for row in rows:
+        if not text_in(row, context).strip():
+            raise DataError(
+                f"{location_of(row)}: '{context}' is {describe_value(row[context])}; allowed: a text with answers"
+            )
+    asked = _shortened([text_in(row, question).strip() for row in rows], tokenizer, max_question)
     coded = tokenizer(
         asked,
-        [str(row[context]) for row in rows],
+        [text_in(row, context) for row in rows],
         truncation="only_second",
         max_length=max_length,
         stride=stride,
@@ -83,16 +89,30 @@ def encode_spans(
     ):
         of_text = np.array([part == 1 for part in coded.sequence_ids(at)])
         offsets = np.where(of_text[:, None], np.array(coded["offset_mapping"][at]), -1)
-        label = _answer_in(offsets, of_text, rows[number][answers])
-        windows.append(Window(tuple(ids), None if kinds is None else tuple(kinds), label, number, offsets))
-    return windows, [Question(str(row[context]), _texts(row[answers])) for row in rows]
+        label = _answer_in(offsets, of_text, given[number])
+        windows.append(SpanWindow(tuple(ids), None if kinds is None else tuple(kinds), label, number, offsets))
+    return windows, [SpanQuestion(row[context], answer.texts) for row, answer in zip(rows, given, strict=True)]
 
 
-def _texts(answers: Any) -> tuple[str, ...]:
-    try:
-        return tuple(str(text) for text in answers["text"])
-    except (TypeError, KeyError):
-        raise DataError(f"answers need 'text' and 'answer_start', got {answers!r}") from None
+@dataclass(frozen=True)
+class _Answers:
+    """Right answers, and the character offset of the first one."""
+
+    texts: tuple[str, ...]
+    begin: int
+
+
+def _answers(row: Row, column: str) -> _Answers:
+    answers = row[column]
+    match answers:
+        case {"text": [*texts], "answer_start": [*starts]} if len(texts) == len(starts):
+            sound = all(isinstance(text, str) for text in texts) and all(type(start) is int for start in starts)
+            if sound and min(starts, default=0) >= 0:
+                return _Answers(tuple(texts), starts[0] if starts else 0)
+    raise DataError(
+        f"{location_of(row)}: '{column}' is {describe_value(answers)}; allowed: an object of 'text', a list of texts, "
+        "and 'answer_start', a list of as many offsets in the context"
+    )
 
 
 def _shortened(questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, most: int) -> list[str]:
@@ -103,18 +123,16 @@ def _shortened(questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, mos
     ]
 
 
-def _answer_in(offsets: np.ndarray, of_text: np.ndarray, answers: Any) -> tuple[int, int]:
+def _answer_in(offsets: np.ndarray, of_text: np.ndarray, answers: _Answers) -> tuple[int, int]:
     """First and last token of the first answer, or (0, 0) where the window does not have it whole."""
-    texts = _texts(answers)
-    places = np.flatnonzero(of_text)
-    if not texts or not len(places):
+    positions = np.flatnonzero(of_text)
+    if not answers.texts or not len(positions):
         return 0, 0
-    begin = int(answers["answer_start"][0])
-    end = begin + len(texts[0])
-    starts, ends = offsets[places].T
+    begin, end = answers.begin, answers.begin + len(answers.texts[0])
+    starts, ends = offsets[positions].T
     if begin < starts[0] or end > ends[-1]:
         return 0, 0
-    # A token may begin ahead of the answer or end behind it.
+    # A token may begin before the answer or end after it.
     first = int(np.searchsorted(starts, begin, side="right")) - 1
     last = int(np.searchsorted(ends, end, side="left"))
-    return int(places[first]), int(places[last])
+    return int(positions[first]), int(positions[last])

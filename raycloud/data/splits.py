@@ -1,4 +1,4 @@
-"""Which rows go where: splits by content, selections by column, disjoint shards. All pure functions of the rows."""
+"""Splits of rows by content, selections by column, and disjoint shards. All are pure functions of the rows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Row = dict[str, Any]
 
 
 def split_of(row: Row) -> Split:
-    """The split a row belongs to: a pure function of its content, eight tenths, one tenth and one tenth.
+    """Split of a row: a pure function of its content, with shares of eight tenths, one tenth and one tenth.
 
-    Equal texts land in the same split, so none of the test split's sentences was trained on. What a row's text is, is
-    known of texts and instructions; of others it is all their text.
+    Equal texts belong to the same split, so no sentence of the test split is used for training. The content is
+    the text column, or instruction and input; for other rows it is all their texts.
     """
     key: Any
     if "text" in row:
@@ -26,12 +26,12 @@ def split_of(row: Row) -> Split:
         key = [row["instruction"], row.get("input")]
     else:
         key = [value for _, value in sorted(row.items()) if isinstance(value, str)]
-    bucket = hashlib.sha256(json.dumps(key).encode()).digest()[1] % 10
+    bucket = hashlib.sha256(json.dumps(key, default=str).encode()).digest()[1] % 10
     return "valid" if bucket == 8 else "test" if bucket == 9 else "train"
 
 
 def select(rows: Sequence[Row], where: Mapping[str, Sequence[Any]]) -> list[Row]:
-    """The rows whose columns hold one of the given values.
+    """Rows whose columns hold one of the given values.
 
     Raises:
         DataError: there is no such column, or no row matches.
@@ -39,9 +39,9 @@ def select(rows: Sequence[Row], where: Mapping[str, Sequence[Any]]) -> list[Row]
     for column, values in where.items():
         if any(column not in row for row in rows[:1]):
             raise DataError(f"where: no column '{column}'; the rows have: {', '.join(rows[0])}")
-        found = [row for row in rows if row[column] in values]
+        found = [row for row in rows if row.get(column) in values]
         if not found:
-            known = sorted({str(row[column]) for row in rows})
+            known = sorted({str(row.get(column)) for row in rows})
             shown = ", ".join(known[:10]) + (" …" if len(known) > 10 else "")
             raise DataError(f"where: no row with {column} in {list(values)}; there are: {shown}")
         rows = found
@@ -49,7 +49,7 @@ def select(rows: Sequence[Row], where: Mapping[str, Sequence[Any]]) -> list[Row]
 
 
 def shard(rows: Sequence[Row], part: int, of: int) -> list[Row]:
-    """Every ``of``-th row from ``part`` on: disjoint shards that together hold all rows.
+    """Shard ``part`` of the rows, every ``of``-th row starting at ``part``; the shards are disjoint and cover all rows.
 
     Raises:
         DataError: the shard is empty.
@@ -62,7 +62,7 @@ def shard(rows: Sequence[Row], part: int, of: int) -> list[Row]:
     return found
 
 
-def spread(count: int, most: int | None) -> list[int]:
-    """At most ``most`` of the places 0 to ``count`` − 1, at even distances: files are often sorted by kind."""
+def evenly_spread_indices(count: int, most: int | None) -> list[int]:
+    """Select up to ``most`` of the indices 0 to ``count`` − 1, evenly spaced, since files are often sorted by kind."""
     wanted = count if most is None else min(most, count)
-    return [place * count // wanted for place in range(wanted)]
+    return [index * count // wanted for index in range(wanted)]

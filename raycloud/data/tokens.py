@@ -1,4 +1,4 @@
-"""A data set in tokens, as one Arrow file that every process maps into memory: any sample at once, none copied."""
+"""Token file: a tokenised data set in one Arrow file that processes memory-map, for random access without copies."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import numpy as np
 import pyarrow as pa
 
 from raycloud.data.batches import Sample
+from raycloud.durable import write_atomically
 from raycloud.errors import DataError
-from raycloud.results import write_atomically
 
 _SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("prompt", pa.int32())])
 
 
 def token_table(samples: Iterable[Sample]) -> pa.Table:
-    """Samples as the file has them."""
+    """Table of samples in the schema of the file."""
     some = list(samples)
     return pa.table([[one.ids for one in some], [one.prompt for one in some]], schema=_SCHEMA)
 
 
 def write_tokens(path: Path, tables: Iterable[pa.Table]) -> None:
-    """Write tables of :func:`token_table`, one after the other."""
+    """Write tables of :func:`token_table` to one file, one after the other."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, _SCHEMA) as file:
         for one in tables:
@@ -31,7 +31,7 @@ def write_tokens(path: Path, tables: Iterable[pa.Table]) -> None:
 
 
 class TokenFile:
-    """The samples of a file of :func:`write_tokens`.
+    """Samples of a file of :func:`write_tokens`.
 
     Args:
         path: the file.
@@ -59,10 +59,10 @@ class TokenFile:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sample (n,)."""
+        """Number of tokens of each sample (n,)."""
         return np.diff(self._offsets)
 
     @property
     def targets(self) -> np.ndarray:
-        """Tokens to be predicted in each sample (n,)."""
+        """Number of tokens to predict in each sample (n,)."""
         return self.lengths - np.maximum(self._prompts, 1)

@@ -1,1 +1,1 @@
-"""Distillation: objectives, what a teacher says about a batch, and the head–divergence op that joins them."""
+"""Knowledge distillation: objectives, teacher signals, alignment between two tokenizers, and the chunked head loss."""

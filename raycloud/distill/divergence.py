@@ -1,45 +1,44 @@
-"""Objectives that compare the student's distribution of the next token with the teacher's."""
+"""Base class of the objectives that compare the student's next-token distribution with the teacher's."""
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from pydantic import Field
 from torch import Tensor
 
-from raycloud.distill.objective import TeacherAt, TokenObjective
-from raycloud.distill.signals import SignalKind, Targets
+from raycloud.distill.objective import TeacherAtTokens, TokenObjective, build_objective
+from raycloud.distill.objective_options import DivergenceOptions
+from raycloud.distill.signals import Targets
 
 
-class Divergence(TokenObjective):
+class Divergence(DivergenceOptions, TokenObjective):
     """An objective that compares two distributions over the same support, at a temperature."""
 
-    kinds: ClassVar[tuple[SignalKind, ...]] = ("hidden", "logits", "topk")
-    """Signals that tell enough for it."""
-    temperature: float = Field(1.0, gt=0)
-    """Divides both models' logits."""
-    tau2_scale: bool = False
-    """Multiply by temperature², as some code does to keep the gradient's size; published numbers here are without."""
-
-    def per_token(self, logits: Tensor, labels: Tensor, teacher: TeacherAt) -> Tensor:
-        """The divergence of each token (c,).
+    def per_token(self, logits: Tensor, labels: Tensor, teacher: TeacherAtTokens) -> Tensor:
+        """Divergence of each token (c,).
 
         Raises:
-            ValueError: it cannot be told from this kind of signal.
+            ValueError: signals of this kind hold too little for it.
         """
         aim = teacher(self.temperature)
-        if aim.kind not in self.kinds:
+        if aim.kind not in self.needs.signals:
             raise ValueError(
                 f"objective '{self.name}' cannot be taken from a signal of kind '{aim.kind}'; "
-                f"allowed: {', '.join(self.kinds)}"
+                f"allowed: {', '.join(self.needs.signals)}"
             )
         values = self.towards(aim, aim.log_q(logits, self.temperature))
         return values * self.temperature**2 if self.tau2_scale else values
 
     def towards(self, aim: Targets, log_q: Tensor) -> Tensor:
-        """The divergence (c,) from targets of one of its kinds, with the student's log-probabilities (c, S) there."""
+        """Divergence (c,) from targets of an allowed kind, given the student's log-probabilities (c, S) on their
+        support."""
         return self.between(aim.log_p, log_q)
 
     def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """D (c,) of the student's q from the teacher's p, both as log-probabilities (c, S)."""
+        """Divergence D (c,) of the student's q from the teacher's p, both given as log-probabilities (c, S)."""
         raise NotImplementedError
+
+
+def build_divergence(options: DivergenceOptions) -> Divergence:
+    """Build the divergence that a recipe names."""
+    made = build_objective(options)
+    assert isinstance(made, Divergence)
+    return made

@@ -1,44 +1,41 @@
-"""What an objective is, and the weighted sum of several.
+"""Base classes of objectives, their inputs and outputs, and the weighted sum of several objectives.
 
-Every objective is a pure function of what the student and the teacher say about response tokens, and yields sums over
-them; the trainer divides by the number of the student's tokens in the whole step.
+Every objective is a pure function of the student's and the teacher's outputs at response tokens and returns sums over
+tokens. The trainer divides by the number of student tokens in the whole step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from raycloud.data.batches import IGNORE, Batch
-from raycloud.distill.head_loss import Lane, head_loss
+from raycloud.distill.head_loss import LogitsView, head_loss
+from raycloud.distill.objective_options import ObjectiveOptions
 from raycloud.distill.ragged import text_of
-from raycloud.distill.signals import FrozenHead, Signal, SignalKind, Targets
+from raycloud.distill.signals import FrozenHead, Signal, Targets
 from raycloud.models.segments import Segment
-from raycloud.recipe import Recipe
 from raycloud.training.loop import Loss
-
-Compat = Literal["ours", "published"]
-"""Whether an objective is as we think it should be, or as the published program has it."""
 
 
 @dataclass(frozen=True)
-class Ids:
-    """The labelled tokens of a batch as one side's tokenizer has them, row-major over (text, position)."""
+class TokenIds:
+    """Labelled tokens of a batch in one tokenizer, flattened in the order (text, position)."""
 
     inputs: Tensor
-    """(n,): the token each of them is predicted from."""
+    """(n,): the input token from which each label is predicted."""
     labels: Tensor
     """(n,)"""
     offsets: Tensor
-    """(B + 1,): where each text begins."""
+    """(B + 1,): start of each text."""
 
     @classmethod
-    def of(cls, batch: Batch) -> Ids:
-        """Those of a batch."""
+    def of(cls, batch: Batch) -> TokenIds:
+        """Take the labelled tokens of a batch."""
         wanted = batch.labels != IGNORE
         ends = wanted.sum(dim=1).cumsum(dim=0)
         return cls(batch.ids[wanted], batch.labels[wanted], torch.cat([ends.new_zeros(1), ends]))
@@ -48,108 +45,115 @@ class Ids:
 
     @property
     def texts(self) -> Tensor:
-        """Which text each of them is of (n,)."""
+        """Index (n,) of the text that each token belongs to."""
         return text_of(self.offsets)
 
     @property
-    def places(self) -> Tensor:
-        """How many of them stand before each in its text (n,)."""
+    def positions(self) -> Tensor:
+        """Position (n,) of each token among the labelled tokens of its text."""
         return torch.arange(len(self), device=self.offsets.device) - self.offsets[self.texts]
 
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """The student at the labelled positions of a batch: final rows (n, d), labels (n,), and its head."""
+    """Student outputs at the labelled positions of a batch: final hidden states (n, d), labels (n,), and the head."""
 
-    rows: Tensor
+    hidden: Tensor
     labels: Tensor
     head: nn.Linear
     softcap: float | None = None
-    ids: Ids | None = None
+    ids: TokenIds | None = None
     embedding: Tensor | None = None
-    """(V, d), for objectives that look at the tokens themselves."""
+    """(V, d), for objectives that use token embeddings."""
 
     @classmethod
     def of(cls, student: Segment, batch: Batch) -> StudentOutput:
-        """Run the student over a batch and keep the labelled rows; nothing vocabulary-sized exists before that."""
+        """Run the student on a batch and keep the hidden states at labelled positions. No logits are computed here.
+
+        Raises:
+            ValueError: the student's head is not one linear layer.
+        """
         if not isinstance(student.head, nn.Linear):
             raise ValueError("a student's head must be one linear map")
         wanted = batch.labels != IGNORE
-        rows = student.rows(batch.ids, valid=None if bool(batch.valid.all()) else batch.valid)
+        hidden = student.hidden(batch.ids, valid=None if bool(batch.valid.all()) else batch.valid)
         softcap = getattr(student.config, "final_logit_softcapping", None)
-        return cls(rows[wanted], batch.labels[wanted], student.head, softcap, Ids.of(batch), token_table(student))
+        return cls(
+            hidden[wanted], batch.labels[wanted], student.head, softcap, TokenIds.of(batch), token_embedding(student)
+        )
 
-    def lane(self, *, frozen: bool = False) -> Lane:
-        """Its rows through its head."""
-        return Lane.of(self.rows, self.head, self.softcap, frozen=frozen)
+    def logits_view(self, *, frozen: bool = False) -> LogitsView:
+        """View of the hidden states and the head as logits."""
+        return LogitsView.of(self.hidden, self.head, self.softcap, frozen=frozen)
 
 
-def token_table(model: Segment) -> Tensor | None:
-    """The input embedding (V, d) of a model, without a gradient."""
+def token_embedding(model: Segment) -> Tensor | None:
+    """Input embedding (V, d) of a model, detached."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             return module.weight.detach()
     return None
 
 
-class Vocabularies(Protocol):
-    """Which words of two vocabularies mean the same."""
+class SharedVocabulary(Protocol):
+    """Correspondence between the entries of two vocabularies."""
 
     @property
     def shared(self) -> tuple[Tensor, Tensor]:
-        """Student and teacher ids (s,), (s,) of the words that both have."""
+        """Student ids (s,) and teacher ids (s,) of the entries that both vocabularies have."""
         ...
 
     @property
     def edges(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Student ids, teacher ids and weights (e,) each: where a teacher's word gives its probability to."""
+        """Student ids, teacher ids and weights, (e,) each: which share of a teacher id's probability goes to which
+        student id."""
         ...
 
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What the teacher says about the same texts, in tokens of its own.
+    """Teacher outputs for the same texts, in the teacher's tokens.
 
-    With one tokenizer its tokens are the student's. With two, ``partner`` says for each of the student's which of its
-    own stands for the same choice.
+    With one tokenizer its tokens are the student's. With two tokenizers ``partner`` maps each student token to the
+    teacher token that stands for the same choice.
     """
 
     signal: Signal
     head: FrozenHead | None = None
-    """For ``hidden`` signals."""
+    """Required with ``hidden`` signals."""
     partner: Tensor | None = None
-    """(n,), -1 where there is none; None where both have the same tokens."""
-    ids: Ids | None = None
+    """(n,), -1 for a token without a partner; None if both models have the same tokens."""
+    ids: TokenIds | None = None
     embedding: Tensor | None = None
     """(W, D)"""
-    words: Vocabularies | None = None
-    """None where both have the same vocabulary."""
+    vocabulary: SharedVocabulary | None = None
+    """None if both models have the same vocabulary."""
     spans: tuple[Tensor, Tensor] | None = None
-    """Byte spans of the student's (n, 2) and of its own tokens (m, 2) within their texts."""
+    """Byte spans of the student's tokens (n, 2) and of the teacher's tokens (m, 2) within their texts."""
 
-    def rows(self, which: slice | Tensor = slice(None)) -> Tensor:
-        """Final rows (c, D) of some of its tokens.
+    def hidden(self, which: slice | Tensor = slice(None)) -> Tensor:
+        """Final hidden states (c, D) at some of the teacher's tokens.
 
         Raises:
             ValueError: the signal is of another kind.
         """
         if self.signal.kind != "hidden":
             raise ValueError(f"this objective needs signals of kind 'hidden', got '{self.signal.kind}'")
-        return self.signal.rows(which)
+        return self.signal.values(which)
 
     def logits(self, which: slice | Tensor = slice(None)) -> Tensor:
-        """Logits (c, W) of some of its tokens.
+        """Logits (c, W) at some of the teacher's tokens.
 
         Raises:
             ValueError: the signal does not hold them.
         """
         if self.signal.kind == "logits":
-            return self.signal.rows(which)
-        return self.frozen.logits(self.rows(which))
+            return self.signal.values(which)
+        return self.frozen_head.logits(self.hidden(which))
 
     @property
-    def frozen(self) -> FrozenHead:
-        """The copy of its head.
+    def frozen_head(self) -> FrozenHead:
+        """Frozen copy of the teacher's head.
 
         Raises:
             ValueError: there is none.
@@ -158,60 +162,61 @@ class TeacherOutput:
             raise ValueError("a hidden signal needs the teacher's head")
         return self.head
 
-    def lane(self) -> Lane:
-        """Its rows through its head."""
-        return Lane(self.rows(), self.frozen.weight, self.frozen.bias, self.frozen.softcap)
+    def logits_view(self) -> LogitsView:
+        """View of the teacher's hidden states and head as logits."""
+        return LogitsView(self.hidden(), self.frozen_head.weight, self.frozen_head.bias, self.frozen_head.softcap)
 
 
-def both_ids(student: StudentOutput, teacher: TeacherOutput) -> tuple[Ids, Ids]:
-    """The ids of both sides.
+def both_ids(student: StudentOutput, teacher: TeacherOutput) -> tuple[TokenIds, TokenIds]:
+    """Token ids of the student and of the teacher.
 
     Raises:
-        ValueError: they are not there.
+        ValueError: one of them is missing.
     """
     if student.ids is None or teacher.ids is None:
         raise ValueError("this objective needs the token ids of both models")
     return student.ids, teacher.ids
 
 
-def same_place(ours: Ids, theirs: Ids) -> Tensor:
-    """For every token of the student the teacher's at the same place in its text (n,), -1 past the end.
+def same_position(student: TokenIds, teacher: TokenIds) -> Tensor:
+    """Index (n,) of the teacher token at the same position in the text for every student token, -1 past the end.
 
-    Published programs compare so; the two seldom stand for the same bytes.
+    Published programs pair tokens in this way, although such tokens seldom cover the same bytes.
     """
-    text, place = ours.texts, ours.places
-    return torch.where(place < theirs.offsets.diff()[text], theirs.offsets[text] + place, -1)
+    text, position = student.texts, student.positions
+    return torch.where(position < teacher.offsets.diff()[text], teacher.offsets[text] + position, -1)
 
 
-class TeacherAt:
-    """The teacher at the tokens at hand; nothing is decoded that nobody asks for, and nothing twice.
+class TeacherAtTokens:
+    """Teacher outputs at the tokens of one chunk. Nothing is decoded before it is asked for, and nothing is decoded
+    twice.
 
     Args:
-        teacher: what it says of the whole batch.
-        which: of its tokens.
-        found: see :attr:`found`.
+        teacher: outputs for the whole batch.
+        which: selects the teacher's tokens.
+        paired: see :attr:`paired`.
     """
 
-    def __init__(self, teacher: TeacherOutput | None, which: slice | Tensor, found: Tensor | None = None) -> None:
+    def __init__(self, teacher: TeacherOutput | None, which: slice | Tensor, paired: Tensor | None = None) -> None:
         self._teacher, self._which = teacher, which
-        self.found = found
-        """Which of the student's tokens at hand have one of the teacher's (f,); None for all."""
+        self.paired = paired
+        """Indices (f,) of the chunk's student tokens that have a teacher token; None for all."""
         self._targets: dict[float, Targets] = {}
         self._logits: Tensor | None = None
 
     @property
     def teacher(self) -> TeacherOutput:
-        """All that it says.
+        """Teacher outputs for the whole batch.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no teacher.
         """
         if self._teacher is None:
             raise ValueError("this objective needs a teacher's signal")
         return self._teacher
 
     def __call__(self, temperature: float) -> Targets:
-        """Its targets at a temperature."""
+        """Targets at a temperature."""
         if temperature not in self._targets:
             with torch.no_grad():
                 teacher = self.teacher
@@ -219,7 +224,7 @@ class TeacherAt:
         return self._targets[temperature]
 
     def logits(self) -> Tensor:
-        """Its logits (c, W)."""
+        """Logits (c, W)."""
         if self._logits is None:
             with torch.no_grad():
                 self._logits = self.teacher.logits(self._which)
@@ -227,62 +232,73 @@ class TeacherAt:
 
 
 @dataclass(frozen=True)
-class Terms:
-    """A differentiable sum over tokens, and what it is made of, as raw sums for the log."""
+class LossTerms:
+    """Differentiable sum over tokens, and its parts as raw sums for the metrics log."""
 
     sum: Tensor
     parts: Mapping[str, Tensor]
 
+    def scaled(self, by: float) -> LossTerms:
+        """The sum and all parts multiplied by a number."""
+        return LossTerms(self.sum * by, {name: value * by for name, value in self.parts.items()})
+
 
 @dataclass(frozen=True)
-class Sizes:
-    """What trainable extras depend on: widths and vocabularies of both models, and their heads where they are known."""
+class ModelSizes:
+    """Inputs of trainable extras: hidden sizes of both models, and their heads and shared vocabulary where known."""
 
-    student: int
-    teacher: int
+    student_hidden_size: int
+    teacher_hidden_size: int
     student_head: Tensor | None = None
     teacher_head: Tensor | None = None
-    words: Vocabularies | None = None
+    vocabulary: SharedVocabulary | None = None
 
 
-class Objective(Recipe):
-    """A loss on response tokens; its options are its fields."""
+class Objective(ObjectiveOptions):
+    """A loss on response tokens. Its options are its fields, and :attr:`needs` says what it needs."""
 
-    name: str
-    kinds: ClassVar[tuple[SignalKind, ...]] = ("hidden",)
-    """Signals that tell enough for it."""
-
-    @property
-    def signals(self) -> tuple[SignalKind, ...]:
-        """Those of its :attr:`kinds` that do so with the options it has."""
-        return self.kinds
-
-    def extras(self, sizes: Sizes) -> nn.Module | None:
-        """What is trained beside the student and saved with it, such as projectors; None if there is nothing."""
+    def extras(self, sizes: ModelSizes) -> nn.Module | None:
+        """Module that is trained beside the student and saved with it, such as projectors; None if there is none."""
         return None
 
     def loss(
         self, student: StudentOutput, teacher: TeacherOutput, extras: nn.Module | None, *, chunk: int = 64
-    ) -> Terms:
-        """Its sum over a batch's tokens."""
+    ) -> LossTerms:
+        """Sum of the loss over a batch's tokens."""
         raise NotImplementedError
+
+
+Registrable = TypeVar("Registrable", bound=Objective)
+OBJECTIVES: dict[str, type[Objective]] = {}
+"""Registry: the class that computes each objective that a recipe may name, by that name."""
+
+
+def register(cls: type[Registrable]) -> type[Registrable]:
+    """Class decorator that adds an objective to the registry under the default of its field ``name``."""
+    OBJECTIVES[cls.model_fields["name"].default] = cls
+    return cls
+
+
+def build_objective(options: ObjectiveOptions) -> Objective:
+    """Build the objective that a recipe names."""
+    return options if isinstance(options, Objective) else OBJECTIVES[options.name](**options.model_dump())
 
 
 class TokenObjective(Objective):
-    """An objective that looks at one token at a time, so that several share one pass over the student's logits."""
+    """An objective that treats each token separately, so that several can share one pass over the student's logits."""
 
-    def per_token(self, logits: Tensor, labels: Tensor, teacher: TeacherAt) -> Tensor:
-        """The loss of each token (c,), from logits (c, V), labels (c,) and what the teacher says there."""
+    def per_token(self, logits: Tensor, labels: Tensor, teacher: TeacherAtTokens) -> Tensor:
+        """Loss of each token (c,), from logits (c, V), labels (c,) and the teacher's outputs there."""
         raise NotImplementedError
 
     @property
-    def needs_partner(self) -> bool:
-        """Whether tokens without one of the teacher's are left out."""
+    def requires_partner(self) -> bool:
+        """True if student tokens without a teacher token are skipped."""
         return True
 
     @property
-    def by_place(self) -> bool:
-        """Whether the teacher's tokens are those at the same place, and not those of the same bytes."""
+    def by_position(self) -> bool:
+        """True if tokens are paired by position in the text instead of by bytes."""
         return False
 
 
@@ -294,31 +310,34 @@ def weighted_sum(
     *,
     chunk: int = 64,
 ) -> Loss:
-    """Σ weight · objective over all response tokens; the terms are the raw sums by objective name.
+    """Σ weight · objective over all response tokens, with the raw sums by objective name.
 
     Args:
         objectives: weights and objectives.
         student: see :class:`StudentOutput`.
-        teacher: for the same texts; not needed where no objective asks for it.
+        teacher: outputs for the same texts; optional if no objective needs them.
         extras: trainable modules by objective name.
-        chunk: tokens whose logits exist at a time.
+        chunk: number of tokens whose logits exist at a time.
 
     Raises:
-        ValueError: the signal speaks of another number of tokens, or an objective needs one and there is none.
+        ValueError: the signal has another number of tokens than the batch, or an objective needs a signal and there is
+            none.
     """
     count = len(student.labels)
     if teacher is not None and teacher.partner is None and teacher.signal.count != count:
         raise ValueError(f"the signal speaks of {teacher.signal.count} tokens, the batch has {count}")
     simple = [(weight, one) for weight, one in objectives if isinstance(one, TokenObjective)]
-    total = student.rows.new_zeros((), dtype=torch.promote_types(student.rows.dtype, torch.float32))
+    total = student.hidden.new_zeros((), dtype=torch.promote_types(student.hidden.dtype, torch.float32))
     parts: dict[str, Tensor] = {}
     if simple:
-        total, parts = _token_pass(simple, student, teacher, chunk)
+        total, parts = _per_token_losses(simple, student, teacher, chunk)
     for weight, one in objectives:
         if isinstance(one, TokenObjective):
             continue
         if teacher is None:
             raise ValueError(f"objective '{one.name}' needs a teacher's signal")
+        if one.needs.extras and one.name not in (extras or {}):
+            raise ValueError(f"objective '{one.name}' needs the module that it trains beside the student")
         found = one.loss(student, teacher, (extras or {}).get(one.name), chunk=chunk)
         total = total + weight * found.sum
         parts[one.name] = found.sum.detach()
@@ -326,7 +345,7 @@ def weighted_sum(
     return Loss(total, count, parts, {one.name: weight for weight, one in objectives})
 
 
-def _token_pass(
+def _per_token_losses(
     objectives: Sequence[tuple[float, TokenObjective]],
     student: StudentOutput,
     teacher: TeacherOutput | None,
@@ -334,27 +353,27 @@ def _token_pass(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     partner = None if teacher is None else teacher.partner
     partners = {False: partner}
-    if teacher is not None and partner is not None and any(one.by_place for _, one in objectives):
-        partners[True] = same_place(*both_ids(student, teacher))
+    if teacher is not None and partner is not None and any(one.by_position for _, one in objectives):
+        partners[True] = same_position(*both_ids(student, teacher))
 
-    def view(partner: Tensor | None, at: slice) -> TeacherAt:
+    def view(partner: Tensor | None, at: slice) -> TeacherAtTokens:
         if partner is None:
-            return TeacherAt(teacher, at)
-        mine = partner[at]
-        found = (mine >= 0).nonzero()[:, 0]
-        return TeacherAt(teacher, mine[found], found)
+            return TeacherAtTokens(teacher, at)
+        partner_here = partner[at]
+        found = (partner_here >= 0).nonzero()[:, 0]
+        return TeacherAtTokens(teacher, partner_here[found], found)
 
     def terms(logits: Tensor, at: slice) -> Tensor:
-        views = {by_place: view(one, at) for by_place, one in partners.items()}
+        views = {by_position: view(one, at) for by_position, one in partners.items()}
 
         def value(one: TokenObjective) -> Tensor:
-            said = views[one.by_place and partner is not None]
-            if said.found is None or not one.needs_partner:
-                return one.per_token(logits, student.labels[at], said).sum()
-            return one.per_token(logits[said.found], student.labels[at][said.found], said).sum()
+            output = views[one.by_position and partner is not None]
+            if output.paired is None or not one.requires_partner:
+                return one.per_token(logits, student.labels[at], output).sum()
+            return one.per_token(logits[output.paired], student.labels[at][output.paired], output).sum()
 
         return torch.stack([value(one) for _, one in objectives])
 
-    weights = torch.tensor([weight for weight, _ in objectives], dtype=torch.float64, device=student.rows.device)
-    total, sums = head_loss([student.lane()], terms, weights, chunk=chunk)
+    weights = torch.tensor([weight for weight, _ in objectives], dtype=torch.float64, device=student.hidden.device)
+    total, sums = head_loss([student.logits_view()], terms, weights, chunk=chunk)
     return total, {one.name: value for (_, one), value in zip(objectives, sums, strict=True)}

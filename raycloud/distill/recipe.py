@@ -1,64 +1,70 @@
-"""The recipe of a distillation: one teacher in the cloud, students at the edges, rounds of averaging."""
+"""Recipe of a distillation: one teacher in the cloud, students at the edges, rounds of averaging."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from raycloud.data.recipe import DataRecipe
-from raycloud.distill.objective import Objective
-from raycloud.distill.objectives import AnyObjective, CrossEntropy
-from raycloud.distill.signals import SignalRecipe
+from raycloud.distill.objective_options import AnyObjectiveOptions, Needs
+from raycloud.distill.signal_recipe import SignalRecipe
 from raycloud.evaluation.recipe import GenerationRecipe
-from raycloud.models.loading import Device
-from raycloud.recipe import Placement, Recipe
-from raycloud.training.loop import TrainingRecipe
-from raycloud.training.lora import LoraRecipe
+from raycloud.models.devices import Device
+from raycloud.recipe import Bundle, Placement, Recipe
+from raycloud.rounds.recipe import AggregatorName
+from raycloud.training.recipe import LoraRecipe, TrainingRecipe
+
+if TYPE_CHECKING:
+    from raycloud.distill.objective import Objective
 
 
 class TeacherRecipe(Recipe):
-    """The cloud teacher."""
+    """The teacher in the cloud."""
 
     model: str = "builtin:smollm2-135m-instruct"
-    """A hub id, a directory, a GGUF file or a built-in name."""
+    """Hub id, directory, GGUF file or built-in name."""
     replicas: int = Field(1, gt=0)
-    """Actors that answer for it, each taking one ``cloud``."""
+    """Number of teacher actors; each takes one unit of the ``cloud`` resource."""
     placement: Placement = Placement()
     timeout_s: float = Field(300.0, gt=0)
-    """How long a student waits for one signal."""
+    """Seconds that a student waits for one signal."""
     signals: str | None = None
-    """A folder for its signals, computed once for all epochs, students and runs; None asks batch by batch."""
+    """Folder for the teacher's signals, computed once for all epochs, students and runs; None asks for them batch by
+    batch."""
 
 
 class StudentRecipe(Recipe):
-    """What the students start from: the teacher, or a model of their own with its tokenizer, or some blocks of it."""
+    """Initial student model: the teacher, another model with its own tokenizer, or some blocks of either."""
 
     model: str | None = None
-    """A hub id, a directory or a built-in name; None for the teacher."""
+    """Hub id, directory or built-in name; None for the teacher."""
     blocks: int | list[Annotated[int, Field(ge=0)]] | None = None
-    """How many of its blocks to keep, or which; None for all."""
+    """Number of blocks to keep, or their indices; None keeps all."""
     choose: Literal["importance", "spacing"] = "importance"
-    """``importance`` keeps the blocks that turn their rows most on calibration text, ``spacing`` every n-th one."""
+    """``importance`` keeps the blocks that change the direction of hidden states most on calibration text, ``spacing``
+    keeps evenly spaced blocks."""
     calibration: int = Field(64, gt=0)
-    """Training samples that importance is measured on."""
+    """Number of training samples on which importance is measured."""
     lora: LoraRecipe | None = None
-    """Train adapters only, which then are all that crosses in rounds; None trains everything."""
+    """Train adapters only; then only the adapters cross the link in rounds. None trains all weights."""
     placement: Placement = Placement()
 
 
 class ObjectiveRecipe(Recipe):
-    """The loss of a response token: ``ce_weight`` · cross-entropy + ``kd_weight`` · what the teacher teaches."""
+    """Loss of a response token: ``ce_weight`` · cross-entropy + ``kd_weight`` · distillation objective."""
+
+    renamed: ClassVar[dict[str, str]] = {"health_every": "diagnostics_every"}
 
     ce_weight: float = Field(0.0, ge=0)
     kd_weight: float = Field(1.0, ge=0)
-    kd: AnyObjective = Field(default={"name": "forward_kl"}, validate_default=True)
+    kd: AnyObjectiveOptions = Field(default={"name": "forward_kl"}, validate_default=True)
     extras_lr: float = Field(1e-3, gt=0)
-    """Peak learning rate of what an objective trains beside the student, such as projectors."""
-    health_every: int = Field(10, ge=0)
-    """Optimiser steps between two measurements of each term's share of the gradient and of the teacher's entropy;
-    0 for none."""
+    """Peak learning rate of the modules that an objective trains beside the student, such as projectors."""
+    diagnostics_every: int = Field(10, ge=0)
+    """Optimiser steps between two measurements of each term's share of the gradient and of the teacher's entropy; 0
+    measures nothing."""
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:
@@ -66,99 +72,120 @@ class ObjectiveRecipe(Recipe):
             raise ValueError("ce_weight and kd_weight must not both be 0")
         return self
 
+    @property
+    def needs(self) -> Needs:
+        """Needs of learning with these weights: those of the objective, or none if its weight is 0."""
+        return self.kd.needs if self.kd_weight else Needs()
+
     def weighted(self) -> list[tuple[float, Objective]]:
-        """The objectives with a weight."""
-        both: list[tuple[float, Objective]] = [(self.kd_weight, self.kd), (self.ce_weight, CrossEntropy())]
+        """The objectives whose weight is not 0, with their weights."""
+        from raycloud.distill.objectives import (  # with torch, which a recipe is read without
+            CrossEntropy,
+            build_objective,
+        )
+
+        both: list[tuple[float, Objective]] = [
+            (self.kd_weight, build_objective(self.kd)),
+            (self.ce_weight, CrossEntropy()),
+        ]
         return [(weight, objective) for weight, objective in both if weight]
 
 
-class EdgeRecipe(Recipe):
-    """One edge and the part of the data that is its own."""
+class DistillEdgeRecipe(Recipe):
+    """One edge and its own part of the data."""
 
     name: str = Field(pattern=r"^[\w-]+$")
     where: dict[str, list[Any]] = {}
-    """Columns and the values this edge's rows have there; empty for all rows."""
+    """Columns and the allowed values of this edge's rows; empty selects all rows."""
     part: int = Field(0, ge=0)
-    """Which of ``of`` disjoint shards of those rows."""
+    """Index of this edge's shard among ``of`` disjoint shards of the selected rows."""
     of: int = Field(1, gt=0)
     student: StudentRecipe | None = None
-    """What this edge's student starts from, where it is not the recipe's."""
+    """Initial student of this edge, if it differs from the recipe's ``student``."""
     objective: ObjectiveRecipe | None = None
-    """How it learns, where that is not the recipe's."""
+    """Objective of this edge, if it differs from the recipe's ``objective``."""
+    device: bool = False
+    """True for a device without Ray, which takes part by ``raycloud edge learn`` and brings its own data. It takes no
+    resources of the cluster."""
 
 
 @dataclass(frozen=True)
 class Cohort:
     """Edges with the same student and objective: they start from the same weights and are averaged.
 
-    A run has one, or several that learn from one teacher beside each other.
+    A run has one cohort, or several that learn from the same teacher side by side.
     """
 
     name: str
-    """That of its first edge."""
+    """Name of the cohort's first edge."""
     student: StudentRecipe
     objective: ObjectiveRecipe
     edges: tuple[str, ...]
 
 
-class RoundsRecipe(Recipe):
-    """Rounds of training at the edges, each ended by averaging the students that answered."""
+class DistillRoundsRecipe(Recipe):
+    """Rounds of training at the edges. Each round ends by aggregating the students that answered."""
 
     count: int = Field(4, gt=0)
     steps: int = Field(10, gt=0)
-    """Optimiser steps of every student in a round."""
+    """Optimiser steps of each student per round."""
+    aggregation: AggregatorName = "mean"
+    """``mean`` weights students by their tokens. ``trimmed_mean`` drops the lowest and highest fifth of each number,
+    from five students on, and ``median`` takes the middle; both resist a few wrong students and do not count tokens."""
     deadline_s: float = Field(600.0, gt=0)
-    """A student that has not answered by then is left out of the round."""
+    """Seconds; a student that has not answered by then is left out of the round."""
     rejoin_s: float = Field(120.0, gt=0)
-    """How long a round waits at its beginning for students that are starting again."""
+    """Seconds that the start of a round waits for students that are restarting."""
     empty: int = Field(3, gt=0)
-    """Rounds in a row that no student answers before the run is given up."""
+    """Number of consecutive rounds without any answer after which the run fails."""
 
 
-class EvaluationRecipe(Recipe):
-    """Held-out text, told apart by a column, and prompts to complete."""
+class DistillEvaluationRecipe(Recipe):
+    """Held-out text, grouped by a column, and prompts to complete."""
+
+    renamed: ClassVar[dict[str, str]] = {"samples": "held_out_samples", "new_tokens": "max_new_tokens"}
 
     split: Literal["valid", "test"] = "test"
     by: str | None = "domain"
-    """The column whose values are reported one by one; None for all rows together."""
-    samples: int = Field(64, gt=0)
-    """Held-out samples of each group."""
+    """Column whose values are reported separately; None reports all rows together."""
+    held_out_samples: int = Field(64, gt=0)
+    """Held-out samples per group."""
     prompts: list[Annotated[str, Field(min_length=1)]] = Field(
         ["The film is", "This phone", "The president said"], min_length=1
     )
-    new_tokens: int = Field(24, gt=0)
+    max_new_tokens: int = Field(24, gt=0)
     answers: int = Field(0, ge=0)
-    """Held-out instructions to answer, for ROUGE-L; 0 for none."""
-    generation: GenerationRecipe = GenerationRecipe(new_tokens=64)
-    """How they are answered."""
+    """Number of held-out instructions to answer for ROUGE-L; 0 for none."""
+    generation: GenerationRecipe = GenerationRecipe(max_new_tokens=64)
+    """Generation settings for these answers."""
 
 
 class DistillRecipe(Recipe):
-    """Distil students at the edges from a teacher in the cloud."""
+    """Distillation of students at the edges from a teacher in the cloud."""
 
     job: Literal["distill"] = "distill"
     output: str = "results/distill"
-    """The result directory."""
+    """Result directory."""
     seed: int = Field(10, ge=0)
     device: Device = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What training and signals are computed in; ``auto`` is bfloat16 where the device multiplies it natively.
-    Weights that are trained and averaged stay float32, and examinations on a CPU are computed in it."""
+    """Data type of training and signals; ``auto`` is bfloat16 if the device multiplies it natively. Weights that are
+    trained and averaged stay float32, and evaluation on a CPU uses float32."""
     threads: int = Field(0, ge=0)
     """CPU threads of each training actor; 0 divides the node's cores among them."""
     teacher: TeacherRecipe = TeacherRecipe()
     student: StudentRecipe = StudentRecipe()
     data: DataRecipe = DataRecipe()
-    edges: list[EdgeRecipe] = Field(default=[EdgeRecipe(name="edge")], min_length=1)
+    edges: list[DistillEdgeRecipe] = Field(default=[DistillEdgeRecipe(name="edge")], min_length=1)
     signal: SignalRecipe = SignalRecipe()
     objective: ObjectiveRecipe = ObjectiveRecipe()
     training: TrainingRecipe = TrainingRecipe()
-    rounds: RoundsRecipe = RoundsRecipe()
-    evaluation: EvaluationRecipe = EvaluationRecipe()
+    rounds: DistillRoundsRecipe = DistillRoundsRecipe()
+    evaluation: DistillEvaluationRecipe = DistillEvaluationRecipe()
 
     @property
     def cohorts(self) -> list[Cohort]:
-        """The run's students, in the order of their first edges."""
+        """Cohorts of the run, in the order of their first edges."""
         found: list[Cohort] = []
         for edge in self.edges:
             what = (edge.student or self.student, edge.objective or self.objective)
@@ -169,13 +196,25 @@ class DistillRecipe(Recipe):
                 found[found.index(known)] = replace(known, edges=(*known.edges, edge.name))
         return found
 
-    def cohort_of(self, edge: EdgeRecipe) -> Cohort:
-        """The cohort an edge belongs to."""
+    def cohort_of(self, edge: DistillEdgeRecipe) -> Cohort:
+        """Cohort that an edge belongs to."""
         return next(cohort for cohort in self.cohorts if edge.name in cohort.edges)
 
     @property
+    def devices(self) -> list[DistillEdgeRecipe]:
+        """Edges that are devices without Ray."""
+        return [edge for edge in self.edges if edge.device]
+
+    def for_device(self, edge: DistillEdgeRecipe) -> DistillRecipe:
+        """Recipe as a device gets it: with its own edge, and one of each other cohort, whose temperatures count."""
+        others = [cohort.edges[0] for cohort in self.cohorts if edge.name not in cohort.edges]
+        kept = [one for one in self.edges if one.name == edge.name or one.name in others]
+        teacher = self.teacher.model_copy(update={"signals": None})
+        return self.model_copy(update={"edges": kept, "teacher": teacher})
+
+    @property
     def temperatures(self) -> tuple[float, ...]:
-        """What signals are made for: none where they hold all there is to say at any temperature."""
+        """Temperatures that signals are computed for; empty for kinds that are valid at every temperature."""
         if self.signal.kind in ("hidden", "logits"):
             return ()
         return tuple(sorted({one.objective.kd.temperature for one in self.cohorts if one.objective.kd_weight}))
@@ -187,16 +226,25 @@ class DistillRecipe(Recipe):
         if double:
             raise ValueError(f"edges: the name '{double[0]}' is given twice")
         for edge in self.edges:
+            if edge.device and (edge.where or edge.of > 1):
+                raise ValueError(f"edges: the device '{edge.name}' brings its data; allowed: no where, part and of")
             if edge.part >= edge.of:
                 raise ValueError(f"edges: '{edge.name}' has part {edge.part} of {edge.of}; allowed: 0 to {edge.of - 1}")
         kind = self.signal.kind
         for cohort in self.cohorts:
-            kd = cohort.objective.kd
-            if cohort.objective.kd_weight and kind not in kd.signals:
-                allowed = ", ".join(kd.signals)
+            kd, needs = cohort.objective.kd, cohort.objective.needs
+            if kind not in needs.signals:
+                allowed = ", ".join(needs.signals)
                 raise ValueError(
                     f"signal.kind '{kind}' does not tell enough for objective.kd '{kd.name}'; allowed: {allowed}"
                 )
         if self.evaluation.answers and self.data.format == "plain":
             raise ValueError("evaluation.answers needs a data.format with instructions; allowed: alpaca, chat")
         return self
+
+
+def bundles(recipe: DistillRecipe) -> list[Bundle]:
+    """Return the resources of the teacher's replicas, then of one student per edge that is no device."""
+    teachers = [recipe.teacher.placement.bundle("cloud")] * recipe.teacher.replicas
+    actors = [edge for edge in recipe.edges if not edge.device]
+    return teachers + [recipe.cohort_of(edge).student.placement.bundle("edge") for edge in actors]

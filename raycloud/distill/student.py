@@ -1,4 +1,4 @@
-"""Where students start, and how they learn from a signal."""
+"""Initial students, and the loss with which they learn from a signal."""
 
 from __future__ import annotations
 
@@ -9,70 +9,70 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from raycloud.data.batches import Batch, Sample, in_length_order
-from raycloud.distill.divergence import Divergence
-from raycloud.distill.health import Monitor
+from raycloud.data.batches import Batch, Sample, length_sorted_batches
+from raycloud.distill.alignment.pairs import AlignedSamples, DeviceVocabularyMap
+from raycloud.distill.diagnostics import DiagnosticsMonitor
 from raycloud.distill.objective import StudentOutput, TeacherOutput, weighted_sum
-from raycloud.distill.objectives import DIVERGENCES, OBJECTIVES
-from raycloud.distill.objectives.mined import MinED
-from raycloud.distill.pairs import Pairs, Words
+from raycloud.distill.objective_options import OPTIONS
 from raycloud.distill.recipe import ObjectiveRecipe, StudentRecipe
 from raycloud.distill.signals import FrozenHead, SignalStore
 from raycloud.errors import ModelError
-from raycloud.models.anatomy import blocks_of
-from raycloud.models.loading import Device, Pretrained, load, load_tokenizer, resolve
+from raycloud.models.devices import Device
+from raycloud.models.loading import Pretrained, load, load_tokenizer, resolve
 from raycloud.models.segments import Segment
+from raycloud.models.structure import blocks_of
 from raycloud.models.surgery.extraction import extract
-from raycloud.models.surgery.importance import angular_distances, evenly_spaced, largest
+from raycloud.models.surgery.importance import angular_distances, evenly_spaced, most_important
+from raycloud.models.texts import save_end_ids
 from raycloud.models.weights import Weights, build
 from raycloud.training.loop import Loss
-from raycloud.training.lora import attach, load_learnt
+from raycloud.training.lora import add_adapters, load_trainable_weights
 
 _CALIBRATION_BATCH = 16
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """A micro-batch, and what the teacher is asked about: the same texts, in its own tokens where those differ."""
+class DistillMicroBatch:
+    """A micro-batch, and the same texts in the teacher's tokens if the tokenizers differ."""
 
     batch: Batch
-    asked: Batch
-    which: tuple[int, ...]
-    """Samples of the data set."""
+    teacher_batch: Batch
+    sample_indices: tuple[int, ...]
+    """Sample indices in the data set."""
 
     @property
     def targets(self) -> int:
-        """Labelled positions of the student."""
+        """Number of labelled positions of the student."""
         return self.batch.targets
 
 
 def own_tokenizer(recipe: StudentRecipe, teacher: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
-    """The students' tokenizer; None where it is the teacher's.
+    """Tokenizer of the students; None if it has the same tokens and ids as the teacher's.
+
+    Tokenizers that differ only in which special token is EOS count as the same: base and instruct models of one family
+    differ in that.
 
     Raises:
-        ModelError: it cannot be loaded.
-        DataError: its tokens' bytes are not known.
+        ModelError: the tokenizer cannot be loaded.
+        DataError: the bytes of its tokens cannot be determined.
     """
     if recipe.model is None:
         return None
     own = load_tokenizer(resolve(recipe.model))
-    same = own.get_vocab() == teacher.get_vocab() and own.eos_token_id == teacher.eos_token_id
-    return None if same else own
+    return None if own.get_vocab() == teacher.get_vocab() else own
 
 
-def check_objective(objective: ObjectiveRecipe, crossing: bool) -> None:
-    """Whether an objective can teach a student with a tokenizer of its own, or with the teacher's.
+def check_objective(objective: ObjectiveRecipe, two_tokenizers: bool) -> None:
+    """Check that an objective supports a student with its own tokenizer, or with the teacher's.
 
     Raises:
-        ModelError: it cannot.
+        ModelError: it does not.
     """
-    if not objective.kd_weight:
-        return
-    name = objective.kd.name
-    if crossing and isinstance(objective.kd, Divergence):
-        others = ", ".join(other for other in OBJECTIVES if other not in DIVERGENCES)
+    name, tokenizers = objective.kd.name, objective.needs.tokenizers
+    if two_tokenizers and tokenizers == "one":
+        others = ", ".join(other for other, options in OPTIONS.items() if options.requires.tokenizers != "one")
         raise ModelError(f"objective.kd '{name}' needs one tokenizer, student.model has its own; allowed: {others}")
-    if not crossing and isinstance(objective.kd, MinED):
+    if not two_tokenizers and tokenizers == "two":
         raise ModelError(f"objective.kd '{name}' is for two tokenizers, the student has the teacher's; take forward_kl")
 
 
@@ -82,62 +82,64 @@ def initial_student(
     calibration: Callable[[PreTrainedTokenizerBase], Sequence[Sample]],
     device: Device,
 ) -> tuple[PreTrainedModel, list[int] | None]:
-    """The model that students start from, in float32, and which blocks it has of that it is cut from; None if whole.
+    """Build the model that students start from, in float32, and the indices of the blocks it keeps; None if it is
+    whole.
 
     Args:
-        teacher: what it is cut from, unless the recipe names another model.
-        recipe: says how.
-        calibration: text to judge blocks by, in the tokens of a tokenizer.
-        device: where another model is loaded.
+        teacher: source of the blocks, unless the recipe names another model.
+        recipe: recipe of the student.
+        calibration: returns calibration text in the tokens of a tokenizer.
+        device: device on which another model is loaded.
 
     Raises:
-        ModelError: the recipe asks for blocks the model has not.
+        ModelError: the recipe asks for blocks that the model does not have.
     """
     source = teacher if recipe.model is None else load(recipe.model, device=device, dtype="float32")
     source.model.config.architectures = [type(source.model).__name__]
+    save_end_ids(source.model, source.tokenizer)
     total = len(blocks_of(source.model))
     check_blocks(recipe, total)
     if recipe.blocks is None and source is not teacher:
         return source.model, None
-    blocks = _choose(source, recipe, calibration, total)
+    blocks = _select_blocks(source, recipe, calibration, total)
     return extract(source.model, blocks).float(), blocks
 
 
 def student_from(
     config: PretrainedConfig, weights: Weights, frozen: Weights, recipe: StudentRecipe, device: torch.device
 ) -> PreTrainedModel:
-    """A student in float32, with its adapters where it has them.
+    """Build a student in float32, with adapters if the recipe has them.
 
     Args:
-        config: the model's.
-        weights: what is trained.
-        frozen: where only adapters are, the weights beneath them; unused otherwise.
-        recipe: says which.
-        device: where to put it.
+        config: configuration of the model.
+        weights: the trained weights.
+        frozen: weights beneath the adapters; unused without adapters.
+        recipe: recipe of the student.
+        device: device of the result.
     """
     if recipe.lora is None:
         return build(config, weights, device=device, dtype=torch.float32)
-    model = attach(build(config, frozen, device=device, dtype=torch.float32), recipe.lora, seed=0)
-    load_learnt(model, weights)
+    model = add_adapters(build(config, frozen, device=device, dtype=torch.float32), recipe.lora, seed=0)
+    load_trainable_weights(model, weights)
     return model.eval()
 
 
 def check_vocabulary(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
-    """Whether a student with the teacher's tokenizer has as many words.
+    """Check that a student with the teacher's tokenizer has the teacher's vocabulary size.
 
     Raises:
-        ModelError: it has not.
+        ModelError: it does not.
     """
-    words, wanted = student.vocab_size, teacher.vocab_size
-    if words != wanted:
-        raise ModelError(f"student.model has a vocabulary of {words} words; allowed: the teacher's, {wanted}")
+    size, allowed = student.vocab_size, teacher.vocab_size
+    if size != allowed:
+        raise ModelError(f"student.model has a vocabulary of {size} entries; allowed: the teacher's, {allowed}")
 
 
 def check_blocks(recipe: StudentRecipe, total: int) -> None:
-    """Whether a model with ``total`` blocks has those a recipe asks for.
+    """Check that a model with ``total`` blocks has the blocks that a recipe asks for.
 
     Raises:
-        ModelError: it has not.
+        ModelError: it does not.
     """
     if isinstance(recipe.blocks, int):
         if not 1 <= recipe.blocks <= total:
@@ -146,7 +148,7 @@ def check_blocks(recipe: StudentRecipe, total: int) -> None:
         raise ModelError(f"student.blocks is {recipe.blocks}; allowed: a list of blocks from 0 to {total - 1}")
 
 
-def _choose(
+def _select_blocks(
     source: Pretrained,
     recipe: StudentRecipe,
     calibration: Callable[[PreTrainedTokenizerBase], Sequence[Sample]],
@@ -158,50 +160,50 @@ def _choose(
         return evenly_spaced(total, recipe.blocks)
     model = source.model
     samples = calibration(source.tokenizer)
-    batches = in_length_order(samples, _CALIBRATION_BATCH, source.tokenizer.pad_token_id)
-    places = (batch.to(model.device) for batch in batches)
-    return largest(angular_distances(model, ((batch.ids, batch.valid) for batch in places)), recipe.blocks)
+    batches = length_sorted_batches(samples, _CALIBRATION_BATCH, source.tokenizer.pad_token_id)
+    batches_here = (batch.to(model.device) for batch in batches)
+    return most_important(angular_distances(model, ((batch.ids, batch.valid) for batch in batches_here)), recipe.blocks)
 
 
-def loss_from_signals(
+def distillation_loss(
     student: Segment,
     objective: ObjectiveRecipe,
     signals: SignalStore,
     teacher_head: FrozenHead | None,
-    teacher_words: Tensor | None = None,
+    teacher_embedding: Tensor | None = None,
     extras: nn.Module | None = None,
-    pairs: Pairs | None = None,
-    monitor: Monitor | None = None,
-) -> Callable[[Lesson], Loss]:
-    """The loss of a micro-batch: the student's rows against what the teacher says about the same texts.
+    pairs: AlignedSamples | None = None,
+    monitor: DiagnosticsMonitor | None = None,
+) -> Callable[[DistillMicroBatch], Loss]:
+    """Loss function of a micro-batch: the student's outputs against the teacher's signal for the same texts.
 
     Args:
-        student: with its head.
-        objective: what is summed.
-        signals: where the teacher's come from.
-        teacher_head: for hidden signals.
-        teacher_words: the teacher's input embedding (W, D), for objectives that look at the tokens themselves.
-        extras: what the objective trains beside the student.
-        pairs: the data set in both models' tokens; None where they have one tokenizer.
-        monitor: looks on.
+        student: whole model with its head.
+        objective: weights and objective.
+        signals: source of the teacher's signals.
+        teacher_head: required for hidden signals.
+        teacher_embedding: input embedding (W, D) of the teacher, for objectives that use token embeddings.
+        extras: module that the objective trains beside the student.
+        pairs: the data set in the tokens of both models; None if they use one tokenizer.
+        monitor: measures diagnostics on the way.
     """
     device = next(student.parameters()).device
     weighted = objective.weighted()
-    words = None if pairs is None else Words(pairs.map, device)
+    vocabulary = None if pairs is None else DeviceVocabularyMap(pairs.map, device)
     modules: dict[str, nn.Module] = {} if extras is None else {objective.kd.name: extras}
 
-    def taught(lesson: Lesson, output: StudentOutput) -> TeacherOutput:
-        signal = signals.signal(lesson.asked).to(device)
-        if pairs is None or words is None:
-            return TeacherOutput(signal, teacher_head, ids=output.ids, embedding=teacher_words)
-        return pairs.output(lesson.which, signal, teacher_head, words, teacher_words)
+    def teacher_output(micro_batch: DistillMicroBatch, output: StudentOutput) -> TeacherOutput:
+        signal = signals.signal(micro_batch.teacher_batch).to(device)
+        if pairs is None or vocabulary is None:
+            return TeacherOutput(signal, teacher_head, ids=output.ids, embedding=teacher_embedding)
+        return pairs.output(micro_batch.sample_indices, signal, teacher_head, vocabulary, teacher_embedding)
 
-    def loss(lesson: Lesson) -> Loss:
-        output = StudentOutput.of(student, lesson.batch.to(device))
-        teacher = taught(lesson, output) if objective.kd_weight else None
+    def loss(micro_batch: DistillMicroBatch) -> Loss:
+        output = StudentOutput.of(student, micro_batch.batch.to(device))
+        teacher = teacher_output(micro_batch, output) if objective.kd_weight else None
         found = weighted_sum(weighted, output, teacher, modules)
         if monitor is not None:
-            monitor.look(output, teacher, modules)
+            monitor.observe(output, teacher, modules)
         return found
 
     return loss

@@ -1,1 +1,1 @@
-"""The edge device: an OpenAI-compatible server and a terminal chat, without ray."""
+"""Edge device: an OpenAI-compatible server and a terminal chat, without ray."""

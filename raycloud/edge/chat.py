@@ -1,4 +1,4 @@
-"""A chat in the terminal that says what each answer cost."""
+"""Chat in the terminal that prints the cost of each answer."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from rich.filesize import decimal
 
 from raycloud.errors import RaycloudError
 from raycloud.link.meter import Meter
+from raycloud.models.generation import Decoding
 from raycloud.models.sampling import Sampling
-from raycloud.models.text import Piece, TextModel
+from raycloud.models.text_model import TextChunk, TextModel
 
 HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 
 @dataclass
 class Conversation:
-    """The messages so far and the model that answers them."""
+    """Messages so far and the model that answers them."""
 
     model: TextModel
     limit: int
     sampling: Sampling
     messages: list[dict[str, str]] = field(default_factory=list)
 
-    def answer(self, question: str) -> Generator[Piece, None, None]:
-        """The model's next message, which is remembered as far as it was read; a question without answer is not.
+    def answer(self, question: str) -> Generator[TextChunk, None, None]:
+        """Yield the model's answer; the part that was read is kept in the messages, an unanswered question is not.
 
         Raises:
-            RaycloudError: the conversation fills the model's context, or the model cannot chat.
+            RaycloudError: the conversation fills the model's context, or the model has no chat template.
             LinkError: the link to the cloud broke.
         """
         asked = [*self.messages, {"role": "user", "content": question}]
@@ -44,7 +45,8 @@ class Conversation:
             )
         said = ""
         try:
-            with closing(self.model.pieces(prompt, min(self.limit, room), self.sampling)) as pieces:
+            how = Decoding(self.sampling)
+            with closing(self.model.pieces(prompt, min(self.limit, room), how, chat=True)) as pieces:
                 for piece in pieces:
                     said += piece.text
                     yield piece
@@ -54,13 +56,13 @@ class Conversation:
 
 
 def chat(conversation: Conversation, console: Console, ask: Callable[[], str], meter: Meter | None = None) -> None:
-    """Questions and answers until the user leaves.
+    """Run the chat until the user ends it.
 
     Args:
-        conversation: goes on from what it holds.
-        console: where answers go.
-        ask: the next question; EOFError ends the chat.
-        meter: of the link to the cloud, whose messages are of the kinds ``up`` and ``down``.
+        conversation: the conversation to continue.
+        console: output of the answers.
+        ask: function that returns the next question; EOFError ends the chat.
+        meter: meter of the link to the cloud, whose messages have the kinds ``up`` and ``down``.
     """
     console.print(HELP, style="dim")
     while True:
@@ -113,8 +115,8 @@ def _answer(conversation: Conversation, question: str, console: Console, meter: 
         console.print(f"error: {error}", style="red")
 
 
-def asker(console: Console) -> Callable[[], str]:
-    """Asks with a prompt and line editing on a terminal, and reads plain lines otherwise."""
+def make_prompt(console: Console) -> Callable[[], str]:
+    """Reader of questions: with a prompt and line editing on a terminal, plain lines otherwise."""
     if not console.is_terminal:
         return input
     with suppress(ImportError):

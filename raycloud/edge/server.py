@@ -1,65 +1,67 @@
-"""An OpenAI-compatible HTTP server over anything that writes text: a whole model, or one cut between edge and cloud."""
+"""OpenAI-compatible HTTP server for a text model: a whole model, or one split between edge and cloud."""
 
 from __future__ import annotations
 
-import hmac
-import ipaddress
 import json
-import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections import defaultdict
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from raycloud.edge.openai import (
-    Answer,
-    ApiError,
-    ChatAnswer,
-    ChatRequest,
-    CompletionRequest,
-    TextAnswer,
-    listed,
-    usage,
-)
-from raycloud.edge.workers import Busy, Generation, Stopping, Workers
-from raycloud.errors import LinkError, ModelError, RaycloudError
+from raycloud.edge.errors import ApiError, api_error
+from raycloud.edge.generation import ChoiceDelta, Event, PromptRead, RequestRunner
+from raycloud.edge.middleware import BearerMiddleware, LocalHostMiddleware, header_timeout_protocol, read_body
+from raycloud.edge.requests import ChatRequest, CompletionRequest, parse_request
+from raycloud.edge.responses import ChatFormatter, CompletionFormatter, ResponseFormatter, model_entry, usage
+from raycloud.edge.workers import Generation, QueueFull, Workers
+from raycloud.errors import RaycloudError
+from raycloud.link.auth import Authenticator
 from raycloud.link.meter import Meter
-from raycloud.models.text import Piece, TextModel
+from raycloud.link.proxy import is_loopback
+from raycloud.models.text_model import TextModel
 
-_LOG = logging.getLogger(__name__)
 _GRACE_S = 5
+_HEAD_S = 10.0
+_BODY_S = 30.0
+_LINES = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
+"""Escapes of line separators that JSON does not escape, and that break clients which read line by line."""
 
 
 def create_app(
     model: TextModel,
     name: str,
     *,
-    token: str | None = None,
+    tokens: Sequence[str] = (),
+    allow_hosts: Collection[str] = (),
     meter: Meter | None = None,
     concurrency: int = 4,
     waiting: int = 32,
+    body_s: float = _BODY_S,
 ) -> FastAPI:
-    """The application: ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models`` and ``/healthz``.
+    """Application with ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models`` and ``/healthz``.
 
     Args:
-        model: what writes.
-        name: what clients call it.
-        token: what they must bring as ``Authorization: Bearer``; none if None.
-        meter: of the link to the cloud, shown by ``/healthz``.
-        concurrency: generations at once.
-        waiting: requests that may wait for their turn; more are answered 429.
+        model: the model that generates the answers.
+        name: name of the model for clients.
+        tokens: clients must send one of them as ``Authorization: Bearer``; if empty, requests must name this machine.
+        allow_hosts: host names accepted in addition to loopback ones if there is no token.
+        meter: meter of the link to the cloud, shown by ``/healthz``.
+        concurrency: number of generations at once.
+        waiting: number of requests that may wait; further ones are answered with 429.
+        body_s: time limit in seconds for the body of a request.
     """
     workers = Workers(concurrency, waiting)
-    desk = _Desk(model, name, workers)
+    answerer = RequestRunner(model)
+    desk = _RequestHandler(answerer, name, workers, body_s)
     created = int(time.time())
 
     @asynccontextmanager
@@ -70,11 +72,12 @@ def create_app(
     app = FastAPI(title="raycloud", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.workers = workers
     app.add_exception_handler(ApiError, _answer_error)
-    app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(Exception, _answer_unexpected)
-    if token is not None:
-        app.add_middleware(Bearer, token=token)
+    if tokens:
+        app.add_middleware(BearerMiddleware, authenticator=Authenticator(tokens))
+    else:
+        app.add_middleware(LocalHostMiddleware, allowed=allow_hosts)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, Any]:
@@ -83,120 +86,128 @@ def create_app(
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [listed(name, created)]}
+        return {"object": "list", "data": [model_entry(name, created)]}
 
     @app.get("/v1/models/{wanted:path}")
     async def one_model(wanted: str) -> dict[str, Any]:
         desk.check_name(wanted)
-        return listed(name, created)
+        return model_entry(name, created)
 
     @app.post("/v1/chat/completions")
-    async def chat(asked: ChatRequest, request: Request) -> Response:
-        desk.check_name(asked.model)
-        try:
-            prompt = model.chat_prompt([message.model_dump() for message in asked.messages])
-        except ModelError as error:
-            raise ApiError(400, str(error), param="messages") from error
-        return await desk.answer(asked, asked.limit, prompt, "messages", ChatAnswer(name), request)
+    async def chat(request: Request) -> Response:
+        asked = parse_request(ChatRequest, await desk.body(request))
+        return await desk.answer(asked, ChatFormatter(name, answerer.spelling, asked.top is not None), request)
 
     @app.post("/v1/completions")
-    async def complete(asked: CompletionRequest, request: Request) -> Response:
-        desk.check_name(asked.model)
-        return await desk.answer(asked, asked.limit, model.prompt(asked.prompt), "prompt", TextAnswer(name), request)
+    async def complete(request: Request) -> Response:
+        asked = parse_request(CompletionRequest, await desk.body(request))
+        return await desk.answer(asked, CompletionFormatter(name, answerer.spelling, asked.top is not None), request)
 
     return app
 
 
 @dataclass(frozen=True)
-class _Desk:
-    """Takes a checked request to a worker and brings the answer back."""
+class _RequestHandler:
+    """Handler that runs a checked request in a worker thread and returns its answer."""
 
-    model: TextModel
+    answerer: RequestRunner
     name: str
     workers: Workers
+    body_s: float
 
     def check_name(self, wanted: str) -> None:
         if wanted != self.name:
             message = f"the model '{wanted}' does not exist; this server has '{self.name}'"
             raise ApiError(404, message, param="model", code="model_not_found")
 
+    async def body(self, request: Request) -> bytes:
+        return await read_body(request, self.answerer.most_bytes, self.body_s)
+
     async def answer(
-        self,
-        asked: ChatRequest | CompletionRequest,
-        limit: int | None,
-        prompt: list[int],
-        param: str,
-        answer: Answer,
-        request: Request,
+        self, asked: ChatRequest | CompletionRequest, answer: ResponseFormatter, request: Request
     ) -> Response:
-        room = self.model.source.max_length - len(prompt)
-        if not prompt:
-            raise ApiError(400, f"{param} holds no token to go on from", param=param)
-        if room < 1:
-            message = f"this model's context is {room + len(prompt)} tokens, {param} resulted in {len(prompt)} tokens"
-            message += ", which leaves no room for an answer"
-            raise ApiError(400, message, param=param, code="context_length_exceeded")
+        self.check_name(asked.model)
         try:
-            generation = self.workers.start(
-                self.model.pieces(prompt, room if limit is None else min(limit, room), asked.sampling(), asked.stop)
-            )
-        except Busy:
+            generation = self.workers.start(self.answerer.answer(asked))
+        except QueueFull:
             raise ApiError(429, "too many requests wait already; try again", "rate_limit_error", code="busy") from None
         try:
             if not asked.stream:
-                return await _at_once(generation, answer, len(prompt), request)
-            # What goes wrong before the first token still gets a status of its own.
-            first = await anext(generation)
+                return await _at_once(generation, answer, request)
+            # An error before the first token still gets its own HTTP status.
+            opening = [await anext(generation), await anext(generation)]
         except BaseException as error:
             generation.cancel()
             if isinstance(error, Exception):
-                raise _shaped(error) from error
+                raise api_error(error) from error
             raise
-        return _EventStream(_events(first, generation, answer, len(prompt), asked.include_usage), generation)
+        return _EventStream(_events(opening, generation, answer, asked.include_usage), generation)
 
 
-async def _at_once(generation: Generation, answer: Answer, prompt_tokens: int, request: Request) -> Response:
-    text = ""
-    async for piece in generation:
-        text += piece.text
-        if piece.finish:
-            return JSONResponse(answer.whole(text, piece.finish, usage(prompt_tokens, piece.tokens)))
+class _UsageCounter:
+    """Counter of the tokens of the prompts and answers of a request."""
+
+    def __init__(self) -> None:
+        self._prompt, self._made = 0, dict[int, int]()
+
+    def see(self, event: Event) -> None:
+        match event:
+            case PromptRead(tokens):
+                self._prompt = tokens
+            case ChoiceDelta(choice, made=made):
+                self._made[choice] = made
+
+    @property
+    def usage(self) -> dict[str, int]:
+        return usage(self._prompt, sum(self._made.values()))
+
+
+async def _at_once(generation: Generation[Event], answer: ResponseFormatter, request: Request) -> Response:
+    tally, choices = _UsageCounter(), defaultdict[int, list[ChoiceDelta]](list)
+    async for event in generation:
+        tally.see(event)
+        if isinstance(event, ChoiceDelta):
+            choices[event.choice].append(event)
         if await request.is_disconnected():
-            break
-    generation.cancel()
-    return Response(status_code=499)  # nobody reads it
+            generation.cancel()
+            return Response(status_code=499)  # the client is gone and does not read it
+    return JSONResponse(answer.whole([choices[index] for index in sorted(choices)], tally.usage))
 
 
 async def _events(
-    first: Piece, generation: Generation, answer: Answer, prompt_tokens: int, include_usage: bool
+    opening: list[Event], generation: Generation[Event], answer: ResponseFormatter, include_usage: bool
 ) -> AsyncIterator[str]:
-    for chunk in answer.opening():
-        yield _event(chunk)
-    piece = first
+    tally, begun = _UsageCounter(), set[int]()
     try:
-        while True:
-            if piece.text:
-                yield _event(answer.chunk(piece.text))
-            if piece.finish:
-                break
-            piece = await anext(generation)
+        async for event in _chained(opening, generation):
+            tally.see(event)
+            if isinstance(event, ChoiceDelta):
+                for chunk in answer.chunks(event, first=event.choice not in begun):
+                    yield _event(chunk)
+                begun.add(event.choice)
     except Exception as error:
-        yield _event(_shaped(error).body)
+        yield _event(api_error(error).body)
         return
-    yield _event(answer.closing(piece.finish))
     if include_usage:
-        yield _event(answer.tally(usage(prompt_tokens, piece.tokens)))
+        yield _event(answer.tally(tally.usage))
     yield "data: [DONE]\n\n"
 
 
+async def _chained(opening: list[Event], generation: Generation[Event]) -> AsyncIterator[Event]:
+    for event in opening:
+        yield event
+    async for event in generation:
+        yield event
+
+
 def _event(chunk: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':')).translate(_LINES)}\n\n"
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events that end the generation when the client goes."""
+    """Server-sent events that end the generation when the client disconnects."""
 
-    def __init__(self, events: AsyncIterator[str], generation: Generation) -> None:
+    def __init__(self, events: AsyncIterator[str], generation: Generation[Event]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self._generation = generation
 
@@ -207,54 +218,11 @@ class _EventStream(StreamingResponse):
             self._generation.cancel()
 
 
-class Bearer:
-    """Lets only requests with the right token through; ``/healthz`` is open.
-
-    Args:
-        app: what it guards.
-        token: the right one.
-    """
-
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app, self._expected = app, f"Bearer {token}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 401, or pass the request on."""
-        if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) != "/healthz":
-            brought = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(brought, self._expected):
-                message = "this server needs its token: Authorization: Bearer …"
-                refusal = ApiError(401, message, "authentication_error", code="invalid_api_key")
-                headers = {"WWW-Authenticate": "Bearer"}
-                await JSONResponse(refusal.body, refusal.status, headers)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def _shaped(error: Exception) -> ApiError:
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, LinkError):
-        return ApiError(503, f"the link to the cloud: {error}", "server_error", code="link_error")
-    if isinstance(error, Stopping):
-        return ApiError(503, "the server is stopping", "server_error", code="stopping")
-    _LOG.error("a generation failed", exc_info=error)
-    return ApiError(500, "the server failed; its log says why", "server_error", code="internal_error")
-
-
 async def _answer_error(_: Request, error: Exception) -> Response:
-    shaped = _shaped(error)
-    return JSONResponse(shaped.body, shaped.status)
-
-
-async def _answer_invalid(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:]).lstrip(".")
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "json_invalid":
-        return await _answer_error(request, ApiError(400, "the body is not valid JSON"))
-    return await _answer_error(request, ApiError(400, f"{path or 'the body'}: {message}", param=path or None))
+    shaped = api_error(error)
+    # The rest of a body that was not read to its end would be parsed as another request.
+    headers = {"Connection": "close"} if shaped.status in (408, 413) else None
+    return JSONResponse(shaped.body, shaped.status, headers)
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
@@ -268,14 +236,14 @@ async def _answer_unexpected(request: Request, error: Exception) -> Response:
 
 
 def bind(host: str, port: int, token: str | None) -> socket.socket:
-    """A listening socket; only a server with a token may be reached from other machines.
+    """Open a listening socket; only a server with a token may listen for other machines.
 
     Raises:
-        RaycloudError: the port is taken, the address is not this machine's, or a token is missing.
+        RaycloudError: the port is in use, the address does not belong to this machine, or a token is missing.
     """
-    if token is None and not _is_loopback(host):
+    if token is None and not is_loopback(host):
         raise RaycloudError(
-            f"--host {host} can be reached from other machines and needs a token: --token … or RAYCLOUD_EDGE_TOKEN"
+            f"--host {host} can be reached from other machines and needs an API key: --api-key … or RAYCLOUD_API_KEY"
         )
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -285,31 +253,27 @@ def bind(host: str, port: int, token: str | None) -> socket.socket:
         raise RaycloudError(f"cannot listen on {host}:{port}: {why}") from error
 
 
-def _is_loopback(host: str) -> bool:
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
 def address_of(listening: socket.socket) -> str:
-    """The base URL that clients of a listening socket use."""
+    """Base URL of a listening socket for clients."""
     host, port = listening.getsockname()[:2]
     host = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
 class Server(uvicorn.Server):
-    """Serves an application of :func:`create_app` with ``run(sockets=[…])``; told to stop, it ends open answers.
+    """Server of an application of :func:`create_app` with ``run(sockets=[…])``; at shutdown it ends open answers.
 
     Args:
         app: the application.
+        head_s: time limit in seconds for the head of a request.
     """
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, *, head_s: float = _HEAD_S) -> None:
         self._workers: Workers = app.state.workers
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_S))
+        options: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": _GRACE_S}
+        super().__init__(uvicorn.Config(app, http=header_timeout_protocol(head_s), **options))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End open answers with an error that says why, then everything else."""
+        """End open answers with an error that names the reason, then shut down."""
         self._workers.close()
         await super().shutdown(sockets)

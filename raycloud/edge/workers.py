@@ -1,4 +1,4 @@
-"""Generations in threads of their own, read from the event loop, so many at once and so many waiting."""
+"""Generations in worker threads, read from the event loop, with limits on the running and the waiting ones."""
 
 from __future__ import annotations
 
@@ -7,112 +7,116 @@ import threading
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from typing import Any, Generic, TypeVar
 
-from raycloud.models.text import Piece
-
-_Pieces = Generator[Piece, None, None]
-
-
-class Busy(Exception):
-    """As many generations run and wait as are allowed."""
+Event = TypeVar("Event")
 
 
-class Stopping(Exception):
-    """The server ends before the text does."""
+class QueueFull(Exception):
+    """Refusal of a generation because the limits of running and waiting ones are reached."""
 
 
-class Generation:
-    """The pieces of one text, made in a thread and read with ``async for``.
+class ServerStopping(Exception):
+    """End of a generation because the server stops."""
 
-    A whole generation runs in one thread: what a model or a socket keeps per thread stays with it.
+
+class Generation(Generic[Event]):
+    """Events of one answer, made in a thread and read with ``async for``.
+
+    A whole generation runs in one thread, because a model or a socket may keep state per thread.
 
     Args:
-        pieces: closed by the thread as soon as it ends, fails or is cancelled.
+        events: generator of the events; the thread closes it as soon as it ends, fails or is cancelled.
     """
 
-    def __init__(self, pieces: _Pieces) -> None:
-        self._pieces = pieces
+    def __init__(self, events: Generator[Event, None, None]) -> None:
+        self._events = events
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[Event] | Exception | None] = asyncio.Queue()
         self._cancelled = threading.Event()
 
-    def __aiter__(self) -> Generation:
+    def __aiter__(self) -> Generation[Event]:
         return self
 
-    async def __anext__(self) -> Piece:
+    async def __anext__(self) -> Event:
         match await self._queue.get():
-            case Piece() as piece:
-                return piece
+            case (event,):
+                return event
             case None:
                 raise StopAsyncIteration
-            case error:
+            case Exception() as error:
                 raise error
+        raise AssertionError  # the queue holds nothing else
 
     def cancel(self) -> None:
-        """Nobody reads on: the thread ends before its next piece."""
+        """Stop without a reader: the thread ends before its next event."""
         self._cancelled.set()
 
     def stop(self) -> None:
-        """Let the reader hear that the server ends, and end the thread before its next piece.
+        """Stop because the server stops: the reader gets :class:`ServerStopping`.
 
-        Raised there: :class:`Stopping`.
+        The thread ends before its next event.
         """
         self.cancel()
-        self._tell(Stopping())
+        self._tell(ServerStopping())
 
     def work(self) -> None:
-        """Make the pieces; called in the thread."""
-        with closing(self._pieces):
+        """Produce the events; called in the thread."""
+        with closing(self._events):
             try:
                 if not self._cancelled.is_set():
-                    for piece in self._pieces:
-                        self._tell(piece)
+                    for event in self._events:
+                        self._tell((event,))
                         if self._cancelled.is_set():
                             return
-            except Exception as error:  # the reader raises it where it can be answered
+            except Exception as error:  # the reader raises it where the error can be returned to the client
                 self._tell(error)
             else:
                 self._tell(None)
 
-    def _tell(self, what: Piece | Exception | None) -> None:
+    def _tell(self, what: tuple[Event] | Exception | None) -> None:
         with suppress(RuntimeError):  # the server is gone, and so is its loop
             self._loop.call_soon_threadsafe(self._queue.put_nowait, what)
 
 
 class Workers:
-    """Runs so many generations at once.
+    """Pool of worker threads for generations.
 
     Args:
-        running: threads.
-        waiting: generations that may wait for one.
+        running: number of threads.
+        waiting: number of generations that may wait for a thread.
     """
 
     def __init__(self, running: int, waiting: int) -> None:
         self._threads = ThreadPoolExecutor(running, thread_name_prefix="generation")
         self._most = running + waiting
-        self._generations: set[Generation] = set()
+        self._generations: set[Generation[Any]] = set()
 
     @property
     def active(self) -> int:
-        """Generations that run or wait."""
+        """Number of generations that run or wait."""
         return len(self._generations)
 
-    def start(self, pieces: _Pieces) -> Generation:
-        """Begin a generation, or queue it.
+    def start(self, events: Generator[Event, None, None]) -> Generation[Event]:
+        """Start a generation, or queue it.
 
         Raises:
-            Busy: too many wait already.
+            QueueFull: too many generations wait already.
         """
         if self.active >= self._most:
-            raise Busy
-        generation = Generation(pieces)
+            raise QueueFull
+        generation = Generation(events)
         self._generations.add(generation)
         done = self._threads.submit(generation.work)
         done.add_done_callback(lambda _: self._generations.discard(generation))
         return generation
 
     def close(self) -> None:
-        """Stop what runs and waits."""
-        for generation in tuple(self._generations):
+        """Stop all running and waiting generations."""
+        generations = tuple(self._generations)
+        # All are cancelled before any is told: the thread of one that ends would begin the next one.
+        for generation in generations:
+            generation.cancel()
+        for generation in generations:
             generation.stop()
         self._threads.shutdown(wait=False)

@@ -1,4 +1,4 @@
-"""Answers to many prompts: batched, left-padded, with a cache of keys and values."""
+"""Generation of answers to many prompts: batched, left-padded, with a KV cache."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raycloud.evaluation.recipe import GenerationRecipe
-from raycloud.evaluation.sampling import NOTHING, pick
+from raycloud.evaluation.sampling import PADDING_ID, sample_tokens
 from raycloud.models.cache import KVCache
 from raycloud.models.segments import Segment
-from raycloud.models.text import end_ids
+from raycloud.models.texts import end_ids
 
 END_OF_TEXT = "<|endoftext|>"
-"""Ends an answer also where it is not the model's EOS, as token or as text."""
+"""End-of-text token that ends an answer, as a token or as text, even if it is not the model's EOS."""
 
 
-def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids that end a model's answer."""
+def answer_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Token ids that end a model's answer."""
     ends = end_ids(tokenizer, model.config, model.generation_config)
     end_of_text = tokenizer.get_vocab().get(END_OF_TEXT)
     return ends if end_of_text is None else ends | {end_of_text}
 
 
-def answers(
+def generate_answers(
     model: Segment,
     prompts: Sequence[Sequence[int]],
     how: GenerationRecipe,
@@ -35,22 +35,23 @@ def answers(
     numbers: Sequence[int] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
-    """The continuation of each prompt, up to and without the first of ``ends``.
+    """Generate the continuation of each prompt, up to the first token of ``ends``, which is left out.
 
-    An answer depends on model, prompt, ``how``, seed and the prompt's number, not on the batch it is written in (but
-    for rounding, where two tokens nearly tie).
+    An answer depends on model, prompt, ``how``, seed and the prompt's number, not on the other prompts of its batch
+    (except for rounding, if two tokens nearly tie).
 
     Args:
         model: the whole model.
-        prompts: token ids.
-        how: length, temperature and the rest.
-        seed: of the draws.
-        ends: ids that end a text.
-        numbers: what tells the draws of one prompt from another's; its place if None.
-        progress: told how many answers are done.
+        prompts: token ids of each prompt.
+        how: generation settings.
+        seed: seed of the sampling.
+        ends: ids that end an answer.
+        numbers: one number per prompt that selects its random draws; the prompt's index if None.
+        progress: called with the number of finished answers.
 
     Raises:
-        ValueError: a prompt is empty, or there are not as many numbers as prompts.
+        ValueError: a prompt is empty, or the number of ``numbers`` differs from that of the prompts.
+        ModelError: the model's logits are not finite.
     """
     if not all(prompts):
         raise ValueError("cannot continue an empty prompt")
@@ -58,15 +59,15 @@ def answers(
     if len(named) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts need as many numbers, got {len(named)}")
     made: dict[int, list[int]] = {}
-    # The longest first: what does not fit into memory shows at once.
-    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    # The longest prompts first, so that a batch too large for the memory fails at once.
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     for start in range(0, len(order), how.batch_size):
         batch = order[start : start + how.batch_size]
-        texts = {place: list(prompts[place]) for place in batch}
-        _continue(model, texts, {place: named[place] for place in batch}, how, seed, frozenset(ends))
-        made |= {place: text[len(prompts[place]) :] for place, text in texts.items()}
+        texts = {index: list(prompts[index]) for index in batch}
+        _continue(model, texts, {index: named[index] for index in batch}, how, seed, frozenset(ends))
+        made |= {index: text[len(prompts[index]) :] for index, text in texts.items()}
         progress(len(made))
-    return [made[place] for place in range(len(prompts))]
+    return [made[index] for index in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -78,32 +79,32 @@ def _continue(
     seed: int,
     ends: frozenset[int],
 ) -> None:
-    """Append to every text up to its end.
+    """Append tokens to every text until it ends.
 
-    When half of a batch has ended, the rest starts again as a smaller one: reading a text anew is cheap beside
-    carrying finished ones along.
+    When half of a batch has ended, the rest is restarted as a smaller batch: a new prefill is cheap compared with
+    computing finished texts further.
     """
     device = next(model.parameters()).device
     live, step = list(texts), 0
-    while live and step < how.new_tokens:
+    while live and step < how.max_new_tokens:
         batch, cache = live, KVCache()
-        rows, valid = _left_padded([texts[place] for place in batch], device)
-        history = rows.masked_fill(~valid, NOTHING)
-        named = torch.tensor([numbers[place] for place in batch], device=device)
+        ids, valid = _left_padded([texts[index] for index in batch], device)
+        history = ids.masked_fill(~valid, PADDING_ID)
+        named = torch.tensor([numbers[index] for index in batch], device=device)
         mask = None if bool(valid.all()) else valid
-        while 2 * len(live) > len(batch) and step < how.new_tokens:
-            logits = model.logits(model.rows(rows, valid=mask, cache=cache)[:, -1])
-            tokens = pick(logits, history, how, seed=seed, numbers=named, step=step)
+        while 2 * len(live) > len(batch) and step < how.max_new_tokens:
+            logits = model.logits(model.hidden(ids, valid=mask, cache=cache)[:, -1])
+            tokens = sample_tokens(logits, history, how, seed=seed, numbers=named, step=step)
             drawn = dict(zip(batch, tokens.tolist(), strict=True))
-            live = [place for place in live if drawn[place] not in ends]
-            for place in live:
-                texts[place].append(drawn[place])
-            rows, mask, step = tokens[:, None], None, step + 1
-            history = torch.cat([history, rows], dim=1)
+            live = [index for index in live if drawn[index] not in ends]
+            for index in live:
+                texts[index].append(drawn[index])
+            ids, mask, step = tokens[:, None], None, step + 1
+            history = torch.cat([history, ids], dim=1)
 
 
 def _left_padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (B, T), and which of them are real (B, T)."""
+    """Left-padded token ids (B, T), and the mask of the positions that are not padding (B, T)."""
     lengths = torch.tensor([len(text) for text in texts])
     slots = torch.arange(int(lengths.max()))
     valid = slots >= slots.shape[0] - lengths[:, None]
@@ -112,7 +113,7 @@ def _left_padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[
     return ids.to(device), valid.to(device)
 
 
-def text_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """An answer as text: cut at a literal ``<|endoftext|>``, stripped."""
+def answer_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Decode an answer, cut it at a literal ``<|endoftext|>``, and strip it."""
     text = str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return text.partition(END_OF_TEXT)[0].strip()

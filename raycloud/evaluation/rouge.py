@@ -1,4 +1,4 @@
-"""How near an answer comes to its references: ROUGE-L and exact match."""
+"""Similarity of an answer to its references: ROUGE-L and exact match."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """100 · the F-measure of the longest common subsequence of stemmed words (Lin 2004), by the best reference.
+    """ROUGE-L (Lin 2004) in per cent: F-measure of the longest common subsequence of stemmed words, best reference.
 
-    ``rouge_score`` knows the letters a to z and digits only: other scripts score 0.
+    ``rouge_score`` keeps only the letters a to z and digits: other scripts score 0.
     """
     return 100 * float(_SCORER.score_multi(references, answer)["rougeL"].fmeasure)
 
 
 def exact(answer: str, references: Sequence[str]) -> bool:
-    """Whether the answer is a reference, but for case, ASCII punctuation and white space.
+    """Check that the answer equals a reference, except for case, ASCII punctuation and white space.
 
-    So do Super-NaturalInstructions (Wang et al. 2022); articles count.
+    The rule is that of Super-NaturalInstructions (Wang et al. 2022); articles count.
     """
     return _normalised(answer) in map(_normalised, references)
 

@@ -1,9 +1,9 @@
-"""The next token of every text of a batch at once, with draws that nothing but the text's own number decides.
+"""Sampling of the next tokens of a batch, with random draws that do not depend on the other texts of the batch.
 
-A token is drawn by adding Gumbel noise to its log-probability and taking the largest (Gumbel 1954; Maddison et al.
-2014). The noise of a token is a hash of (seed, text, step, token): no state is carried, so batch size and order cannot
-matter. Rounding, which does depend on the batch, changes a draw only where two tokens nearly tie; the inverse of the
-cumulative distribution would shift with every rounding error before it, and so change most draws from the tail.
+A token is sampled by adding Gumbel noise to the log-probabilities and taking the largest (Gumbel 1954; Maddison et al.
+2014). The noise of a token is a hash of (seed, text, step, token): there is no state, so batch size and order do not
+matter. Rounding, which depends on the batch, changes a draw only if two tokens nearly tie. Inverting the cumulative
+distribution instead would add up the rounding errors of all tokens before, and so change most draws from the tail.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from raycloud.evaluation.recipe import GenerationRecipe
+from raycloud.models.sampling import checked
 
-NOTHING = -1
-"""Stands for padding where a text's tokens are wanted; no token is called so."""
+PADDING_ID = -1
+"""Id of padding in token histories; no token has it."""
 
 
 def _signed(number: int) -> int:
@@ -27,12 +28,12 @@ _FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
-    """To the right, with zeros from the left."""
+    """Logical shift to the right (filled with zeros) of int64 bits."""
     return (bits >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def splitmix(state: Tensor, count: Tensor) -> Tensor:
-    """The ``count``-th number (from 1) that SplitMix64 gives from a state; int64 that stand for uint64."""
+    """The ``count``-th number (from 1) of SplitMix64 from a state; int64 with the bits of uint64."""
     bits = state + count * _STEP
     bits ^= _shifted(bits, 30)
     bits *= _FIRST
@@ -42,14 +43,14 @@ def splitmix(state: Tensor, count: Tensor) -> Tensor:
     return bits
 
 
-def noise(seed: int, numbers: Tensor, step: int, vocabulary: int) -> Tensor:
+def gumbel_noise(seed: int, numbers: Tensor, step: int, vocabulary: int) -> Tensor:
     """Standard Gumbel noise (B, V), float64: a pure function of (seed, text's number, step, token).
 
     Args:
-        seed: of the run, below 2⁶³.
+        seed: seed of the run, below 2⁶³.
         numbers: (B,) int64, one per text.
-        step: tokens drawn before.
-        vocabulary: V.
+        step: number of tokens drawn before.
+        vocabulary: size V of the vocabulary.
     """
     device = numbers.device
     state = splitmix(torch.tensor(seed, device=device), torch.tensor(1, device=device))
@@ -59,28 +60,28 @@ def noise(seed: int, numbers: Tensor, step: int, vocabulary: int) -> Tensor:
     return uniform.log_().neg_().log_().neg_()
 
 
-def without_repeats(logits: Tensor, history: Tensor, size: int) -> Tensor:
-    """Logits (B, V) with −inf for every token that would complete an n-gram its text already has.
+def mask_repeated_ngrams(logits: Tensor, history: Tensor, size: int) -> Tensor:
+    """Set to −inf the logits (B, V) of every token that would complete an n-gram that its text already has.
 
     Args:
         logits: (B, V).
-        history: (B, T) tokens so far, left-padded with ``NOTHING``.
-        size: the n of the n-grams.
+        history: (B, T) tokens so far, left-padded with ``PADDING_ID``.
+        size: n of the n-grams.
     """
     if history.shape[1] < size:
         return logits
     grams = history.unfold(1, size, 1)
     latest = history[:, history.shape[1] - size + 1 :]
-    again = (grams[..., :-1] == latest[:, None]).all(dim=-1) & (grams[..., -1] != NOTHING)
-    # Other n-grams point to a column behind the vocabulary.
+    again = (grams[..., :-1] == latest[:, None]).all(dim=-1) & (grams[..., -1] != PADDING_ID)
+    # Other n-grams point to an extra column after the vocabulary.
     beyond = logits.shape[1]
     banned = torch.zeros(len(logits), beyond + 1, dtype=torch.bool, device=logits.device)
     banned.scatter_(1, torch.where(again, grams[..., -1], beyond), True)
     return logits.masked_fill(banned[:, :beyond], -torch.inf)
 
 
-def narrowed(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits (B, V) with −inf for tokens outside the ``top_k`` most likely, then outside the nucleus of ``top_p``.
+def top_k_top_p(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set to −inf the logits (B, V) of tokens outside the ``top_k`` most likely, then outside the nucleus of ``top_p``.
 
     The nucleus is the fewest tokens whose probability reaches ``top_p`` (Holtzman et al. 2020, arXiv 1904.09751).
     """
@@ -94,12 +95,18 @@ def narrowed(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def pick(logits: Tensor, history: Tensor, how: GenerationRecipe, *, seed: int, numbers: Tensor, step: int) -> Tensor:
-    """The next tokens (B,) of texts (B, T), given logits (B, V); see :func:`noise` for what decides the draws."""
-    logits = logits.float()
-    if how.no_repeat_ngram:
-        logits = without_repeats(logits, history, how.no_repeat_ngram)
+def sample_tokens(
+    logits: Tensor, history: Tensor, how: GenerationRecipe, *, seed: int, numbers: Tensor, step: int
+) -> Tensor:
+    """Sample the next tokens (B,) of texts (B, T) from logits (B, V), with the noise of :func:`gumbel_noise`.
+
+    Raises:
+        ModelError: the logits are not finite.
+    """
+    logits = checked(logits).float()
+    if how.no_repeat_ngram_size:
+        logits = mask_repeated_ngrams(logits, history, how.no_repeat_ngram_size)
     if how.temperature > 0:
-        logits = narrowed(logits / how.temperature, how.top_k, how.top_p)
-        logits = noise(seed, numbers, step, logits.shape[1]).add_(logits)
+        logits = top_k_top_p(logits / how.temperature, how.top_k, how.top_p)
+        logits = gumbel_noise(seed, numbers, step, logits.shape[1]).add_(logits)
     return logits.argmax(dim=-1)

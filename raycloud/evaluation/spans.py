@@ -1,4 +1,4 @@
-"""How well spans of a text answer questions: SQuAD's two measures (arXiv 1606.05250), and which span a model means."""
+"""Metrics of answers that are spans of a text: SQuAD's two (arXiv 1606.05250), and the best span of logits."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalised(text: str) -> str:
-    """Lower case, without punctuation and articles, with single spaces: what two answers are compared as."""
+    """Normalise an answer for comparison: lower case, single spaces, no punctuation and no articles."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(answer: str, truth: str) -> float:
-    """1 where both are the same once normalised."""
+    """Exact match: 1 if both are equal after normalisation, else 0."""
     return float(normalised(answer) == normalised(truth))
 
 
 def overlap_f1(answer: str, truth: str) -> float:
-    """Harmonic mean of precision and recall of the words of one truth."""
+    """F1 of the words of an answer and one reference: the harmonic mean of precision and recall, 0 to 1."""
     ours, theirs = normalised(answer).split(), normalised(truth).split()
     if not ours or not theirs:
         return float(ours == theirs)
@@ -33,21 +33,26 @@ def overlap_f1(answer: str, truth: str) -> float:
     return 2 * both / (len(ours) + len(theirs))
 
 
-def best_over(measure: Callable[[str, str], float], answer: str, truths: Sequence[str]) -> float:
-    """Against the truth that it fits best; an answer is right where there is none to give and it gives none."""
-    return max((measure(answer, truth) for truth in truths), default=measure(answer, ""))
+def best_match(measure: Callable[[str, str], float], answer: str, truths: Sequence[str]) -> float:
+    """Largest value of ``measure`` over the references. Without any reference, the empty answer is right.
+
+    References that normalise to nothing, such as an article alone, are ignored, as in SQuAD's official script for
+    version 2.0.
+    """
+    said = [truth for truth in truths if normalised(truth)]
+    return max(measure(answer, truth) for truth in said or [""])
 
 
 def best_spans(logits: Tensor, allowed: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest span of each text.
+    """Find the likeliest span of each text.
 
     Args:
-        logits: (B, T, 2) of the first and of the last token.
-        allowed: (B, T), the tokens that an answer may have; each text has some.
-        most: tokens of an answer.
+        logits: (B, T, 2), for the first and for the last token of the span.
+        allowed: (B, T), mask of the tokens at which a span may begin or end; not empty for any text.
+        most: maximum number of tokens of a span.
 
     Returns:
-        First and last tokens (B,) and their scores (B,), the sums of both logits.
+        Indices of the first and of the last tokens (B,), and their scores (B,), the sums of both logits.
     """
     length = logits.shape[1]
     ordered = torch.ones(length, length, dtype=torch.bool).triu().tril(most - 1)

@@ -1,1 +1,1 @@
-"""The link: what crosses between edge and cloud, how it is coded, and how many bytes it took."""
+"""Link between edge and cloud: frames, codecs, channels, and a meter of the bytes and messages sent."""

@@ -1,4 +1,4 @@
-"""Channels: how frames get from one end to the other. A channel moves bytes and knows nothing of their meaning."""
+"""Channels that carry frames between the two ends of a link. A channel moves bytes and does not interpret them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from raycloud.link.meter import Meter
 
 
 class LinkDown(LinkError):
-    """The channel broke or was closed; a new one may mend it."""
+    """Error of a channel that broke or was closed; a new channel may work."""
 
 
 class Channel(Protocol):
-    """The edge's end of a link. One thread sends, one receives; either may close."""
+    """Channel at the edge's end of a link. One thread sends, one receives; either may close."""
 
     def send(self, data: bytes) -> None:
-        """Hand one message over.
+        """Send one message.
 
         Raises:
             LinkDown: the channel is broken or closed.
@@ -28,24 +28,24 @@ class Channel(Protocol):
         ...
 
     def receive(self, timeout_s: float) -> bytes:
-        """The next message.
+        """Receive the next message.
 
         Raises:
-            TimeoutError: none came in time.
+            TimeoutError: no message arrived in time.
             LinkDown: the channel is broken or closed.
         """
         ...
 
     def close(self) -> None:
-        """Close it; closing twice is harmless."""
+        """Close the channel; closing twice is harmless."""
         ...
 
 
 class Connection(Protocol):
-    """The cloud's end of a link."""
+    """Connection at the cloud's end of a link."""
 
     async def receive(self) -> bytes:
-        """The next message.
+        """Receive the next message.
 
         Raises:
             LinkDown: the peer is gone.
@@ -53,7 +53,7 @@ class Connection(Protocol):
         ...
 
     async def send(self, data: bytes) -> None:
-        """Hand one message over, as soon as the peer takes it.
+        """Send one message; return when the peer has accepted it.
 
         Raises:
             LinkDown: the peer is gone.
@@ -61,23 +61,23 @@ class Connection(Protocol):
         ...
 
     async def close(self, reason: str) -> None:
-        """Close it; closing twice is harmless."""
+        """Close the connection; closing twice is harmless."""
         ...
 
 
-class Metered:
-    """A channel that counts what it moves, whole messages, as ``up`` and ``down``."""
+class MeteredChannel:
+    """Channel that counts the messages it carries and their bytes, as the kinds ``up`` and ``down``."""
 
     def __init__(self, inner: Channel, meter: Meter) -> None:
         self._inner, self._meter = inner, meter
 
     def send(self, data: bytes) -> None:
-        """Count, then send."""
+        """Count a message, then send it."""
         self._meter.add("up", len(data))
         self._inner.send(data)
 
     def receive(self, timeout_s: float) -> bytes:
-        """Receive, then count."""
+        """Receive a message, then count it."""
         data = self._inner.receive(timeout_s)
         self._meter.add("down", len(data))
         return data
@@ -88,32 +88,44 @@ class Metered:
 
 
 class Loopback:
-    """Channels within one process to a service that runs on an event loop in a thread of its own.
+    """Channels within one process to a service that runs on an event loop in its own thread.
 
     Args:
-        serve: handles one connection until it ends, as a server does.
+        serve: coroutine function that serves one connection until it ends; further arguments are those of
+            :meth:`connect`.
     """
 
-    def __init__(self, serve: Callable[[Connection], Awaitable[None]]) -> None:
+    def __init__(self, serve: Callable[..., Awaitable[None]]) -> None:
         self._serve = serve
         self.loop = asyncio.new_event_loop()
+        self._lock, self._open = threading.Lock(), True
         self._thread = threading.Thread(target=self.loop.run_forever, name="loopback", daemon=True)
         self._thread.start()
 
-    def connect(self) -> Channel:
-        """A new channel to the service."""
+    def connect(self, *about: str) -> Channel:
+        """Open a new channel to the service.
+
+        Args:
+            about: what the service must know of the peer, such as its principal.
+
+        Raises:
+            LinkDown: the service has stopped.
+        """
         connection = _LoopbackEnd(self.loop)
-        asyncio.run_coroutine_threadsafe(self._run(connection), self.loop)
+        with self._lock:
+            if not self._open:
+                raise LinkDown("the service has stopped")
+            asyncio.run_coroutine_threadsafe(self._run(connection, *about), self.loop)
         return _LoopbackChannel(connection)
 
-    async def _run(self, connection: _LoopbackEnd) -> None:
+    async def _run(self, connection: _LoopbackEnd, *about: str) -> None:
         try:
-            await self._serve(connection)
+            await self._serve(connection, *about)
         finally:
             await connection.close("served")
 
     def close(self) -> None:
-        """Stop the service; connections still open end."""
+        """Stop the service and end the connections that are still open."""
 
         async def stop() -> None:
             tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
@@ -121,6 +133,8 @@ class Loopback:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+        with self._lock:
+            self._open = False  # otherwise a client could connect to a loop that is about to end, and wait forever
         asyncio.run_coroutine_threadsafe(stop(), self.loop).result()
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
@@ -128,7 +142,7 @@ class Loopback:
 
 
 class _LoopbackEnd:
-    """The service's end; None stands for the end of the stream."""
+    """Service's end of a loopback channel; None in a queue marks the end of the stream."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop

@@ -1,4 +1,4 @@
-"""A link slowed to a given bandwidth and delay, so that an experiment can say what it costs on such a network."""
+"""Network emulation: a link slowed to a given bandwidth and delay, to measure costs on such a network."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from raycloud.link.channel import Channel, LinkDown
 
 @dataclass(frozen=True)
 class Network:
-    """A network between edge and cloud."""
+    """Network between edge and cloud: bandwidth and delay."""
 
     mbit_s: float = float("inf")
-    """Bandwidth of each direction."""
+    """Bandwidth of each direction in Mbit/s."""
     rtt_ms: float = 0.0
-    """Delay of a round trip, half of it each way."""
+    """Delay of a round trip in milliseconds, half of it each way."""
 
     def __post_init__(self) -> None:
         if not self.mbit_s > 0 or not self.rtt_ms >= 0:
             raise ValueError(f"a network needs mbit_s > 0 and rtt_ms >= 0, got {self.mbit_s} and {self.rtt_ms}")
 
     def seconds(self, size: int) -> float:
-        """How long a message of ``size`` bytes keeps its direction busy."""
+        """Seconds for which a message of ``size`` bytes occupies its direction."""
         return size * 8 / (self.mbit_s * 1e6)
 
 
-class _Lane:
-    """One direction: messages leave one after the other and arrive half a round trip later."""
+class _Direction:
+    """Direction of a network: messages are sent one after the other and arrive half a round trip later."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
@@ -41,8 +41,8 @@ class _Lane:
         return self._free + self._network.rtt_ms / 2e3
 
 
-class Shaped:
-    """A channel behind a slow network. Senders do not wait: messages queue up as in a socket's buffers."""
+class EmulatedChannel:
+    """Channel over an emulated network. Senders do not wait: messages are queued as in a socket's buffers."""
 
     def __init__(self, inner: Channel, network: Network) -> None:
         self._inner = inner
@@ -50,7 +50,7 @@ class Shaped:
         self._up: queue.Queue[tuple[float, bytes] | None] = queue.Queue()
         self._down: queue.Queue[tuple[float, bytes] | None] = queue.Queue()
         self._next: tuple[float, bytes] | None = None
-        self._lanes = _Lane(network), _Lane(network)
+        self._directions = _Direction(network), _Direction(network)
         self._open = True
         for work in (self._push, self._pull):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
@@ -59,10 +59,10 @@ class Shaped:
         """Queue one message."""
         if self._broken is not None or not self._open:
             raise self._broken or LinkDown("the channel is closed")
-        self._up.put((self._lanes[0].due(len(data)), data))
+        self._up.put((self._directions[0].due(len(data)), data))
 
     def receive(self, timeout_s: float) -> bytes:
-        """The next message, not before it has crossed the network."""
+        """Receive the next message, not before its emulated arrival time."""
         until = time.monotonic() + timeout_s
         if self._next is None:
             try:
@@ -81,7 +81,7 @@ class Shaped:
         return data
 
     def close(self) -> None:
-        """Close the channel at once; what was sent before still crosses, as from a socket's buffers."""
+        """Close the channel at once; messages sent before are still delivered, as from a socket's buffers."""
         if self._open:
             self._open = False
             self._up.put(None)
@@ -106,5 +106,5 @@ class Shaped:
             except LinkError as error:
                 self._broken = error
                 break
-            self._down.put((self._lanes[1].due(len(data)), data))
+            self._down.put((self._directions[1].due(len(data)), data))
         self._down.put(None)

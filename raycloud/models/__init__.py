@@ -1,1 +1,1 @@
-"""Models: loading, the anatomy of families, segments with their own KV cache, and surgery."""
+"""Models: loading, the structure of families, segments with their own KV cache, and surgery."""

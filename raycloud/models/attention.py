@@ -1,4 +1,4 @@
-"""Scaled-dot-product attention for parts of a model, where the mask is always ours and nothing is left to find out."""
+"""Scaled-dot-product attention for parts of a model; the caller always supplies the complete mask."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-PLAIN = "raycloud_sdpa"
-"""What ``transformers`` knows :func:`plain` by."""
+SDPA = "raycloud_sdpa"
+"""Name under which :func:`sdpa_attention` is registered in ``transformers``."""
 
 
-def plain(
+def sdpa_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -22,19 +22,21 @@ def plain(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """As the library's ``sdpa``, whose questions about masks and layouts cost as much as a token's attention itself.
+    """Compute the same as the library's ``sdpa`` without its checks of masks and layouts.
+
+    For one token those checks cost as much as the attention itself.
 
     Args:
-        module: the attention module that calls.
+        module: the attention module that calls this function.
         query: (B, H, T, d).
         key: (B, G, S, d), where G divides H.
         value: (B, G, S, d).
-        attention_mask: additive (B, 1, T, S); None where every row sees all keys, or for a text from its beginning.
-        dropout: of the attention weights.
-        scaling: of the products.
+        attention_mask: additive (B, 1, T, S); None if every query sees all keys, or for a text from its beginning.
+        dropout: dropout probability of the attention weights.
+        scaling: factor of the dot products of queries and keys.
 
     Returns:
-        (B, T, H, d), and no weights.
+        The output (B, T, H, d), and None in place of the attention weights.
     """
     causal = attention_mask is None and query.shape[2] > 1 and bool(getattr(module, "is_causal", True))
     out = F.scaled_dot_product_attention(
@@ -50,4 +52,4 @@ def plain(
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(PLAIN, plain)
+AttentionInterface.register(SDPA, sdpa_attention)

@@ -1,4 +1,4 @@
-"""The keys and values a segment remembers, with the positions and the validity of every remembered token."""
+"""KV cache of a segment, with the position and the validity of every cached token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _counts: dict[torch.device, Tensor] = {}
 
 
 def _counted(tokens: int, device: torch.device) -> Tensor:
-    """0, 1, 2, … (1, at least ``tokens``), made once per device: a slice of it costs a fraction of another one."""
+    """Tensor 0, 1, 2, … (1, at least ``tokens``), made once per device: a slice costs a fraction of a new tensor."""
     count = _counts.get(device)
     if count is None or count.shape[1] < tokens:
         # A plain tensor even in inference mode: training may use it later.
@@ -24,33 +24,33 @@ def _counted(tokens: int, device: torch.device) -> Tensor:
 class KVCache:
     """Append-only keys and values of one batch for the blocks of one or more segments.
 
-    The attention modules of ``transformers`` call :meth:`update` as they would on their own cache. Unlike it, lengths
-    are kept per cache and per block and not read from layer 0: a segment in the middle of a model knows how many tokens
-    it holds, and blocks may lag behind the tokens known. Windowed blocks keep all their keys (the mask does the
-    windowing), so any number of tokens can be dropped again.
+    The attention modules of ``transformers`` call :meth:`update` as they call it on the library's cache. Unlike there,
+    lengths are kept per cache and per block and not read from layer 0: a segment in the middle of a model knows how
+    many tokens it holds, and a block may hold fewer tokens than the cache knows. Blocks with sliding-window attention
+    keep all their keys (the mask applies the window), so any number of tokens can be dropped again.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
         self._lengths: dict[int, int] = {}
         self._batch, self._device = 1, torch.device("cpu")
-        # Positions, where they are not simply the tokens' numbers.
+        # Positions with padding; None if the position of a token is its index.
         self._padded: Tensor | None = None
         self.valid: Tensor | None = None
         self.length = 0
-        """Tokens known, padding included."""
+        """Number of known tokens, padding included."""
 
     def filled(self, block: int) -> int:
-        """Tokens whose keys and values ``block`` holds."""
+        """Number of tokens whose keys and values ``block`` holds."""
         return self._lengths.get(block, 0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes set aside for keys and values."""
+        """Bytes allocated for keys and values."""
         return sum(buffer.nbytes for pair in self._buffers.values() for buffer in pair)
 
     def wipe(self) -> None:
-        """Overwrite keys and values with zeros and forget everything."""
+        """Overwrite keys and values with zeros and drop all tokens."""
         for pair in self._buffers.values():
             for buffer in pair:
                 buffer.zero_()
@@ -58,26 +58,26 @@ class KVCache:
 
     @property
     def all_valid(self) -> bool:
-        """Whether no remembered token is padding."""
+        """True if no cached token is padding."""
         return self.valid is None
 
-    def extend(self, batch: int, rows: int, valid: Tensor | None, device: torch.device) -> None:
-        """Make the next ``rows`` tokens of a batch known; their keys and values follow block by block.
+    def extend(self, batch: int, tokens: int, valid: Tensor | None, device: torch.device) -> None:
+        """Register the next ``tokens`` tokens of a batch; :meth:`update` adds their keys and values block by block.
 
         Args:
-            batch: texts, the same number every time.
-            rows: tokens of each.
-            valid: (B, rows), False for padding; None if there is none.
-            device: where positions are wanted.
+            batch: number of texts, the same in every call.
+            tokens: number of new tokens per text.
+            valid: (B, tokens), False for padding; None if there is none.
+            device: device of the positions.
         """
         self._batch, self._device = batch, device
         if self.valid is not None or valid is not None:
-            ones = torch.ones(batch, max(self.length, rows), dtype=torch.bool, device=device)
+            ones = torch.ones(batch, max(self.length, tokens), dtype=torch.bool, device=device)
             old = ones[:, : self.length] if self.valid is None else self.valid
-            self.valid = torch.cat([old, ones[:, :rows] if valid is None else valid], dim=1)
+            self.valid = torch.cat([old, ones[:, :tokens] if valid is None else valid], dim=1)
             # Positions count valid tokens only.
             self._padded = (self.valid.long().cumsum(dim=1) - 1).clamp_min(0)
-        self.length += rows
+        self.length += tokens
 
     def positions(self, start: int, stop: int) -> Tensor:
         """Positions (B, T) of the tokens ``[start, stop)``."""
@@ -86,19 +86,19 @@ class KVCache:
         return _counted(stop, self._device).narrow(1, start, stop - start).expand(self._batch, -1)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append (B, H, T, d_head) keys and values of one block and return all of them."""
+        """Append keys and values (B, H, T, d_head) of one block and return all that it holds."""
         length = self._lengths.get(layer_idx, 0)
         total = length + keys.shape[2]
         buffers = self._buffers.get(layer_idx)
         if buffers is None or buffers[0].shape[2] < total:
-            # Doubling keeps appending linear in the text's length; concatenating per token would be quadratic.
+            # Doubling makes the cost of appending linear in the length of the text; concatenation is quadratic.
             buffers = (
                 self._grown(buffers and buffers[0], keys, length, total),
                 self._grown(buffers and buffers[1], values, length, total),
             )
             self._buffers[layer_idx] = buffers
         self._lengths[layer_idx] = total
-        # narrow is the cheapest way to name a part of a tensor, and this runs for every block and token.
+        # narrow is the cheapest way to slice a tensor, and this runs for every block and token.
         for buffer, new in zip(buffers, (keys, values), strict=True):
             buffer.narrow(2, length, total - length).copy_(new)
         return buffers[0].narrow(2, 0, total), buffers[1].narrow(2, 0, total)
@@ -112,10 +112,10 @@ class KVCache:
         return grown
 
     def crop(self, keep: int) -> None:
-        """Forget everything but the first ``keep`` tokens.
+        """Drop all tokens but the first ``keep``.
 
         Raises:
-            ValueError: ``keep`` is negative or more than is remembered.
+            ValueError: ``keep`` is negative or larger than :attr:`length`.
         """
         if not 0 <= keep <= self.length:
             raise ValueError(f"keep must be between 0 and {self.length}, got {keep}")

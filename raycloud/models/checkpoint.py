@@ -1,86 +1,132 @@
-"""Checkpoints read tensor by tensor: a model of which only the wanted modules are ever loaded."""
+"""Checkpoints read tensor by tensor, so that only the wanted modules of a model are loaded."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.utils.hub import cached_file
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from raycloud.checksums import verify
 from raycloud.errors import ModelError
-from raycloud.models.anatomy import anatomy_of
-from raycloud.models.loading import quiet_transformers
+from raycloud.models.configuration import CONFIG, file_of, first_line, quiet_transformers
+from raycloud.models.structure import base_of, pooler_of, structure_of
+from raycloud.models.weights import tensor_digest
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-# What a configuration says about who saved or runs it, not about the model.
-_PASSING = ("transformers_version", "dtype", "torch_dtype", "use_cache")
-_SAMPLES = 16
+INDEX, SINGLE, GENERATION = "model.safetensors.index.json", "model.safetensors", "generation_config.json"
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
+_SETTLED_NS = 1_000_000_000
+# Settings that describe the program that saved or runs the model, not the model.
+_IGNORED_SETTINGS = ("transformers_version", "dtype", "torch_dtype", "use_cache", "auto_map")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Header of a tensor in a file: its shard, its type in the notation of safetensors, and its shape."""
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class Checkpoint:
-    """The safetensors files of a model directory or hub id, of which only the shards asked for are touched.
+    """Safetensors files of a model directory or hub id; only their headers are read until a tensor is requested.
 
     Args:
-        source: what :func:`raycloud.models.loading.resolve` returned.
+        source: the result of :func:`raycloud.models.loading.resolve`.
 
     Raises:
-        ModelError: there is no safetensors checkpoint.
+        ModelError: there is no safetensors checkpoint, it is damaged, its index and its shards disagree, or the folder
+            also holds an adapter, which may or may not be wanted.
+        ChecksumError: a file of the folder differs from its entry in ``checksums.json``.
     """
 
     def __init__(self, source: str) -> None:
+        verify(source)
         self.source = source
-        index = self.path(INDEX)
-        if index is not None:
-            try:
-                weight_map = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ModelError(f"'{source}' has a damaged {INDEX}") from error
-            self._shard_of = {str(name): str(shard) for name, shard in weight_map.items()}
-        else:
-            if self.path(SINGLE) is None:
-                raise ModelError(f"'{source}' holds no safetensors checkpoint ({SINGLE} or {INDEX})")
-            with self._open(SINGLE) as file:
-                self._shard_of = dict.fromkeys(file.keys(), SINGLE)
+        for name in ADAPTERS:
+            if self.path(name) is not None:
+                raise ModelError(
+                    f"'{source}' holds an adapter ({name}) beside a model: merge it into the weights first "
+                    "(merge_and_unload of peft), or move it away to load the model without it"
+                )
+        index, single = self.path(INDEX), self.path(SINGLE)
+        if index is None and single is None:
+            raise ModelError(f"'{source}' holds no safetensors checkpoint ({SINGLE} or {INDEX})")
+        if index is not None and single is not None:
+            raise ModelError(f"'{source}' holds both {SINGLE} and {INDEX}: move away the one that is not wanted")
+        self.tensors: Mapping[str, StoredTensor] = (
+            self._indexed(index) if index is not None else dict(self._headers(SINGLE))
+        )
+        """Headers of all tensors by name."""
+
+    def _indexed(self, index: Path) -> dict[str, StoredTensor]:
+        try:
+            weight_map = {str(name): str(shard) for name, shard in json.loads(index.read_bytes())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"'{self.source}' has a damaged {INDEX}") from error
+        shards = sorted(set(weight_map.values()))
+        for shard in shards:
+            if Path(shard).name != shard:
+                raise ModelError(f"'{self.source}' has a damaged {INDEX}: shard '{shard}' is outside of the folder")
+        found = [header for shard in shards for header in self._headers(shard)]
+        tensors = dict(found)
+        odd = sorted({*weight_map.items()} ^ {(name, one.shard) for name, one in found})
+        if odd:
+            name, shard = odd[0]
+            raise ModelError(
+                f"'{self.source}': {INDEX} and the shards disagree about '{name}' in {shard} and {len(odd) - 1} others"
+            )
+        return tensors
+
+    def _headers(self, shard: str) -> Iterator[tuple[str, StoredTensor]]:
+        with self._open(shard) as file:
+            for name in sorted(file.keys()):
+                part = file.get_slice(name)
+                yield name, StoredTensor(shard, part.get_dtype(), tuple(part.get_shape()))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._shard_of
+        return name in self.tensors
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, mapped from the file and not copied: its pages are read when they are used."""
-        # One opening per tensor: the mapping ends with the tensor and takes its pages out of memory.
-        with self._open(self._shard_of[name]) as file:
+        """One tensor, memory-mapped from the file and not copied: its pages are read when they are used."""
+        # The file is opened once per tensor: the mapping is released with the tensor, and its pages with it.
+        with self._open(self.tensors[name].shard) as file:
             return file.get_tensor(name)
 
     @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the configuration and of the names, shapes, types and some values of all tensors.
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every byte of each tensor with its type and shape, by name; a file is read once per process."""
+        found: dict[str, str] = {}
+        for shard in sorted({one.shard for one in self.tensors.values()}):
+            with self._open(shard):  # reports damage as a ModelError
+                path = Path(str(self.path(shard)))
+                about = path.stat()
+                # A file that was written just now may be written again within the same tick of the clock.
+                ask = _digests if time.time_ns() - about.st_mtime_ns > _SETTLED_NS else _digests.__wrapped__
+                found |= ask(str(path), about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+        return found
 
-        It tells checkpoints apart without reading them; it proves nothing against someone who forges one.
-        """
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the configuration's settings of the model, and of every byte of every tensor."""
+        return fingerprint_from(self.config, self.digests)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Configuration as stored; empty if there is none."""
         path = self.path(CONFIG)
-        config = json.loads(path.read_text()) if path else {}
-        plain = {key: value for key, value in config.items() if key not in _PASSING and not key.startswith("_")}
-        digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
-        for name in sorted(self._shard_of):
-            with self._open(self._shard_of[name]) as file:
-                part = file.get_slice(name)
-                shape = part.get_shape()
-                digest.update(f"{name}{shape}{part.get_dtype()}".encode())
-                if shape and min(shape):
-                    rows = sorted({index * (shape[0] - 1) // _SAMPLES for index in range(_SAMPLES + 1)})
-                    for row in rows:
-                        values = part[row : row + 1].flatten()
-                        digest.update(values[:: max(1, values.numel() // _SAMPLES)].float().numpy().tobytes())
-        return digest.hexdigest()
+        return json.loads(path.read_bytes()) if path else {}
 
     @contextmanager
     def _open(self, shard: str) -> Iterator[Any]:
@@ -91,25 +137,85 @@ class Checkpoint:
             with safe_open(path, framework="pt") as file:
                 yield file
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"cannot read {shard} of '{self.source}': {error}") from error
+            raise ModelError(f"cannot read {shard} of '{self.source}': {first_line(error)}") from error
 
     def path(self, name: str) -> Path | None:
-        """A file of the model, or None if it has none of this name."""
-        if Path(self.source).is_dir():
-            path = Path(self.source) / name
-            return path if path.is_file() else None
+        """Path of a file of the model, or None if there is no file of this name."""
+        return file_of(self.source, name)
+
+    def generation_config(self) -> GenerationConfig | None:
+        """Generation settings of the model; None if it has none.
+
+        Raises:
+            ModelError: the file is damaged.
+        """
+        path = self.path(GENERATION)
+        if path is None:
+            return None
         try:
-            found = cached_file(self.source, name, _raise_exceptions_for_missing_entries=False)
-        except OSError as error:
-            raise ModelError(f"cannot load '{self.source}': {str(error).splitlines()[0]}") from error
-        return Path(found) if found else None
+            found: GenerationConfig = GenerationConfig.from_pretrained(path.parent)
+        except Exception as error:  # the library's checks raise many kinds
+            raise ModelError(f"'{self.source}' has a damaged {GENERATION}: {first_line(error)}") from error
+        return found
 
 
-def skeleton(config: PretrainedConfig, *, dtype: torch.dtype, attention: str, device: torch.device) -> PreTrainedModel:
-    """A model whose parameters take no memory yet; its computed buffers, such as rotary frequencies, are there."""
-    auto = AutoModelForCausalLM if anatomy_of(config).causal else AutoModel
+@lru_cache(maxsize=256)
+def _digests(path: str, device: int, inode: int, size: int, modified_ns: int) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+    found = {}
+    for name in names:
+        with safe_open(path, framework="pt") as file:
+            found[name] = tensor_digest(file.get_tensor(name))
+    return found
+
+
+def fingerprint_from(config: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    """Fingerprint of a checkpoint: a hash of its configuration and of the digests of all its tensors.
+
+    It does not depend on how the tensors are distributed over files. An exported part, which holds the list of digests,
+    can compute it without all tensors, and can check its own tensors against the list.
+
+    Args:
+        config: the configuration as stored.
+        digests: see :attr:`Checkpoint.digests`.
+    """
+    plain = {key: value for key, value in config.items() if key not in _IGNORED_SETTINGS and not key.startswith("_")}
+    return hashlib.sha256(json.dumps([plain, dict(digests)], sort_keys=True).encode()).hexdigest()
+
+
+def empty_model(
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    device: torch.device,
+    names: Collection[str] | None = None,
+) -> PreTrainedModel:
+    """Model on the meta device, whose parameters take no memory; computed buffers such as rotary frequencies are real.
+
+    Args:
+        config: configuration of the model.
+        dtype: type of the parameters.
+        attention: the attention implementation of ``transformers``.
+        device: device of the computed buffers.
+        names: tensor names of the checkpoint; an encoder whose checkpoint has no pooler gets none.
+
+    Raises:
+        ModelError: the configuration contradicts itself.
+    """
+    auto = AutoModelForCausalLM if structure_of(config).causal else AutoModel
     with quiet_transformers(), torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(config, dtype=dtype, attn_implementation=attention)
+        try:
+            model: PreTrainedModel = auto.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+        except Exception as error:  # sizes that contradict each other raise errors of many kinds
+            raise ModelError(
+                f"no '{config.model_type}' model can be built of its {CONFIG}: {first_line(error)}"
+            ) from error
+    if names is not None and pooler_of(model) is not None and not any("pooler." in name for name in names):
+        base_of(model).pooler = None  # type: ignore[assignment]
     owners: dict[str, nn.Module] = {}
     for name, buffer in model.named_non_persistent_buffers():
         path, _, leaf = name.rpartition(".")
@@ -122,52 +228,38 @@ def skeleton(config: PretrainedConfig, *, dtype: torch.dtype, attention: str, de
     return model.eval()
 
 
-def stored_names(model: PreTrainedModel, modules: Iterable[nn.Module], checkpoint: Checkpoint) -> dict[str, str]:
-    """Where a checkpoint keeps the parameters and saved buffers of modules of a model: its name by the model's.
-
-    Raises:
-        ModelError: the checkpoint lacks one.
-    """
-    wanted = {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    saved = model.state_dict(keep_vars=True)
-    return {name: _stored(name, tied, model, checkpoint) for name, tensor in saved.items() if id(tensor) in wanted}
-
-
-def _stored(name: str, tied: dict[str, str], model: PreTrainedModel, checkpoint: Checkpoint) -> str:
-    # Checkpoints of base models lack the prefix of the task model, and tied weights are stored once.
-    prefix = f"{model.base_model_prefix}."
-    for known in (name, tied.get(name, name)):
-        for variant in (known, known.removeprefix(prefix), prefix + known):
-            if variant in checkpoint:
-                return variant
-    raise ModelError(f"'{checkpoint.source}' does not hold the tensor '{name}'; is it a part of another cut?")
-
-
-def materialise(
-    model: PreTrainedModel, modules: Iterable[nn.Module], checkpoint: Checkpoint, device: torch.device
+def load_tensors(
+    model: PreTrainedModel, accounts: Mapping[str, str], checkpoint: Checkpoint, device: torch.device
 ) -> None:
-    """Load what the given modules hold from a checkpoint into a skeleton; the rest stays without memory.
+    """Load tensors of a checkpoint into an empty model; all other parameters stay without memory.
 
-    Where type and device agree, parameters are the file's pages themselves and take memory once they are used.
+    Where type and device agree, parameters are the memory-mapped pages of the file and take memory once they are used.
 
-    Raises:
-        ModelError: the checkpoint lacks a tensor, or its shape differs.
+    Args:
+        model: a model from :func:`empty_model`.
+        accounts: stored name of each wanted tensor, see :func:`raycloud.models.tensor_check.match_tensors`.
+        checkpoint: the checkpoint that holds the tensors.
+        device: device of the loaded tensors.
     """
     loaded: dict[str, nn.Parameter] = {}
-    for name, stored in stored_names(model, modules, checkpoint).items():
+    for name, stored in accounts.items():
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         empty = getattr(owner, leaf)
         if stored not in loaded:
             tensor = checkpoint.tensor(stored)
-            if tensor.shape != empty.shape:
-                raise ModelError(
-                    f"'{checkpoint.source}': '{stored}' has shape {tuple(tensor.shape)}, not {tuple(empty.shape)}"
-                )
             kind = empty.dtype if empty.dtype.is_floating_point else tensor.dtype
             loaded[stored] = nn.Parameter(tensor.to(device=device, dtype=kind), tensor.is_floating_point())
         if isinstance(empty, nn.Parameter):
             setattr(owner, leaf, loaded[stored])
         else:
             owner.register_buffer(leaf, loaded[stored].detach())
+
+
+def copy_parameters(modules: Iterable[nn.Module]) -> None:
+    """Copy parameters that may be memory-mapped pages of a file: training writes to them, and files change."""
+    copies: dict[int, Tensor] = {}
+    for module in modules:
+        for parameter in module.parameters():
+            if id(parameter) not in copies:
+                parameter.data = copies.setdefault(id(parameter), parameter.data.clone())

@@ -1,1 +1,1 @@
-"""What people look at: progress, tables, plots and the page of a result directory."""
+"""Output for people: progress, tables, plots and the report page of a result directory."""

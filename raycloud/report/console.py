@@ -1,4 +1,4 @@
-"""Progress while a job runs: live bars on a terminal, plain lines in a job's log."""
+"""Progress of a running job: live bars on a terminal, plain lines in a job's log."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _LINE_EVERY_S = 15.0
 _LOG = logging.getLogger(__name__)
 
 
-def tell(log: logging.Logger, message: str, level: int = logging.INFO) -> None:
-    """Say something to whoever watches, and log it for whoever looks later."""
+def print_and_log(log: logging.Logger, message: str, level: int = logging.INFO) -> None:
+    """Print a message on the console and write it to the log; warnings are printed in yellow."""
     console.print(message, style="yellow" if level >= logging.WARNING else None)
     log.log(level, "%s", message)
 
 
-class Bars:
-    """Named bars that are moved to an absolute place."""
+class ProgressBars:
+    """Interface of named progress bars, which are set to absolute positions."""
 
     def move(self, name: str, done: int, note: str = "") -> None:
-        """Set a bar to ``done`` and put ``note`` beside it."""
+        """Set a bar to ``done`` and show ``note`` beside it."""
         raise NotImplementedError
 
 
-class _LiveBars(Bars):
+class _LiveBars(ProgressBars):
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress, self._total = progress, total
         self._tasks: dict[str, int] = {}
@@ -41,25 +41,25 @@ class _LiveBars(Bars):
         self._progress.update(self._tasks[name], completed=done, note=note)  # type: ignore[arg-type]
 
 
-class _Lines(Bars):
+class _PlainLines(ProgressBars):
     def __init__(self, total: int) -> None:
-        self._total, self._said, self._start = total, {}, time.monotonic()  # type: ignore[var-annotated]
+        self._total, self._printed, self._start = total, {}, time.monotonic()  # type: ignore[var-annotated]
 
     def move(self, name: str, done: int, note: str = "") -> None:
-        said, at = self._said.get(name, (-1, self._start - _LINE_EVERY_S))
+        last, at = self._printed.get(name, (-1, self._start - _LINE_EVERY_S))
         now = time.monotonic()
-        if done != said and (now - at >= _LINE_EVERY_S or done == self._total):
-            self._said[name] = (done, now)
+        if done != last and (now - at >= _LINE_EVERY_S or done == self._total):
+            self._printed[name] = (done, now)
             left = (now - self._start) / max(done, 1) * (self._total - done)
             eta = f"  about {left:.0f} s left" if 0 < done < self._total else ""
             console.print(f"  {name}: {done}/{self._total}  {note}{eta}")
 
 
 @contextmanager
-def bars(total: int) -> Iterator[Bars]:
-    """Progress bars that all end at ``total``."""
+def progress_bars(total: int) -> Iterator[ProgressBars]:
+    """Show progress bars that all end at ``total``."""
     if not console.is_terminal:
-        yield _Lines(total)
+        yield _PlainLines(total)
         return
     columns = (
         TextColumn("  {task.description}"),
@@ -73,8 +73,8 @@ def bars(total: int) -> Iterator[Bars]:
 
 
 @contextmanager
-def working(what: str) -> Iterator[None]:
-    """A spinner and the seconds of one piece of work; one line when it is done."""
+def timed(what: str) -> Iterator[None]:
+    """Show a spinner while the block runs; then print and log its duration in seconds."""
     start = time.monotonic()
     if console.is_terminal:
         with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True) as progress:
@@ -82,4 +82,4 @@ def working(what: str) -> Iterator[None]:
             yield
     else:
         yield
-    tell(_LOG, f"{what}: {time.monotonic() - start:.1f} s")
+    print_and_log(_LOG, f"{what}: {time.monotonic() - start:.1f} s")

@@ -1,19 +1,20 @@
-"""The report of a privacy examination: the table on the console, and a folder with numbers, plot and page."""
+"""Report of a privacy evaluation: the table on the console, and a folder with numbers, plot and page."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
+from raycloud.durable import write_folder
+from raycloud.origin import ORIGIN, Origin
 from raycloud.report.console import console
 from raycloud.report.page import Page
 from raycloud.report.plots import grouped_bars
-from raycloud.results import write_folder
+from raycloud.report.run_files import read_summary
+from raycloud.report.table import print_table
+from raycloud.results import plain_json
 
 Summary = Mapping[str, Any]
 
@@ -26,7 +27,7 @@ _ATTACKS = {
     "a5_matching": "A5 matching",
 }
 _SIDES = {"input": "prompt", "output": "answer"}
-_HEADER = ["attack", "on the", "top 1", "top 5", "texts", "ROUGE-L", "secrets", "s"]
+_HEADER = ["attack", "target", "top 1", "top 5", "whole texts", "ROUGE-L", "secrets", "s"]
 
 
 def _share(value: float | None) -> str:
@@ -50,7 +51,7 @@ def _rows(summary: Summary) -> list[list[str]]:
 
 
 def verdict(summary: Summary) -> str:
-    """What the strongest attack means, in one sentence."""
+    """State the result of the strongest attack in one sentence."""
     return (
         f"the cloud recovers {_share(summary['max_input'])} of the prompt's tokens "
         f"and {_share(summary['max_output'])} of the answer's"
@@ -58,35 +59,45 @@ def verdict(summary: Summary) -> str:
 
 
 def print_privacy(summary: Summary) -> None:
-    """The table of all attacks and the verdict."""
-    title = f"blocks {summary['first']} to {summary['second']} in the cloud, {summary['codec']} wire"
-    table = Table(*_HEADER, title=title, padding=(0, 0, 0, 1))
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for row in _rows(summary):
-        table.add_row(*row)
-    console.print(table)
+    """Print the table of all attacks and the verdict."""
+    title = f"blocks {summary['start_block']} to {summary['end_block']} in the cloud, codec {summary['codec']}"
+    print_table(_HEADER, _rows(summary), title=title, texts=2)
     console.print(verdict(summary))
 
 
-def write_privacy(folder: Path, summary: Summary) -> None:
-    """Write ``privacy.json``, ``privacy.png`` and ``report.html`` into a new folder, all or nothing."""
+def write_privacy(folder: Path, summary: Summary, origin: Origin | None = None) -> None:
+    """Write ``privacy.json``, ``privacy.png``, ``origin.json`` and ``report.html`` as a new folder, atomically.
+
+    Args:
+        folder: folder to write or to replace.
+        summary: numbers of the evaluation.
+        origin: origin of the numbers; by default the one that the folder holds.
+    """
+    origin = origin or Origin.read(folder)
     shares = {
         label: [100 * summary[side][name]["top1"] if name in summary[side] else math.nan for name in _ATTACKS]
         for side, label in _SIDES.items()
     }
     plot = grouped_bars(list(_ATTACKS.values()), shares, "tokens recovered, %")
-    page = Page(
-        "What the cloud can see",
-        f"{summary['model']}, blocks {summary['first']} to {summary['second']} in the cloud, {summary['codec']} wire",
+    page = Page("Privacy of the hidden states", f"With the strongest attack, {verdict(summary)}.", origin)
+    page.text(
+        f"{summary['model']}, blocks {summary['start_block']} to {summary['end_block']} in the cloud, "
+        f"codec {summary['codec']}"
     )
-    page.text(f"By the strongest attack, {verdict(summary)}.")
     page.picture(plot, "tokens recovered by attack")
     page.table(_HEADER, _rows(summary))
 
     def fill(scratch: Path) -> None:
-        (scratch / "privacy.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (scratch / "privacy.json").write_text(plain_json(summary, indent=2) + "\n", encoding="utf-8")
         (scratch / "privacy.png").write_bytes(plot)
+        if origin is not None:
+            (scratch / ORIGIN).write_text(origin.json(), encoding="utf-8")
         (scratch / "report.html").write_text(page.html(), encoding="utf-8")
 
     write_folder(folder, fill)
+
+
+def render(folder: Path) -> Path:
+    """Write the folder of a privacy evaluation again, from its numbers; return the path of its page."""
+    write_privacy(folder, read_summary(folder / "privacy.json"))
+    return folder / "report.html"

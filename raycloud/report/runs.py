@@ -1,18 +1,16 @@
-"""Result directories at a glance: what each of them is, how far it got, and its headline numbers."""
+"""Overview of result directories: job, state, progress and headline numbers of each."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
-
-from rich import box
-from rich.table import Table
 
 from raycloud.errors import RaycloudError, ResultError
 from raycloud.recipe import read_yaml
@@ -25,19 +23,30 @@ Numbers = dict[str, float | str]
 ROWS = "rows.jsonl"
 PRIVACY = "privacy.json"
 
-_HEADLINES = (
-    "accuracy",
-    "perplexity",
-    "bytes_per_step",
-    "ppl_before",
-    "ppl_after",
-    "tokens_per_s",
-    "student_ppl_before",
-    "student_ppl_after",
-    "gap_closed",
-    "agreement_after",
-)
 _FEW = 4
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Report of one kind of run, as the registry of jobs describes it.
+
+    Args:
+        headlines: keys of the summary that :func:`find_runs` shows, ``key`` or ``key:label``. A key whose value is a
+            mapping gives one number per entry, named ``label entry``. A summary without any of them shows its first
+            few numbers.
+        render: function that writes the page of a finished run's result directory again and returns its path; None for
+            a kind without a page.
+    """
+
+    headlines: tuple[str, ...] = ()
+    render: Callable[[Path], Path] | None = None
+
+
+NO_REPORT = RunReport()
+"""Report of a kind of run that has no page and names no headlines."""
+
+Reports = Mapping[str, RunReport]
+"""Reports by job."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +54,12 @@ class Run:
     """One result directory.
 
     Args:
-        path: where.
-        job: what kind of run it was.
-        state: whether it came to its end, is at it, or was broken off and can go on.
-        when: it was last written to, in seconds since 1970.
-        numbers: the few that say most, by name.
-        id: the run's, which its log and metrics carry; empty where it has none.
+        path: path of the directory.
+        job: job that made it.
+        state: ``complete``, ``running``, or ``interrupted`` if the run can be resumed.
+        when: time of the last write, in seconds since 1970.
+        numbers: headline numbers by name.
+        id: id of the run in its log and metrics; empty if it has none.
     """
 
     path: Path
@@ -61,11 +70,11 @@ class Run:
     id: str = ""
 
 
-def find_runs(folders: Sequence[Path]) -> list[Run]:
-    """The result directories in and below some folders, the newest last; trials of a search count as one run.
+def find_runs(folders: Sequence[Path], reports: Reports) -> list[Run]:
+    """Find the result directories in and below folders, the newest last; a search with its trials is one run.
 
     Raises:
-        ResultError: one of the folders is not there.
+        ResultError: one of the folders does not exist.
     """
     found = []
     for folder in folders:
@@ -73,25 +82,25 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
             raise ResultError(f"no folder '{folder}'")
         for at, below, files in os.walk(folder):
             below[:] = [name for name in below if not name.startswith(".")]
-            run = run_at(Path(at), files)
+            run = run_at(Path(at), files, reports)
             if run is not None:
                 below.clear()
                 found.append(run)
     return sorted(found, key=lambda run: run.when)
 
 
-def run_at(path: Path, files: Sequence[str]) -> Run | None:
-    """The run whose result directory has these files; None if it is none."""
+def run_at(path: Path, files: Sequence[str], reports: Reports) -> Run | None:
+    """Read the run of a folder with these files; None if it is no result directory."""
     if RECIPE in files:
-        return _of_recipe(path)
+        return _of_recipe(path, reports)
     if ROWS in files or "comparison.html" in files:
-        return _search(path)
+        return _search(path, reports)
     if PRIVACY in files:
-        return Run(path, "privacy", "complete", _written(path), headlines(_read(path / PRIVACY)))
+        return _finished(path, "privacy", PRIVACY, reports)
     return None
 
 
-def _of_recipe(path: Path) -> Run:
+def _of_recipe(path: Path, reports: Reports) -> Run:
     try:
         recipe = read_yaml(path / RECIPE)
     except RaycloudError:
@@ -99,35 +108,41 @@ def _of_recipe(path: Path) -> Run:
     job = str(recipe.get("job", "unknown"))
     run_id = (path / RUN_ID).read_text(encoding="utf-8").strip() if (path / RUN_ID).is_file() else ""
     if (path / SUMMARY).is_file():
-        return Run(path, job, "complete", _written(path), headlines(_read(path / SUMMARY)), run_id)
+        return _finished(path, job, SUMMARY, reports, run_id)
     state: State = "running" if in_use(path / LOCK) else "interrupted"
-    return Run(path, job, state, _written(path), _progress(path, recipe), run_id)
+    return Run(path, job, state, _modified(path), _progress(path, recipe), run_id)
 
 
-def _search(path: Path) -> Run:
+def _search(path: Path, reports: Reports) -> Run:
     rows = path / ROWS
     if rows.is_file() and in_use(rows):
-        return Run(path, "search", "running", _written(path), {"rows": float(len(read_records(rows)))})
+        return Run(path, "search", "running", _modified(path), {"rows": float(len(read_records(rows)))})
     if (path / SUMMARY).is_file():
-        return Run(path, "search", "complete", _written(path), headlines(_read(path / SUMMARY)))
-    return Run(path, "search", "interrupted", _written(path), {"rows": float(len(read_records(rows)))})
+        return _finished(path, "search", SUMMARY, reports)
+    return Run(path, "search", "interrupted", _modified(path), {"rows": float(len(read_records(rows)))})
 
 
-def headlines(summary: Mapping[str, Any]) -> Numbers:
-    """Of a finished run: a distillation's and a search's own, the best mean of an evaluation, else the first few."""
-    if "average" in summary:
-        return {f"ROUGE-L {model}": float(mean) for model, mean in summary["average"].items()}
-    if "variants" in summary:
-        counts: Numbers = {name: float(summary[name]) for name in ("trials", "failed")}
-        best = {} if summary["best"] is None else {"best": str(summary["best"])}
-        return counts | best
-    known = [name for name in _HEADLINES if name in summary]
-    found = {name: summary[name] for name in known or summary if _is_number(summary[name])}
-    return dict(list(found.items())[:_FEW])
+def _finished(path: Path, job: str, file: str, reports: Reports, run_id: str = "") -> Run:
+    numbers = headlines(_read(path / file), reports.get(job, NO_REPORT))
+    return Run(path, job, "complete", _modified(path), numbers, run_id)
+
+
+def headlines(summary: Mapping[str, Any], report: RunReport) -> Numbers:
+    """Return the headline numbers of a finished run; see :class:`RunReport`."""
+    found: Numbers = {}
+    known = [key for key in report.headlines if key.partition(":")[0] in summary]
+    for key in known or summary:
+        name, _, label = key.partition(":")
+        value = summary[name]
+        if isinstance(value, Mapping) and known:
+            found |= {f"{label or name} {entry}": one for entry, one in value.items() if _is_number(one)}
+        elif _is_number(value) or (known and isinstance(value, str)):
+            found[label or name] = value
+    return found if known else dict(list(found.items())[:_FEW])
 
 
 def _progress(path: Path, recipe: Mapping[str, Any]) -> Numbers:
-    """Of an unfinished run: where it was, and its loss there."""
+    """Progress of an unfinished run: its last round or step, and the loss there."""
     records = [record for record in read_records(path / "metrics.jsonl") if "loss" in record]
     if not records:
         return {}
@@ -150,23 +165,24 @@ def _read(path: Path) -> dict[str, Any]:
     return read if isinstance(read, dict) else {}
 
 
-def _written(path: Path) -> float:
-    """The last change of one of the files that tell of progress."""
+def _modified(path: Path) -> float:
+    """Latest modification time of the files that show progress, in seconds since 1970."""
     names = (SUMMARY, "metrics.jsonl", ROWS, PRIVACY, RECIPE)
     return max((path / name).stat().st_mtime for name in names if (path / name).is_file())
 
 
 def print_runs(runs: Sequence[Run]) -> None:
-    """One row a run."""
-    table = Table("run", "id", "job", "state", "when", "numbers", box=box.SIMPLE)
-    for column in table.columns:
-        column.no_wrap, column.overflow = column.header in ("id", "job", "state", "when"), "fold"
+    """Print a few lines per run that fit a narrow terminal: the path, never truncated, and below it the rest."""
+    jobs = max((len(run.job) for run in runs), default=0)
+    states = max((len(run.state) for run in runs), default=0)
     for run in runs:
         when = datetime.fromtimestamp(run.when).isoformat(" ", "minutes")
-        table.add_row(str(run.path), run.id, run.job, run.state, when, ", ".join(_spelled(run.numbers)))
-    console.print(table)
+        console.print(str(run.path), style="bold")
+        console.print(f"  {run.id:8}  {run.job:{jobs}}  {run.state:{states}}  {when}")
+        for line in textwrap.wrap(", ".join(_format_numbers(run.numbers)), console.width - 2, break_long_words=False):
+            console.print(f"  {line}")
 
 
-def _spelled(numbers: Numbers) -> Iterator[str]:
+def _format_numbers(numbers: Numbers) -> Iterator[str]:
     for name, value in numbers.items():
         yield f"{name} {value}" if isinstance(value, str) else f"{name} {value:.4g}"

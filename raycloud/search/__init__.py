@@ -1,1 +1,1 @@
-"""Searches: a space of recipes, Ray Tune runs over it, the rows they leave and what those say when compared."""
+"""Searches: spaces of recipes, Ray Tune runs over them, rows of finished trials and their comparison."""

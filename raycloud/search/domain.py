@@ -1,4 +1,4 @@
-"""What a sampled value is drawn from."""
+"""Domains from which values are sampled."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from pydantic import Field, model_validator
 from raycloud.recipe import Recipe
 
 _DIGITS = 3
-"""Of sampled floats: a recipe is read by people, and no optimum is sharper."""
+"""Significant digits of sampled floats: people read recipes, and no optimum is more precise."""
 
 Scalar = bool | int | float | str
 
 
 class Choice(Recipe):
-    """One of some values, none of them nearer to one than to another."""
+    """Categorical domain: one of some values, without an order."""
 
     kind: Literal["choice"] = "choice"
     values: list[Scalar] = Field(min_length=1)
 
     def contains(self, value: Any) -> bool:
-        """Whether it could have been drawn."""
+        """Return True if the value can be drawn."""
         return any(value == one and type(value) is type(one) for one in self.values)
 
     def ends(self) -> list[Scalar]:
-        """Values to try whether recipes are valid with."""
+        """Return the values with which to test whether recipes are valid."""
         return self.values
 
     def plain(self, value: Any) -> Scalar:
-        """A drawn value as it goes into a recipe."""
+        """Return a drawn value in the form that a recipe needs."""
         return value
 
 
 class Range(Recipe):
-    """A number between two others, either included: a whole one if both of them are."""
+    """Number between two others, both included; an integer if both of them are integers."""
 
     kind: Literal["range"] = "range"
     low: int | float
     high: int | float
     step: int = Field(1, gt=0)
-    """Between neighbouring whole numbers."""
+    """Step between neighbouring integers."""
     log: bool = False
-    """Draw evenly in the logarithm."""
+    """Draw uniformly in the logarithm."""
 
     @model_validator(mode="after")
     def _ascending(self) -> Self:
@@ -51,28 +51,28 @@ class Range(Recipe):
         if self.log and not self.low > 0:
             raise ValueError(f"low={self.low} with log; allowed: above 0")
         if self.step > 1 and (not self.whole or self.log):
-            raise ValueError(f"step={self.step}; allowed with whole numbers that are not drawn in the logarithm")
+            raise ValueError(f"step={self.step}; allowed: only with integers, and without log")
         if self.whole and (self.high - self.low) % self.step:
             raise ValueError(f"step={self.step} does not lead from {self.low} to {self.high}")
         return self
 
     @property
     def whole(self) -> bool:
-        """Whether its numbers are whole."""
+        """True if the domain has integers only."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
     def contains(self, value: Any) -> bool:
-        """Whether it could have been drawn."""
+        """Return True if the value can be drawn."""
         if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
             return False
         return not self.whole or (isinstance(value, int) and (value - self.low) % self.step == 0)
 
     def ends(self) -> list[Scalar]:
-        """Values to try whether recipes are valid with."""
+        """Return the values with which to test whether recipes are valid."""
         return [self.low, self.high]
 
     def plain(self, value: Any) -> Scalar:
-        """A drawn value as it goes into a recipe: whole, or of three digits and still between the ends."""
+        """Return a drawn value for a recipe: an integer, or a float of three digits clamped to the range."""
         if self.whole:
             return int(value)
         return min(max(float(f"{value:.{_DIGITS}g}"), float(self.low)), float(self.high))
@@ -80,4 +80,4 @@ class Range(Recipe):
 
 Domain = Choice | Range
 Point = dict[str, Scalar]
-"""A value for every key that is sampled."""
+"""Values by key, one for every sampled key."""

@@ -1,4 +1,4 @@
-"""The table of a search as JSON lines: a row for every trial that ended."""
+"""Rows of a search as JSON lines, one row for every finished trial."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from pydantic import ValidationError
 
-from raycloud.errors import ResultError
+from raycloud.durable import no_follow, writing
+from raycloud.errors import RecipeError, ResultError
 from raycloud.recipe import Recipe
 from raycloud.search.space import Trial, fingerprint
 
@@ -21,30 +22,35 @@ HELD_OUT = "held_out.jsonl"
 _DIGITS = 6
 
 Scores = dict[str, float]
-"""A number for every held-out text, by ``group/number``."""
+"""Scores by text; the key is ``group/number`` of the held-out text."""
 
 
-class Row(Recipe):
-    """How one trial ended."""
+class TrialRow(Recipe):
+    """Result of one trial."""
 
     variant: str
     seed: int
     recipe: dict[str, Any]
-    """What was run: a trial that succeeded once is known by it wherever the row is found."""
+    """Recipe of the trial; it identifies a successful trial in any file of rows."""
     metrics: dict[str, float | None] = {}
-    """The numbers of the run's summary; None for one that is not finite."""
+    """Numbers of the run's summary; None for a number that is not finite."""
     texts: dict[str, Scores] = {}
-    """Means over the tokens of each held-out text: ``nll``, and ``kl`` and ``agreement`` with the teacher over those
-    that can be compared."""
+    """Means over the tokens of each held-out text: ``nll``, and ``kl`` and ``agreement`` with the teacher over the
+    tokens that can be compared."""
     seconds: float = 0.0
     error: str | None = None
-    """Why it failed."""
+    """Error message of a failed trial."""
     stopped: int | None = None
-    """The rung, in the job's steps, at which it was stopped; its numbers are those of that rung."""
+    """Rung, in the job's steps, at which the trial was stopped; its numbers are those at that rung."""
+
+
+def diverged(row: TrialRow, metrics: Iterable[str]) -> list[str]:
+    """Return the given metrics that have no finite number in a trial that ran to its end."""
+    return [] if row.stopped is not None else [name for name in metrics if row.metrics.get(name, 0.0) is None]
 
 
 def numbers_of(summary: Mapping[str, Any]) -> dict[str, float | None]:
-    """The numbers at the top of a run's summary."""
+    """Return the numbers at the top level of a run's summary; None for one that is not finite."""
     kinds = (int, float)
     return {
         name: float(value) if math.isfinite(value) else None
@@ -54,7 +60,7 @@ def numbers_of(summary: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def texts_of(directory: Path) -> dict[str, Scores]:
-    """What a run left about each held-out text; empty where it left nothing."""
+    """Return the scores of each held-out text that a run wrote; empty if it wrote none."""
     path = directory / HELD_OUT
     if not path.is_file():
         return {}
@@ -66,27 +72,30 @@ def texts_of(directory: Path) -> dict[str, Scores]:
             ("kl", "kl", "compared"),
             ("agreement", "agree", "compared"),
         ):
-            if one[count] and math.isfinite(one[key]):
+            if one[count] and one[key] is not None and math.isfinite(one[key]):
                 scores[name][f"{one['group']}/{one['text']}"] = round(one[key] / one[count], _DIGITS)
     return {name: some for name, some in scores.items() if some}
 
 
 class RowFile:
-    """The file, held by one search at a time. Open it with :meth:`open`."""
+    """File of rows, locked by one search at a time. Open it with :meth:`open`."""
 
-    def __init__(self, file: IO[bytes], rows: list[Row]) -> None:
+    def __init__(self, file: IO[bytes], rows: list[TrialRow]) -> None:
         self._file, self.rows = file, rows
 
     @classmethod
     @contextmanager
     def open(cls, path: Path) -> Iterator[RowFile]:
-        """Make or take over the file; a last line that a crash cut short is dropped.
+        """Create or open and lock the file; an incomplete last line, left by a crash, is removed.
 
         Raises:
-            ResultError: another search holds it, or a line is no row.
+            ResultError: another search has locked it, it is a symbolic link, or a line is not a valid row.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b") as file:
+        if path.is_symlink():
+            raise ResultError(f"rows '{path}' is a symbolic link; give the file that it leads to")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b", opener=no_follow) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -102,28 +111,48 @@ class RowFile:
                 file.truncate(whole)
             yield cls(file, rows)
 
-    def append(self, row: Row) -> None:
-        """Add a row; it is on the disk, as a whole, when this returns."""
-        self._file.write(row.model_dump_json().encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def append(self, row: TrialRow) -> None:
+        """Append a row; when this returns, the whole row is on the disk."""
+        with writing(Path(self._file.name)):
+            self._file.write(row.model_dump_json().encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.rows.append(row)
 
 
-def _row(line: bytes, where: str) -> Row:
+def _row(line: bytes, where: str) -> TrialRow:
     try:
-        return Row.model_validate_json(line)
+        return TrialRow.model_validate_json(line)
     except ValidationError as error:
         raise ResultError(f"{where}: {error.errors(include_url=False)[0]['msg']}") from None
 
 
-def latest(rows: Iterable[Row], trials: Iterable[Trial]) -> dict[str, Row]:
-    """The last row of each of these trials, by the trial's fingerprint.
+def check_recipes(rows: Sequence[TrialRow], kind: type[Recipe], path: Path) -> None:
+    """Check the recipes in the rows of a job, so that no row is passed over because its keys have other names today.
 
-    A row's recipe is read as one of today, so that fields that came since have their defaults.
+    Args:
+        rows: all rows of a file.
+        kind: recipe class of the job; rows of other jobs are not checked.
+        path: the file.
+
+    Raises:
+        ResultError: a recipe is invalid; the message names the line and the key.
     """
-    wanted = {trial.fingerprint: trial.job.recipe for trial in trials}
-    found: dict[str, Row] = {}
+    for number, row in enumerate(rows, 1):
+        if row.recipe.get("job") == kind.model_fields["job"].default:
+            try:
+                kind.parse(row.recipe, source=f"rows '{path}', line {number}")
+            except RecipeError as error:
+                raise ResultError(str(error)) from None
+
+
+def latest(rows: Iterable[TrialRow], trials: Iterable[Trial]) -> dict[str, TrialRow]:
+    """Return the latest row of each of these trials, by the trial's fingerprint.
+
+    A row's recipe is validated with today's class, so fields added since have their defaults.
+    """
+    wanted = {trial.fingerprint: trial.job.recipe_class for trial in trials}
+    found: dict[str, TrialRow] = {}
     for row in rows:
         for kind in set(wanted.values()):
             try:

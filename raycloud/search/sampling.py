@@ -1,4 +1,4 @@
-"""An optimiser that proposes trials: Optuna behind Ray Tune's searcher, told of every row that is there already."""
+"""Optimizer that proposes trials: Optuna behind Ray Tune's searcher, initialised with all rows that exist."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ray.tune.search.optuna import OptunaSearch
 
 from raycloud.errors import RecipeError
 from raycloud.search.domain import Choice, Domain, Point
-from raycloud.search.rows import Row
+from raycloud.search.rows import TrialRow
 from raycloud.search.space import Space, Trial, trial_at
 
-_TRUSTED, _ASKED_AT_MOST = 20, 500
-"""Points in a row that are no new trials, after which to draw evenly, and after which the space counts as used up."""
+_GUIDED_DRAWS, _MAX_DRAWS = 20, 500
+"""Numbers of draws in a row without a new trial after which to draw uniformly, and to treat the space as exhausted."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def objectives(space: Space, row: Row) -> dict[str, float] | None:
-    """What a row says of every metric of the space; None if it failed or lacks one."""
+def objectives(space: Space, row: TrialRow) -> dict[str, float] | None:
+    """Return a row's values of all metrics of the space; None if the row failed or lacks one."""
     values = {metric.name: row.metrics.get(metric.name) for metric in space.metrics}
     known = {name: value for name, value in values.items() if value is not None}
     return known if row.error is None and len(known) == len(values) else None
 
 
 class _Sampler(TPESampler):
-    """Draws what promises most, or evenly while ``evenly`` is set: promises of a small space soon repeat themselves."""
+    """TPE sampler that samples uniformly while ``evenly`` is set: in a small space TPE soon repeats its proposals."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed=seed)
@@ -45,22 +45,22 @@ class _Sampler(TPESampler):
         return super().sample_independent(*where, **named)
 
 
-class Proposals(Searcher):
-    """Proposes the trials of a space that samples, none of them twice.
+class OptunaProposals(Searcher):
+    """Proposals for the trials of a sampled space, without repetition.
 
     Args:
-        space: a loaded space.
-        overrides: of its base recipe.
-        known: points and rows of trials that are done.
-        first: points to propose first, such as those that were begun.
+        space: loaded space.
+        overrides: overrides of its base recipe.
+        known: points and rows of finished trials.
+        first: points to propose first, such as those of unfinished trials.
     """
 
     def __init__(
-        self, space: Space, overrides: Sequence[str], known: Sequence[tuple[Point, Row]], first: Iterable[Point]
+        self, space: Space, overrides: Sequence[str], known: Sequence[tuple[Point, TrialRow]], first: Iterable[Point]
     ) -> None:
         super().__init__()
         self._space, self._overrides = space, overrides
-        # Another seed after every interruption: the same random beginning again would be known already.
+        # Another seed after every interruption: the same random first points would all be known already.
         self._sampler = _Sampler(space.seeds[0] + len(known))
         names = [metric.name for metric in space.metrics]
         modes: list[str] = [metric.direction for metric in space.metrics]
@@ -81,9 +81,9 @@ class Proposals(Searcher):
             self._tell(asked, objectives(space, row))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]
-        """The next trial as ``{"trial": Trial.plain()}``, or ``FINISHED`` where nothing new is to be found."""
-        for attempt in range(_ASKED_AT_MOST):
-            asked, self._sampler.evenly = f"{trial_id} {attempt}", attempt >= _TRUSTED
+        """Return the next trial as ``{"trial": Trial.plain()}``, or ``FINISHED`` if no new one is found."""
+        for attempt in range(_MAX_DRAWS):
+            asked, self._sampler.evenly = f"{trial_id} {attempt}", attempt >= _GUIDED_DRAWS
             trial = self._trial(self._optuna.suggest(asked) or {})
             if trial is None or trial.fingerprint in self._seen:
                 self._tell(asked, None)
@@ -94,18 +94,18 @@ class Proposals(Searcher):
         return Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell Optuna how a proposal did."""
-        row = Row.model_validate_json(result["row"]) if result and not error else None
+        """Report the result of a proposal to Optuna."""
+        row = TrialRow.model_validate_json(result["row"]) if result and not error else None
         self._tell(self._asked.pop(trial_id), objectives(self._space, row) if row else None)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Rungs are the scheduler's business."""
+        """Ignore results at rungs, which only the scheduler uses."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: a search goes on from its rows."""
+        """Do nothing: a search resumes from its rows."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing to restore."""
+        """Do nothing: there is no saved state."""
 
     def _trial(self, drawn: dict[str, Any]) -> Trial | None:
         point = {key: domain.plain(drawn[key]) for key, domain in self._space.sample.items()}
@@ -126,5 +126,5 @@ def _tune(domain: Domain) -> Any:
     low, high = int(domain.low), int(domain.high)
     if domain.log:
         return tune.lograndint(low, high + 1)
-    # Tune takes the end in where steps are said, and leaves it out where they are not.
+    # Tune's qrandint includes the upper end, its randint excludes it.
     return tune.qrandint(low, high, domain.step) if domain.step > 1 else tune.randint(low, high + 1)

@@ -1,8 +1,8 @@
-"""A search space: a base recipe, what varies, the seeds of every variant, and what is compared.
+"""Search space: a base recipe, what varies, the seeds of every variant, and the metrics to compare.
 
-A space is a plain Python file that defines ``SPACE = Space(...)``; :func:`load_space` reads it. What varies is either
-counted out, as variants and a grid, and :func:`trials` says which runs they stand for; or it is sampled, and
-:func:`trial_at` is the run of one point.
+A space is a Python file that defines ``SPACE = Space(...)``; :func:`load_space` reads it. The variants are either
+enumerated, as variants and a grid, and :func:`trials` returns their runs; or they are sampled, and :func:`trial_at`
+returns the run of one point.
 """
 
 from __future__ import annotations
@@ -13,70 +13,69 @@ import json
 import re
 import runpy
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from raycloud.errors import RaycloudError, RecipeError
-from raycloud.recipe import Recipe, problems, read_yaml
+from raycloud.jobs.registry import JOBS, Job, SearchSupport
+from raycloud.recipe import Bundle, Recipe, problems, read_yaml
 from raycloud.search.domain import Choice, Domain, Point, Range
-from raycloud.search.jobs import Job, job_of
+from raycloud.yaml12 import dump
 
 Direction = Literal["min", "max"]
 
 
 class Metric(Recipe):
-    """A number of a run's summary, and which way is better."""
+    """Number of a run's summary, and the direction in which it is better."""
 
     name: str
     direction: Direction
 
 
 class Variant(Recipe):
-    """One way to change the base recipe."""
+    """Change of the base recipe."""
 
     overrides: dict[str, Any] = {}
     """Values by key, such as ``{"objective.kd": {"name": "uld"}, "training.lr": 1e-4}``."""
     seeds: list[int] | None = Field(None, min_length=1)
-    """None for the space's."""
+    """Seeds of this variant; None for those of the space."""
 
 
 class Space(Recipe):
-    """Everything a search runs: each variant, at each point of the grid, with each seed; or points that are sampled."""
+    """Search space: each variant, at each point of the grid, with each seed; or sampled points."""
 
     base: str | dict[str, Any]
-    """The recipe that variants change: a YAML file, its path relative to the space's file, or the values themselves."""
+    """Recipe that variants change: a YAML file, its path relative to the space's file, or the values themselves."""
     variants: dict[str, Variant] = {}
-    """By name."""
+    """Variants by name."""
     grid: dict[str, list[Any]] = {}
     """Values by key, such as ``{"student.blocks": [10, 20]}``; every combination is tried, with every variant."""
     sample: dict[str, Domain] = {}
-    """In place of variants and grid: what values are drawn from, by key, such as ``{"first": Range(low=1, high=14)}``.
-    An optimiser (Optuna) draws what promises most for the metrics. Points whose recipe is not valid are not in the
-    space."""
+    """Domains by key, such as ``{"start_block": Range(low=1, high=14)}``, instead of variants and grid. An optimizer
+    (Optuna) proposes the points by their metrics. Points with an invalid recipe are not part of the space."""
     trials: int = Field(20, gt=0)
-    """How many there are to be in all where something is sampled."""
+    """Total number of trials if values are sampled."""
     stop_by: str | None = None
-    """The metric by which asynchronous successive halving (ASHA) stops the worse half of the trials at each of their
-    job's rungs; None lets all run to their end. One metric decides, so a front of several would lose the trials that
-    are good in others: name one where it leads."""
+    """Metric by which asynchronous successive halving (ASHA) stops the worse half of the trials at each rung of their
+    job; None lets all trials run to the end. A single metric decides, so with several metrics it may stop trials that
+    are good in the others: set it only where one metric has priority."""
     seeds: list[int] = Field([10], min_length=1)
     metrics: list[Metric] = Field(min_length=1)
-    """What is compared; the first one decides which variant is best."""
+    """Metrics to compare; the first one decides which variant is best."""
     baseline: str | None = None
-    """The variant that the others are compared with, text by text."""
+    """Variant that the others are compared with, text by text."""
     references: dict[str, dict[str, str]] = {}
-    """Rows that need no run of their own: by name, which number of the runs' summaries stands for which metric, such as
+    """Rows without runs of their own: for each name, the number of the runs' summaries to use for each metric, such as
     ``{"teacher": {"student_ppl_after": "teacher_ppl"}}``."""
     concurrent: int = Field(1, gt=0)
-    """Trials at a time."""
+    """Number of trials at a time."""
     output: str = "results/search"
-    """The directory of the search."""
+    """Directory of the search."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -84,10 +83,10 @@ class Space(Recipe):
         if empty:
             raise ValueError(f"grid: '{empty[0]}' has no values")
         if self.sample and (self.variants or self.grid or self.baseline is not None or len(self.seeds) > 1):
-            raise ValueError("sample stands in place of variants, grid and baseline, and takes one seed")
+            raise ValueError("sample replaces variants, grid and baseline, and takes one seed")
         names = self.names
         if names == [""]:
-            raise ValueError("nothing varies; give variants, a grid or what to sample")
+            raise ValueError("nothing varies; give variants, grid or sample")
         if self.baseline is not None and self.baseline not in names:
             raise ValueError(f"baseline is '{self.baseline}'; allowed: null, {', '.join(names)}")
         known = [metric.name for metric in self.metrics]
@@ -103,11 +102,11 @@ class Space(Recipe):
 
     @property
     def names(self) -> list[str]:
-        """The variants at every point of the grid; none where something is sampled."""
+        """Names of the variants at every point of the grid; empty for a sampled space."""
         return [] if self.sample else [name for name, _, _ in self.points()]
 
     def points(self) -> list[tuple[str, dict[str, Any], Sequence[int]]]:
-        """Name, overrides and seeds of every variant at every point of the grid."""
+        """Return name, overrides and seeds of every variant at every point of the grid."""
         found: list[tuple[str, dict[str, Any], Sequence[int]]] = []
         for name, variant in (self.variants or {"": Variant()}).items():
             for values in itertools.product(*self.grid.values()):
@@ -121,14 +120,14 @@ def _named(variant: str, point: Mapping[str, Any]) -> str:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """Of a job's recipe, wherever its results go."""
+    """Return the fingerprint of a job's recipe, without its ``output``."""
     values = json.dumps(recipe.model_dump(mode="json", exclude={"output"}), sort_keys=True)
     return hashlib.sha256(values.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of the job: a variant with a seed."""
+    """Single run of the job: a variant with a seed."""
 
     variant: str
     seed: int
@@ -136,38 +135,63 @@ class Trial:
     recipe: Recipe
 
     @property
+    def support(self) -> SearchSupport:
+        """Support for searches in the job's registration."""
+        assert self.job.search is not None
+        return self.job.search
+
+    @property
+    def bundles(self) -> list[Bundle]:
+        """Resources of each process of the run: first the driver, then its actors."""
+        return [self.support.driver, *self.job.bundles(self.recipe)]
+
+    @property
     def fingerprint(self) -> str:
-        """See :func:`fingerprint`."""
+        """Fingerprint of the recipe, see :func:`fingerprint`."""
         return fingerprint(self.recipe)
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Name for messages: variant and seed."""
         return f"{self.variant} (seed {self.seed})"
 
     @property
     def folder(self) -> str:
-        """The name of its result directory; that of another recipe is another one."""
+        """Name of its result directory, unique for its recipe."""
         return f"{re.sub(r'[^A-Za-z0-9_.=-]+', '-', self.variant)}-{self.seed}-{self.fingerprint[:8]}"
 
+    def check(self) -> None:
+        """Check its recipe in this process.
+
+        Raises:
+            RecipeError: the user can fix the recipe; the message names the variant.
+            RaycloudError: something else failed, such as a download.
+        """
+        try:
+            self.support.check(self.recipe)
+        except RaycloudError as error:
+            if error.exit_code != RecipeError.exit_code:
+                raise
+            raise RecipeError(f"variant '{self.variant}': {error}") from error
+
     def plain(self) -> str:
-        """The trial as text, for another process; :meth:`read` reads it."""
+        """Return the trial as text, to send to another process; :meth:`read` parses it."""
         recipe = self.recipe.model_dump(mode="json")
         return json.dumps({"variant": self.variant, "seed": self.seed, "recipe": recipe})
 
     @classmethod
     def read(cls, plain: str) -> Trial:
-        """The trial that :meth:`plain` wrote."""
+        """Return the trial that :meth:`plain` wrote."""
         values = json.loads(plain)
-        job = job_of(values["recipe"], "trial")
-        return cls(values["variant"], values["seed"], job, job.recipe.model_validate(values["recipe"]))
+        job = _job_of(values["recipe"], "trial")
+        return cls(values["variant"], values["seed"], job, job.recipe_class.model_validate(values["recipe"]))
 
 
 def load_space(path: str | Path) -> Space:
-    """The space of a file, with the values of its base recipe.
+    """Load the space of a file, with the values of its base recipe.
 
     Raises:
-        RecipeError: the file cannot be read or run, or defines no valid space; one line says where.
+        RecipeError: the file cannot be read or run, or defines no valid space; the message names the place.
     """
     path = Path(path)
     try:
@@ -194,22 +218,22 @@ def load_space(path: str | Path) -> Space:
 
 
 def trials(space: Space, overrides: Sequence[str] = ()) -> list[Trial]:
-    """The runs that a loaded space counts out: the first seed of every variant, then the second ones, and so on.
+    """Return the trials of an enumerated space: the first seed of every variant, then the second, and so on.
 
     Args:
-        space: what :func:`load_space` returned.
-        overrides: of the base recipe, as ``key.sub=value``.
+        space: space that :func:`load_space` returned.
+        overrides: overrides of the base recipe, as ``key.sub=value``.
 
     Raises:
-        RecipeError: a variant's recipe is not valid, or two of them are the same.
+        RecipeError: a variant's recipe is invalid, or two of them are the same.
     """
     found: dict[str, Trial] = {}
     points = space.points() if not space.sample else []
-    for place in range(max((len(seeds) for _, _, seeds in points), default=0)):
+    for index in range(max((len(seeds) for _, _, seeds in points), default=0)):
         for variant, changes, seeds in points:
-            if place >= len(seeds):
+            if index >= len(seeds):
                 continue
-            trial = _trial(space, variant, changes, seeds[place], overrides)
+            trial = _trial(space, variant, changes, seeds[index], overrides)
             same = found.setdefault(trial.fingerprint, trial)
             if same is not trial:
                 raise RecipeError(f"'{trial.name}' is the same run as '{same.name}'")
@@ -217,21 +241,21 @@ def trials(space: Space, overrides: Sequence[str] = ()) -> list[Trial]:
 
 
 def trial_at(space: Space, point: Point, overrides: Sequence[str] = ()) -> Trial:
-    """The run of a point that was drawn from ``space.sample``.
+    """Return the trial of a point drawn from ``space.sample``.
 
     Raises:
-        RecipeError: there is no valid recipe there.
+        RecipeError: the point's recipe is invalid.
     """
     return _trial(space, _named("", point), point, space.seeds[0], overrides)
 
 
 def point_of(space: Space, recipe: Mapping[str, Any], overrides: Sequence[str] = ()) -> Point | None:
-    """The point of ``space.sample`` whose run has this recipe, wherever its results went; None if there is none.
+    """Return the point of ``space.sample`` whose run has this recipe, ignoring ``output``; None if there is none.
 
     Args:
-        space: what :func:`load_space` returned.
-        recipe: plain values, such as a row has.
-        overrides: of the base recipe.
+        space: space that :func:`load_space` returned.
+        recipe: plain values of a recipe, as in a row.
+        overrides: overrides of the base recipe.
     """
     point: Point = {}
     for key, domain in space.sample.items():
@@ -243,34 +267,56 @@ def point_of(space: Space, recipe: Mapping[str, Any], overrides: Sequence[str] =
         point[key] = domain.plain(value)
     try:
         trial = trial_at(space, point, overrides)
-        known = fingerprint(trial.job.recipe.model_validate(recipe))
+        known = fingerprint(trial.job.recipe_class.model_validate(recipe))
     except (RecipeError, ValidationError):
         return None
     return point if known == trial.fingerprint else None
 
 
-def example(space: Space, overrides: Sequence[str] = ()) -> Trial:
-    """A trial of a space that samples: a valid one at the ends of its domains.
+def examples(space: Space, overrides: Sequence[str] = ()) -> Iterator[Trial]:
+    """Yield the valid trials of a sampled space at the ends of its domains, at least one.
 
     Raises:
-        RecipeError: there is none; why the first one is not valid.
+        RecipeError: none is valid; the error is that of the first one.
     """
-    errors = []
+    errors, found = [], False
     for values in itertools.product(*(domain.ends() for domain in space.sample.values())):
         try:
-            return trial_at(space, dict(zip(space.sample, values, strict=True)), overrides)
+            trial = trial_at(space, dict(zip(space.sample, values, strict=True)), overrides)
         except RecipeError as error:
             errors.append(error)
-    raise errors[0]
+            continue
+        found = True
+        yield trial
+    if not found:
+        raise errors[0]
+
+
+def example_trial(space: Space, overrides: Sequence[str] = ()) -> Trial:
+    """Return the first of :func:`examples`."""
+    return next(examples(space, overrides))
 
 
 def _trial(space: Space, variant: str, changes: Mapping[str, Any], seed: int, overrides: Sequence[str]) -> Trial:
     assert isinstance(space.base, dict)
-    job = job_of(space.base, "base recipe")
+    job = _job_of(space.base, "base recipe")
     own = [f"{key}={_yaml(value)}" for key, value in {**changes, "seed": seed}.items()]
-    recipe = job.recipe.parse(deepcopy(space.base), [*overrides, *own], source=f"variant '{variant}'")
+    recipe = job.recipe_class.parse(deepcopy(space.base), [*overrides, *own], source=f"variant '{variant}'")
     return Trial(variant, seed, job, recipe)
 
 
+def _job_of(recipe: Mapping[str, Any], source: str) -> Job:
+    """Return the job that a recipe's plain values name.
+
+    Raises:
+        RecipeError: no searchable job has this name.
+    """
+    searchable = {name: job for name, job in JOBS.items() if job.search is not None}
+    name = recipe.get("job")
+    if name not in searchable:
+        raise RecipeError(f"{source}: job is {name!r}; allowed: {', '.join(searchable)}")
+    return searchable[name]
+
+
 def _yaml(value: Any) -> str:
-    return str(yaml.safe_dump(value, default_flow_style=True))
+    return dump(value, flow=True)

@@ -1,6 +1,6 @@
-"""What applications share whose edges each hold a socket: settings, the API's life, and the deployment of replicas."""
+"""Settings, API lifespan and deployment that all applications with one WebSocket per edge share."""
 
-# No postponed annotations: Serve reads the classes that the builders' arguments are validated by.
+# No postponed annotations: Serve reads the annotation of a builder's argument to validate it.
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,43 +10,49 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
-from raycloud.models.loading import Device, DType
-from raycloud.serving.door import tokens_of
+from raycloud.cluster.runtime import protect_token
+from raycloud.link.auth import server_tokens
+from raycloud.models.devices import Device, DType
 
 _STICKY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
 class ReplicaSettings(BaseModel):
-    """The arguments of an application; on the command line as ``key=value``, in a config file under ``args``."""
+    """Arguments of an application: ``key=value`` on the command line, ``args`` in a config file."""
 
     model_config = ConfigDict(extra="forbid")
 
     token: str | None = None
-    """What edges must bring; several separated by commas. The variable RAYCLOUD_TOKEN if left out."""
+    """Bearer token that edges must send; several are separated by commas. Default: the variable RAYCLOUD_TOKEN."""
     device: Device = "auto"
     dtype: DType = "auto"
     threads: int | None = Field(None, ge=1)
-    """Of torch, in each replica; torch's own choice if left out."""
+    """Torch threads in each replica. Default: torch's own choice."""
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.5, gt=0)
-    """What each replica claims of Ray's CPUs."""
+    """Ray CPUs that each replica reserves."""
     num_gpus: float = Field(0.0, ge=0)
     resources: dict[str, float] = {}
-    """Custom resources each replica claims, such as ``{"cloud": 1}``."""
+    """Custom Ray resources that each replica reserves, such as ``{"cloud": 1}``."""
 
     @property
     def tokens(self) -> list[str]:
-        """The tokens let in.
+        """Accepted tokens.
 
         Raises:
-            RecipeError: there is none. The proxy's host is not known here, so none is open by default.
+            RecipeError: no token is given. The proxy's host is not known here, so no token is never allowed.
         """
-        return tokens_of(self.token)
+        return server_tokens(self.token)
 
 
-def api_of(title: str, leave: Callable[[], Awaitable[None]]) -> FastAPI:
-    """An API without pages about itself, whose replica takes its leave of the edges when it stops."""
+def new_api(title: str, leave: Callable[[], Awaitable[None]]) -> FastAPI:
+    """Make an API without documentation pages.
+
+    Args:
+        title: title of the API.
+        leave: called when the replica stops, to say so to the connected edges.
+    """
 
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> AsyncIterator[None]:
@@ -56,21 +62,37 @@ def api_of(title: str, leave: Callable[[], Awaitable[None]]) -> FastAPI:
     return FastAPI(title=title, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
 
-def replicated(
-    name: str, build: Callable[[], FastAPI], settings: ReplicaSettings, *, edges: int, idle: int, sticky: bool = False
-) -> Application:
-    """The application whose replicas each run one API.
+def private_ingress(build: Callable[[], FastAPI]) -> Any:
+    """Make the ingress class of an API, and hide Ray's token from other users of the machine.
+
+    The token is hidden here and again in each replica, because ``serve run`` starts Ray after an application is bound.
 
     Args:
-        name: of the deployment.
-        build: makes the API, in the replica.
-        settings: how many replicas, and what each claims.
-        edges: how many a replica serves at once; with half as many on each, another one is started.
-        idle: sockets beyond them that wait or are turned away.
-        sticky: all connections of a session, or of whatever else a connection says it belongs to, come to one replica
-            for as long as that is there.
+        build: makes the API; called in the replica.
     """
-    # A WebSocket counts for its whole life.
+    protect_token()
+
+    def guarded() -> FastAPI:
+        protect_token()
+        return build()
+
+    return serve.ingress(guarded)()
+
+
+def replicated_app(
+    name: str, build: Callable[[], FastAPI], settings: ReplicaSettings, *, edges: int, idle: int, sticky: bool = False
+) -> Application:
+    """Bind an application whose replicas each run one API.
+
+    Args:
+        name: name of the deployment.
+        build: makes the API; called in the replica.
+        settings: number of replicas, and the resources that each reserves.
+        edges: edges that a replica serves at once. Serve adds a replica when the mean load exceeds half of this.
+        idle: sockets accepted beyond ``edges``; they wait or are refused.
+        sticky: route all connections that name the same session or group to one replica while it lives.
+    """
+    # A WebSocket counts as an ongoing request for as long as it is open.
     sockets = edges + idle
     router: dict[str, Any] = {"request_router_config": {"request_router_class": _STICKY}} if sticky else {}
     deployment = serve.deployment(
@@ -89,4 +111,4 @@ def replicated(
         },
         **router,
     )
-    return deployment(serve.ingress(build)()).bind()
+    return deployment(private_ingress(build)).bind()

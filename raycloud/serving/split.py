@@ -1,4 +1,4 @@
-"""The cloud's part of a split model on Ray Serve: sessions over one WebSocket each."""
+"""Ray Serve application that runs the cloud's part of a split model; each session has one WebSocket."""
 
 # No postponed annotations: Serve and FastAPI read those of the handlers and of the builder's argument.
 from pathlib import Path
@@ -12,53 +12,59 @@ from ray.serve import Application
 
 from raycloud.cluster.metrics import RayMetrics
 from raycloud.errors import RecipeError
-from raycloud.serving.door import Doorkeeper, SocketConnection
-from raycloud.serving.replicas import ReplicaSettings, api_of, replicated
+from raycloud.link.auth import Authenticator
+from raycloud.serving.auth import SocketConnection, admit, principal_of
+from raycloud.serving.replicas import ReplicaSettings, new_api, replicated_app
 from raycloud.split.calibration import Calibration
-from raycloud.split.cloud.engine import Engine
-from raycloud.split.cloud.host import Host
-from raycloud.split.cloud.limits import Limits
-from raycloud.split.offer import Offer
+from raycloud.split.cut_codecs import CutCodecs
+from raycloud.split.inference.engine import InferenceEngine
+from raycloud.split.inference.limits import InferenceLimits
+from raycloud.split.inference.server import InferenceServer
+from raycloud.split.inference.server_info import ServerInfo
 from raycloud.split.parts import CloudPart, load_cloud
 from raycloud.split.plan import PlanSet
-from raycloud.split.terms import Codecs
 
 _IDLE_SOCKETS = 256
 
 
 class SplitSettings(ReplicaSettings):
-    """The arguments of the application; on the command line as ``key=value``, in a config file under ``args``."""
+    """Arguments of the application: ``key=value`` on the command line, ``args`` in a config file."""
 
     model: str
-    """A whole model, or an exported ``cloud`` directory that every node can read."""
+    """Whole model, or exported ``cloud`` directory that every node can read."""
     name: str | None = None
-    """What edges call it; the last part of ``model`` if left out."""
-    first: int | None = Field(None, ge=0)
+    """Name of the model in the API. Default: the last part of ``model``."""
+    start_block: int | None = Field(None, ge=0)
     """The cloud's first block; as exported if left out."""
-    second: int | None = Field(None, ge=0)
+    end_block: int | None = Field(None, ge=0)
     """The block after the cloud's last one; as exported if left out."""
     calibration: str | None = None
-    """A file of ``raycloud split calibrate``; without it only float codecs are offered."""
-    limits: Limits = Limits()
+    """File made by ``raycloud split calibrate``; without it only float codecs are offered."""
+    limits: InferenceLimits = InferenceLimits()
 
     @property
     def plans(self) -> PlanSet | None:
-        """Where the model is cut; None for as exported."""
-        if self.first is None and self.second is None:
+        """Plan of the cuts; None for an exported part, which has its own."""
+        if self.start_block is None and self.end_block is None:
             return None
-        if self.first is None or self.second is None:
-            raise RecipeError("give both first and second, or neither for an exported part")
-        return PlanSet((self.first,), (self.second,))
+        if self.start_block is None or self.end_block is None:
+            raise RecipeError("give both start_block and end_block, or neither for an exported part")
+        return PlanSet((self.start_block,), (self.end_block,))
 
 
 def build_api(
-    name: str, part: CloudPart, host: Host, offer: Offer, calibration: bytes | None, door: Doorkeeper
+    name: str,
+    part: CloudPart,
+    host: InferenceServer,
+    server_info: ServerInfo,
+    calibration: bytes | None,
+    authenticator: Authenticator,
 ) -> FastAPI:
-    """The HTTP and WebSocket face of one replica."""
-    api = api_of("raycloud split", host.leave)
+    """Make the HTTP and WebSocket API of one replica."""
+    api = new_api("raycloud split", host.leave)
 
-    def check(request: Request) -> None:
-        if door.principal(request.headers.get("authorization")) is None:
+    async def check(request: Request) -> None:
+        if await principal_of(request, authenticator) is None:
             raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
 
     @api.get("/healthz")
@@ -67,20 +73,26 @@ def build_api(
 
     @api.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
-        check(request)
-        described = {"id": name, "object": "model", "created": 0, "owned_by": "raycloud", "split": offer.model_dump()}
+        await check(request)
+        described = {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "raycloud",
+            "split": server_info.model_dump(),
+        }
         return {"object": "list", "data": [described]}
 
     @api.get("/v1/calibration")
     async def calibrated(request: Request) -> Response:
-        check(request)
+        await check(request)
         if calibration is None:
             raise HTTPException(404, "this model's codecs are not calibrated")
         return Response(calibration, media_type="application/octet-stream")
 
     @api.websocket("/v1/split")
     async def split(socket: WebSocket) -> None:
-        principal = await door.admit(socket)
+        principal = await admit(socket, authenticator)
         if principal is not None:
             await host.serve(SocketConnection(socket), principal)
 
@@ -88,7 +100,7 @@ def build_api(
 
 
 def app(settings: SplitSettings) -> Application:
-    """The application that serves the middle of one model; each replica loads only its own blocks."""
+    """Build the application that serves the middle blocks of one model; each replica loads only those blocks."""
     tokens, plans = settings.tokens, settings.plans
     name = settings.name or Path(settings.model.removeprefix("builtin:")).name
 
@@ -98,12 +110,14 @@ def app(settings: SplitSettings) -> Application:
         part = load_cloud(settings.model, plans, device=settings.device, dtype=settings.dtype)
         calibration = Path(settings.calibration).read_bytes() if settings.calibration else None
         calibrated = Calibration.load(Path(settings.calibration)) if settings.calibration else None
-        codecs = Codecs(part.config.hidden_size, calibrated)
+        codecs = CutCodecs(part.config.hidden_size, calibrated)
         metrics = RayMetrics(name)
-        engine = Engine(part, metrics, settings.threads)
+        engine = InferenceEngine(part, metrics, settings.threads)
         replica = serve.get_replica_context().replica_id.unique_id
-        host = Host(engine, codecs, settings.limits, metrics, replica)
-        return build_api(name, part, host, Offer.of(part, codecs, settings.limits), calibration, Doorkeeper(tokens))
+        host = InferenceServer(engine, codecs, settings.limits, metrics, replica)
+        return build_api(
+            name, part, host, ServerInfo.of(part, codecs, settings.limits), calibration, Authenticator(tokens)
+        )
 
-    # A session returns to its replica; where that is gone it is rebuilt from what the edge kept.
-    return replicated("split", build, settings, edges=settings.limits.sessions, idle=_IDLE_SOCKETS, sticky=True)
+    # A session reconnects to its replica. If the replica is gone, the edge rebuilds the session from its own records.
+    return replicated_app("split", build, settings, edges=settings.limits.sessions, idle=_IDLE_SOCKETS, sticky=True)

@@ -1,4 +1,4 @@
-"""The cloud's side of split fine-tuning on Ray Serve: a session over one WebSocket for each edge."""
+"""Ray Serve application that trains the cloud's part in split fine-tuning; each edge has one session and WebSocket."""
 
 # No postponed annotations: Serve and FastAPI read those of the handlers and of the builder's argument.
 from pathlib import Path
@@ -9,9 +9,10 @@ from pydantic import Field
 from ray.serve import Application
 
 from raycloud.cluster.metrics import RayMetrics
-from raycloud.serving.door import Doorkeeper, SocketConnection
-from raycloud.serving.replicas import ReplicaSettings, api_of, replicated
-from raycloud.split.finetune.host import TuneHost, TuneLimits
+from raycloud.link.auth import Authenticator
+from raycloud.serving.auth import SocketConnection, admit
+from raycloud.serving.replicas import ReplicaSettings, new_api, replicated_app
+from raycloud.split.finetune.server import TuneLimits, TuneServer
 from raycloud.split.parts import load_cloud
 from raycloud.split.plan import PlanSet
 
@@ -19,47 +20,47 @@ _IDLE_SOCKETS = 64
 
 
 class SplitTuneSettings(ReplicaSettings):
-    """The arguments of the application; on the command line as ``key=value``, in a config file under ``args``."""
+    """Arguments of the application: ``key=value`` on the command line, ``args`` in a config file."""
 
     model: str
-    """A whole model, or an exported ``cloud`` directory that every node can read."""
-    first: int = Field(ge=0)
-    """The cloud's first block: the edges' ``split``."""
-    second: int = Field(gt=0)
+    """Whole model, or exported ``cloud`` directory that every node can read."""
+    start_block: int = Field(ge=0)
+    """The cloud's first block: the edges' ``start_block``."""
+    end_block: int = Field(gt=0)
     """The block after the cloud's last one."""
     checkpoints: str
-    """A folder that every replica sees: an edge goes on from it wherever its session is opened again."""
+    """Folder that every replica can read and write: a session reopened on any replica resumes from it."""
     dtype: Literal["auto", "float32"] = "auto"
-    """Weights that are trained are float32 in either case."""
+    """Dtype of the weights. Trained weights are float32 in either case."""
     limits: TuneLimits = TuneLimits()
     labels: bool = False
-    """Whether edges may send labels, for a loss that is computed here; otherwise those that would are refused. The
-    model must be a whole one then, and ``second`` its last block's end."""
+    """Permission for edges to send labels, so that the cloud computes the loss; if false, such edges are refused. If
+    true, ``model`` must be a whole model, and ``end_block`` its number of blocks."""
 
 
-def build_api(host: TuneHost, door: Doorkeeper) -> FastAPI:
-    """The WebSocket face of one replica."""
-    api = api_of("raycloud split-tune", host.leave)
+def build_api(server: TuneServer, authenticator: Authenticator) -> FastAPI:
+    """Make the WebSocket API of one replica."""
+    api = new_api("raycloud split-tune", server.leave)
 
     @api.get("/healthz")
     async def healthz() -> dict[str, Any]:
-        return {"status": "ok", "sessions": host.sessions}
+        return {"status": "ok", "sessions": server.sessions}
 
     @api.websocket("/v1/split-tune")
     async def split_tune(socket: WebSocket) -> None:
-        principal = await door.admit(socket)
+        principal = await admit(socket, authenticator)
         if principal is not None:
-            await host.serve(SocketConnection(socket), principal)
+            await server.serve(SocketConnection(socket), principal)
 
     return api
 
 
 def app(settings: SplitTuneSettings) -> Application:
-    """The application that trains the middle of one model, for each edge by itself or for those of a group together.
+    """Build the application that trains the middle blocks of one model, for single edges or for groups of edges.
 
-    The members of a group come to one replica, as a session's connections do.
+    All members of a group are routed to one replica, as are all connections of a session.
     """
-    tokens, plans = settings.tokens, PlanSet((settings.first,), (settings.second,))
+    tokens, plans = settings.tokens, PlanSet((settings.start_block,), (settings.end_block,))
     name = Path(settings.model.removeprefix("builtin:")).name
 
     def build() -> FastAPI:
@@ -67,7 +68,9 @@ def app(settings: SplitTuneSettings) -> Application:
             settings.model, plans, device=settings.device, dtype="float32", training=True, tail=settings.labels
         )
         folder = Path(settings.checkpoints).expanduser()
-        host = TuneHost(part, folder, settings.limits, RayMetrics(name), settings.threads)
-        return build_api(host, Doorkeeper(tokens))
+        server = TuneServer(part, folder, settings.limits, RayMetrics(name), settings.threads)
+        return build_api(server, Authenticator(tokens))
 
-    return replicated("split-tune", build, settings, edges=settings.limits.sessions, idle=_IDLE_SOCKETS, sticky=True)
+    return replicated_app(
+        "split-tune", build, settings, edges=settings.limits.sessions, idle=_IDLE_SOCKETS, sticky=True
+    )

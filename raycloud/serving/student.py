@@ -1,7 +1,6 @@
-"""A whole distilled student as an OpenAI-compatible endpoint on Ray Serve."""
+"""Ray Serve application that serves a whole distilled student through an OpenAI-compatible API."""
 
-# No postponed annotations: Serve reads the class that the builder's argument is validated by.
-import os
+# No postponed annotations: Serve reads the annotation of the builder's argument to validate it.
 from pathlib import Path
 
 import torch
@@ -10,49 +9,46 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
-from raycloud.edge.local import whole
 from raycloud.edge.server import create_app
-from raycloud.errors import RecipeError
-
-TOKEN = "RAYCLOUD_TOKEN"
+from raycloud.edge.whole_model import load_whole
+from raycloud.link.auth import server_tokens
+from raycloud.serving.replicas import private_ingress
 
 
 class StudentSettings(BaseModel):
-    """The arguments of the application; on the command line as ``key=value``, in a config file under ``args``."""
+    """Arguments of the application: ``key=value`` on the command line, ``args`` in a config file."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: str
-    """The student: a directory that every node can read, or anything else ``raycloud`` loads."""
+    """Student: a directory that every node can read, or anything else ``raycloud`` loads."""
     name: str | None = None
-    """What clients call it; the last part of ``model`` if left out."""
+    """Name of the model in the API. Default: the last part of ``model``."""
     token: str | None = None
-    """What clients bring as their API key; the variable RAYCLOUD_TOKEN if left out."""
+    """API key that clients must send; several are separated by commas. Default: the variable RAYCLOUD_TOKEN."""
     concurrency: int = Field(4, ge=1)
-    """Generations at once in each replica; twice as many requests are let in, the others wait at the proxy."""
+    """Generations at once in each replica. It accepts twice as many requests; more requests wait at the proxy."""
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.5, gt=0)
-    """What each replica claims of Ray's CPUs."""
+    """Ray CPUs that each replica reserves."""
     num_gpus: float = Field(0.0, ge=0)
     threads: int = Field(1, ge=1)
-    """Of torch, in each replica."""
+    """Torch threads in each replica."""
 
 
 def app(settings: StudentSettings) -> Application:
-    """The application that serves one student; each replica loads it once.
+    """Build the application that serves one student; each replica loads it once.
 
     Raises:
-        RecipeError: no token is given. The proxy's host is not known here, so none is open by default.
+        RecipeError: no token is given. The proxy's host is not known here, so no token is never allowed.
     """
-    token = settings.token or os.environ.get(TOKEN)
-    if not token:
-        raise RecipeError(f"no token: set {TOKEN} or the argument token; clients must bring it")
+    tokens = server_tokens(settings.token)
     name = settings.name or Path(settings.model.removeprefix("builtin:")).name
 
     def build() -> FastAPI:
         torch.set_num_threads(settings.threads)
-        return create_app(whole(settings.model), name, token=token, concurrency=settings.concurrency)
+        return create_app(load_whole(settings.model), name, tokens=tokens, concurrency=settings.concurrency)
 
     deployment = serve.deployment(
         name="student",
@@ -64,4 +60,4 @@ def app(settings: StudentSettings) -> Application:
         },
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
     )
-    return deployment(serve.ingress(build)()).bind()
+    return deployment(private_ingress(build)).bind()

@@ -1,4 +1,4 @@
-"""A teacher on Ray Serve: signals over one WebSocket for each edge."""
+"""Ray Serve application that sends a teacher's signals to edges, over one WebSocket each."""
 
 # No postponed annotations: Serve and FastAPI read those of the handlers and of the builder's argument.
 from typing import Any
@@ -7,47 +7,49 @@ import torch
 from fastapi import FastAPI, WebSocket
 from ray.serve import Application
 
-from raycloud.distill.signal_file import tokenizer_fingerprint
-from raycloud.distill.signal_link import SignalHost, SignalLimits
+from raycloud.distill.signals.file import tokenizer_fingerprint
+from raycloud.distill.signals.remote import ModelTeacher, SignalLimits, SignalServer
+from raycloud.link.auth import Authenticator
 from raycloud.models.loading import load
 from raycloud.models.weights import fingerprint, weights_of
-from raycloud.serving.door import Doorkeeper, SocketConnection
-from raycloud.serving.replicas import ReplicaSettings, api_of, replicated
+from raycloud.serving.auth import SocketConnection, admit
+from raycloud.serving.replicas import ReplicaSettings, new_api, replicated_app
 
 _IDLE_SOCKETS = 64
 
 
 class TeacherSettings(ReplicaSettings):
-    """The arguments of the application; on the command line as ``key=value``, in a config file under ``args``."""
+    """Arguments of the application: ``key=value`` on the command line, ``args`` in a config file."""
 
     model: str
-    """The teacher: a directory that every node can read, or anything else ``raycloud`` loads."""
+    """Teacher: a directory that every node can read, or anything else ``raycloud`` loads."""
     name: str | None = None
-    """What signals' keys call it, beside a fingerprint of its weights; ``model`` if left out."""
+    """Name of the teacher in the keys of signals, followed by a fingerprint of its weights. Default: ``model``."""
     limits: SignalLimits = SignalLimits()
 
 
-def build_api(host: SignalHost, door: Doorkeeper) -> FastAPI:
-    """The HTTP and WebSocket face of one replica."""
-    api = api_of("raycloud teacher", host.leave)
+def build_api(host: SignalServer, authenticator: Authenticator) -> FastAPI:
+    """Make the HTTP and WebSocket API of one replica."""
+    api = new_api("raycloud teacher", host.leave)
 
     @api.get("/healthz")
     async def healthz() -> dict[str, Any]:
-        return {"status": "ok", "connections": host.connections}
+        return {"status": "ok", "sessions": host.sessions}
 
     @api.websocket("/v1/signals")
     async def signals(socket: WebSocket) -> None:
-        if await door.admit(socket) is not None:
-            await host.serve(SocketConnection(socket))
+        principal = await admit(socket, authenticator)
+        if principal is not None:
+            await host.serve(SocketConnection(socket), principal)
 
     return api
 
 
 def app(settings: TeacherSettings) -> Application:
-    """The application that serves one teacher; each replica loads it once.
+    """Build the application that serves one teacher; each replica loads it once.
 
     Raises:
-        RecipeError: no token is given. The proxy's host is not known here, so none is open by default.
+        RecipeError: no token is given. The proxy's host is not known here, so no token is never allowed.
     """
     tokens = settings.tokens
 
@@ -58,7 +60,8 @@ def app(settings: TeacherSettings) -> Application:
         name = f"{settings.name or settings.model}@{fingerprint(weights_of(teacher.model))}"
         tokenizer = tokenizer_fingerprint(teacher.tokenizer)
         return build_api(
-            SignalHost(teacher.model, name, tokenizer, settings.limits, settings.threads), Doorkeeper(tokens)
+            SignalServer(ModelTeacher(teacher.model, name, tokenizer), settings.limits, settings.threads),
+            Authenticator(tokens),
         )
 
-    return replicated("teacher", build, settings, edges=settings.limits.connections, idle=_IDLE_SOCKETS)
+    return replicated_app("teacher", build, settings, edges=settings.limits.sessions, idle=_IDLE_SOCKETS, sticky=True)

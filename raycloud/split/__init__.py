@@ -1,1 +1,1 @@
-"""One model cut between edge and cloud: plans, parts, generation, and the cloud's side of a session."""
+"""Split models: one model cut between edge and cloud, with its plans, parts, inference and fine-tuning."""

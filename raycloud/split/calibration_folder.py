@@ -1,4 +1,4 @@
-"""A folder of calibrations, a file for each cut, so that a search fits the codecs of a cut once."""
+"""Folder of calibrations with a file for each cut, so that a search fits the codecs of each cut only once."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from raycloud.split.calibration import Calibration, calibrate
 Texts = Callable[[], Sequence[Sample]]
 
 
-def calibration_of(
+def calibration_for(
     model: PreTrainedModel, known: str, cuts: Iterable[int], texts: Texts, folder: Path | None
 ) -> Calibration:
-    """The calibration of some cuts of a model; those that the folder lacks are made, and kept there.
+    """Calibration of some cuts of a model; cuts missing in the folder are calibrated and saved there.
 
     Args:
         model: the whole model.
-        known: the fingerprint of its weights.
-        cuts: at least one.
-        texts: reads what to calibrate on, where anything has to be made.
-        folder: holds ``cut-<n>.safetensors``; None keeps nothing.
+        known: fingerprint of its weights.
+        cuts: cuts, at least one.
+        texts: reads the calibration texts; called only if a cut is missing.
+        folder: folder of files ``cut-<n>.safetensors``; None saves nothing.
 
     Raises:
         ModelError: a file in the folder is damaged or of other weights, or the model has no such cut.

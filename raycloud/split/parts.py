@@ -1,4 +1,4 @@
-"""The parts of a cut model: each loads only its own tensors, from the whole checkpoint or from an exported part."""
+"""Parts of a split model: each loads only its own tensors, from the whole checkpoint or from an exported part."""
 
 from __future__ import annotations
 
@@ -14,114 +14,139 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from raycloud.checksums import write_checksums
+from raycloud.durable import check_folder, write_folder
 from raycloud.errors import ModelError, ResultError
-from raycloud.models.anatomy import pooler_of
-from raycloud.models.attention import PLAIN
-from raycloud.models.checkpoint import CONFIG, Checkpoint, materialise, skeleton, stored_names
-from raycloud.models.layout import lay_out_for_one_row
-from raycloud.models.loading import Device, DType, load_config, load_tokenizer, pick_device, pick_dtype, resolve
+from raycloud.models.attention import SDPA
+from raycloud.models.checkpoint import (
+    GENERATION,
+    Checkpoint,
+    copy_parameters,
+    empty_model,
+    fingerprint_from,
+    load_tensors,
+)
+from raycloud.models.configuration import CONFIG
+from raycloud.models.devices import Device, DType
+from raycloud.models.loading import load_config, load_tokenizer, pick_device, pick_dtype, resolve
 from raycloud.models.segments import Segment
-from raycloud.results import write_folder
+from raycloud.models.structure import pooler_of
+from raycloud.models.tensor_check import match_tensors
+from raycloud.models.weight_layout import optimise_decode_layout
 from raycloud.split.plan import PlanSet, SplitPlan
 
 MANIFEST = "part.json"
 Attention = Literal["sdpa", "eager"]
-Side = Literal["edge", "cloud"]
+PartSide = Literal["edge", "cloud"]
 
 
-class Manifest(BaseModel):
-    """What an exported part says about itself."""
+class PartManifest(BaseModel):
+    """Manifest of an exported part."""
 
     model_config = ConfigDict(frozen=True)
 
-    side: Side
-    firsts: tuple[int, ...]
-    seconds: tuple[int, ...]
+    side: PartSide
+    start_blocks: tuple[int, ...]
+    end_blocks: tuple[int, ...]
     fingerprint: str
-    """Of the whole checkpoint it was taken from: both sides' must agree."""
+    """Fingerprint of the whole checkpoint it was exported from; it must be the same at both sides."""
+    digests: dict[str, str]
+    """Digest of every tensor of that checkpoint, to check this part's tensors and to compute the fingerprint."""
     source: str
 
     @property
     def plans(self) -> PlanSet:
-        """Where the model was cut."""
-        return PlanSet(self.firsts, self.seconds)
+        """Plans by which the model was cut."""
+        return PlanSet(self.start_blocks, self.end_blocks)
 
 
 @dataclass(frozen=True)
 class EdgePart:
-    """The blocks before and behind the cuts, with embedding, final norm and head."""
+    """Edge's part of a model: the blocks before and after the cuts, with embedding, final norm and head."""
 
     first: Segment
     last: Segment
     plans: PlanSet
     fingerprint: str
     source: str
-    """Where the tokenizer is."""
+    """Directory of the tokenizer."""
     pooler: nn.Module | None = None
-    """The family's own, if it has one and it was asked for."""
+    """Pooler of the model family, if it has one and it was requested."""
 
     @property
     def config(self) -> PretrainedConfig:
-        """Of the whole model."""
+        """Configuration of the whole model."""
         return self.first.config
 
 
 @dataclass(frozen=True)
 class CloudPart:
-    """The blocks between the cuts."""
+    """Cloud's part of a model: the blocks between the cuts."""
 
     middle: Segment
     plans: PlanSet
     fingerprint: str
     last: Segment | None = None
-    """What follows the last block, if it was asked for."""
+    """Segment after the last block, if it was requested."""
     pooler: nn.Module | None = None
-    """The family's own likewise, if it has one."""
+    """Pooler of the model family, if it has one and ``last`` was requested."""
 
     @property
     def config(self) -> PretrainedConfig:
-        """Of the whole model."""
+        """Configuration of the whole model."""
         return self.middle.config
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A model in one process that can be cut anywhere, over and over: its parts share its weights."""
+class SplittableModel:
+    """Model in one process that can be cut at any block, repeatedly: its parts share its weights."""
 
     model: PreTrainedModel
     fingerprint: str
     source: str
-    """Where the tokenizer is."""
+    """Directory of the tokenizer."""
 
     @property
     def blocks(self) -> int:
-        """How many it has."""
+        """Number of blocks."""
         return int(self.model.config.num_hidden_layers)
 
     def edge(self, plans: PlanSet) -> EdgePart:
-        """The edge's part; ModelError if the model cannot be cut so."""
+        """Edge's part for these plans; raises ModelError if the model cannot be cut so."""
         first, last = _segments(self.model, plans.check(self.blocks), "edge")
         return EdgePart(first, last, plans, self.fingerprint, self.source)
 
     def cloud(self, plans: PlanSet) -> CloudPart:
-        """The cloud's part; ModelError if the model cannot be cut so."""
+        """Cloud's part for these plans; raises ModelError if the model cannot be cut so."""
         [middle] = _segments(self.model, plans.check(self.blocks), "cloud")
         return CloudPart(middle, plans, self.fingerprint)
 
 
-def manifest_of(source: str) -> Manifest | None:
-    """The manifest in an exported part; None for a whole model.
+def manifest_of(source: str) -> PartManifest | None:
+    """Manifest of an exported part; None for a whole model.
 
     Raises:
-        ModelError: it is damaged.
+        ModelError: the manifest is damaged.
     """
     path = Path(source) / MANIFEST
     if not path.is_file():
         return None
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return PartManifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ModelError(f"damaged {path}: {error.errors()[0]['msg']}") from error
+        first = error.errors()[0]
+        raise ModelError(f"damaged {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def fingerprint_of(source: str, notify: Callable[[str], None] = lambda line: None) -> str:
+    """Fingerprint of a model's checkpoint, or of the whole checkpoint that an exported part was made from.
+
+    Raises:
+        ModelError: the model cannot be read.
+    """
+    where = resolve(source, notify)
+    manifest = manifest_of(where)
+    return Checkpoint(where).fingerprint if manifest is None else manifest.fingerprint
 
 
 def load_edge(
@@ -135,29 +160,29 @@ def load_edge(
     pooler: bool = False,
     notify: Callable[[str], None] = lambda line: None,
 ) -> EdgePart:
-    """The edge's part of a model.
+    """Load the edge's part of a model.
 
     Args:
         source: a whole model (see :func:`raycloud.models.loading.resolve`) or an exported ``edge`` directory.
-        plans: where it is cut; None for where it was cut when it was exported.
-        device: where to put it.
-        dtype: the parameters' type.
-        attention: the attention implementation of ``transformers``.
-        training: leaves the weights laid out as the library has them, in memory of their own.
-        pooler: load the family's own as well, if it has one.
-        notify: told one line before each download or conversion.
+        plans: plans of the cuts; None for those of the export.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+        attention: attention implementation of ``transformers``.
+        training: keep the library's weight layout, with a private copy of the parameters.
+        pooler: also load the pooler of the model family, if it has one.
+        notify: called with one line before each download or conversion.
 
     Raises:
-        ModelError: it cannot be read, does not hold these blocks, or cannot be cut so.
+        ModelError: the model cannot be read, does not hold these blocks, or cannot be cut so.
     """
-    where, plans, fingerprint, checkpoint, config = _source(source, plans, "edge", notify)
-    model, place = _skeleton(config, device, dtype, attention)
-    first, last = _segments(model, plans, "edge")
+    found = _open_source(source, plans, "edge", notify)
+    model, place = found.skeleton(device, dtype, attention)
+    first, last = _segments(model, found.plans, "edge")
     behind = pooler_of(model) if pooler else None
     beside = [] if behind is None else [behind]
-    materialise(model, [first, last, *beside], checkpoint, place)
-    _ready([first, last], training, beside)
-    return EdgePart(first, last, plans, fingerprint, where, behind)
+    found.fill(model, [first, last, *beside], place)
+    _prepare([first, last], training, beside)
+    return EdgePart(first, last, found.plans, found.fingerprint, found.where, behind)
 
 
 def load_cloud(
@@ -171,67 +196,66 @@ def load_cloud(
     tail: bool = False,
     notify: Callable[[str], None] = lambda line: None,
 ) -> CloudPart:
-    """The cloud's part of a model; see :func:`load_edge`.
+    """Load the cloud's part of a model; see :func:`load_edge`.
 
-    With ``tail`` it has what follows the model's last block as well; its own must lead there.
+    ``tail`` adds everything after the model's last block; the cloud's blocks must then extend to the end of the model.
     """
-    where, plans, fingerprint, checkpoint, config = _source(source, plans, "cloud", notify)
-    model, place = _skeleton(config, device, dtype, attention)
+    found = _open_source(source, plans, "cloud", notify)
+    plans, blocks = found.plans, found.config.num_hidden_layers
+    model, place = found.skeleton(device, dtype, attention)
     [middle] = _segments(model, plans, "cloud")
     segments, last, pooler = [middle], None, None
     if tail:
-        if manifest_of(where) is not None:
+        if found.manifest is not None:
             raise ModelError(
                 f"'{source}' holds only the cloud's blocks, and not what follows them; allowed: a whole model"
             )
-        if plans.cloud.stop != config.num_hidden_layers:
+        if plans.cloud.stop != blocks:
             raise ModelError(f"blocks [{plans.cloud.start}, {plans.cloud.stop}) of '{source}' do not lead to its end")
         last, pooler = Segment(model, plans.cloud.stop, embed=False), pooler_of(model)
         segments.append(last)
     beside = [] if pooler is None else [pooler]
-    materialise(model, [*segments, *beside], checkpoint, place)
-    _ready(segments, training, beside)
-    return CloudPart(middle, plans, fingerprint, last, pooler)
+    found.fill(model, [*segments, *beside], place)
+    _prepare(segments, training, beside)
+    return CloudPart(middle, plans, found.fingerprint, last, pooler)
 
 
-def _ready(segments: list[Segment], training: bool, beside: Sequence[nn.Module] = ()) -> None:
+def _prepare(segments: list[Segment], training: bool, beside: Sequence[nn.Module] = ()) -> None:
     if not training:
-        lay_out_for_one_row(segments)
+        optimise_decode_layout(segments)
         return
-    for module in (*segments, *beside):
-        for parameter in module.parameters():
-            parameter.data = parameter.data.clone()  # they may be the file's pages
+    copy_parameters([*segments, *beside])
 
 
-def load_whole(
+def load_splittable(
     source: str,
     *,
     device: Device = "auto",
     dtype: DType = "auto",
     attention: Attention = "sdpa",
     notify: Callable[[str], None] = lambda line: None,
-) -> Whole:
-    """A whole model to be cut in this process, as :func:`load_edge` and :func:`load_cloud` would load its parts.
+) -> SplittableModel:
+    """Load a whole model to be cut in this process, with parts as :func:`load_edge` and :func:`load_cloud` load them.
 
     Raises:
-        ModelError: it cannot be read, or is a part already.
+        ModelError: the model cannot be read, or is an exported part.
     """
-    where, _, fingerprint, checkpoint, config = _source(source, PlanSet.of(SplitPlan(0, 0)), None, notify)
-    model, place = _skeleton(config, device, dtype, attention)
+    found = _open_source(source, PlanSet.of(SplitPlan(0, 0)), None, notify)
+    model, place = found.skeleton(device, dtype, attention)
     everything = [Segment(model)]
-    materialise(model, everything, checkpoint, place)
-    lay_out_for_one_row(everything)
-    return Whole(model, fingerprint, where)
+    found.fill(model, everything, place)
+    optimise_decode_layout(everything)
+    return SplittableModel(model, found.fingerprint, found.where)
 
 
 def edge_bytes(config: PretrainedConfig, plans: PlanSet, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of the weights that the edge keeps, told from the configuration alone; tied ones count once.
+    """Bytes of the edge's weights, computed from the configuration alone; tied weights count once.
 
     Raises:
         ModelError: a model of this configuration cannot be cut so.
     """
     plans.check(config.num_hidden_layers)
-    model = skeleton(config, dtype=dtype, attention="sdpa", device=torch.device("cpu"))
+    model = empty_model(config, dtype=dtype, attention="sdpa", device=torch.device("cpu"))
     kept = {id(tensor): tensor for segment in _segments(model, plans, "edge") for tensor in segment.parameters()}
     return sum(tensor.nbytes for tensor in kept.values())
 
@@ -244,48 +268,89 @@ def export(
     overwrite: bool = False,
     notify: Callable[[str], None] = lambda line: None,
 ) -> dict[str, int]:
-    """Write the directories ``edge`` and ``cloud`` with only their own tensors; the tokenizer goes to the edge alone.
+    """Write the directories ``edge`` and ``cloud`` with only their own tensors; only ``edge`` gets the tokenizer.
 
     Returns:
         Bytes of tensors per side.
 
     Raises:
-        ModelError: the model cannot be read or cut so.
-        ResultError: ``out`` exists and ``overwrite`` is not given.
+        ModelError: the model cannot be read or cut so, or has no tokenizer.
+        StorageError: the parent folder of ``out`` is not writable.
+        ResultError: ``out`` exists and ``overwrite`` is not given, or it holds anything but exported parts.
     """
     if out.exists() and not overwrite:
         raise ResultError(f"'{out}' exists; give --overwrite to replace it, or another --out")
-    where, plans, fingerprint, checkpoint, config = _source(source, plans, None, notify)
-    sides: tuple[Side, ...] = ("edge", "cloud")
+    if out.exists() and not out.is_symlink() and not (out / "edge" / MANIFEST).is_file():
+        raise ResultError(f"'{out}' holds no exported parts; it is not overwritten")
+    check_folder(out.parent)
+    found = _open_source(source, plans, None, notify)
+    checkpoint, tokenizer = found.checkpoint, load_tokenizer(found.where)
+    sides: tuple[PartSide, ...] = ("edge", "cloud")
     sizes: dict[str, int] = dict.fromkeys(sides, 0)
+
+    def stored_of(side: PartSide) -> list[str]:
+        model, _ = found.skeleton("cpu", "auto", "sdpa")
+        return sorted(set(match_tensors(model, checkpoint, _segments(model, plans, side)).values()))
+
+    wanted = {side: stored_of(side) for side in sides}  # errors in the model are found before anything is written
 
     def fill(folder: Path) -> None:
         for side in sides:
             notify(f"writing {out / side}")
-            model, _ = _skeleton(config, "cpu", "auto", "sdpa")
-            names = stored_names(model, _segments(model, plans, side), checkpoint)
-            tensors = {stored: checkpoint.tensor(stored) for stored in sorted(set(names.values()))}
+            tensors = {stored: checkpoint.tensor(stored) for stored in wanted[side]}
             sizes[side] = sum(tensor.nbytes for tensor in tensors.values())
             part = folder / side
             part.mkdir()
             save_torch_state_dict(tensors, part, max_shard_size="2GB")
             # The configuration as it is: it is part of the fingerprint.
-            for name in (CONFIG, "generation_config.json"):
+            for name in (CONFIG, GENERATION):
                 if (path := checkpoint.path(name)) is not None:
                     shutil.copyfile(path, part / name)
-            manifest = Manifest(
-                side=side, firsts=plans.firsts, seconds=plans.seconds, fingerprint=fingerprint, source=source
+            manifest = PartManifest(
+                side=side,
+                start_blocks=plans.start_blocks,
+                end_blocks=plans.end_blocks,
+                fingerprint=found.fingerprint,
+                digests=checkpoint.digests,
+                source=source,
             )
             (part / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
-        load_tokenizer(where).save_pretrained(folder / "edge")
+        tokenizer.save_pretrained(folder / "edge")
+        for side in sides:  # each is copied to a different machine
+            write_checksums(folder / side)
 
     write_folder(out, fill)
     return sizes
 
 
-def _source(
-    source: str, plans: PlanSet | None, side: Side | None, notify: Callable[[str], None]
-) -> tuple[str, PlanSet, str, Checkpoint, PretrainedConfig]:
+@dataclass(frozen=True)
+class _PartSource:
+    """Whole model or exported part that is checked and not yet loaded."""
+
+    where: str
+    plans: PlanSet
+    config: PretrainedConfig
+    checkpoint: Checkpoint
+    manifest: PartManifest | None
+    fingerprint: str
+
+    def skeleton(self, device: Device, dtype: DType, attention: Attention) -> tuple[PreTrainedModel, torch.device]:
+        place = pick_device(device)
+        names = self.checkpoint.tensors if self.manifest is None else self.manifest.digests
+        kind = pick_dtype(dtype, place)
+        model = empty_model(self.config, dtype=kind, attention=attention, device=place, names=names)
+        if attention == "sdpa":
+            model.set_attn_implementation(SDPA)
+        return model, place
+
+    def fill(self, model: PreTrainedModel, modules: Sequence[nn.Module], place: torch.device) -> None:
+        accounts = match_tensors(model, self.checkpoint, modules, part=self.manifest is not None)
+        load_tensors(model, accounts, self.checkpoint, place)
+
+
+def _open_source(
+    source: str, plans: PlanSet | None, side: PartSide | None, notify: Callable[[str], None]
+) -> _PartSource:
     where = resolve(source, notify)
     config, checkpoint, manifest = load_config(where), Checkpoint(where), manifest_of(where)
     if manifest is not None and manifest.side != side:
@@ -294,23 +359,24 @@ def _source(
         )
     if plans is None:
         if manifest is None:
-            raise ModelError(f"'{source}' is a whole model: say where to cut it (first and second)")
+            raise ModelError(f"'{source}' is a whole model: say where to cut it (start_block and end_block)")
         plans = manifest.plans
     plans.check(config.num_hidden_layers)
-    return where, plans, manifest.fingerprint if manifest else checkpoint.fingerprint, checkpoint, config
+    fingerprint = checkpoint.fingerprint if manifest is None else _verified_fingerprint(manifest, checkpoint)
+    return _PartSource(where, plans, config, checkpoint, manifest, fingerprint)
 
 
-def _skeleton(
-    config: PretrainedConfig, device: Device, dtype: DType, attention: Attention
-) -> tuple[PreTrainedModel, torch.device]:
-    place = pick_device(device)
-    model = skeleton(config, dtype=pick_dtype(dtype, place), attention=attention, device=place)
-    if attention == "sdpa":
-        model.set_attn_implementation(PLAIN)
-    return model, place
+def _verified_fingerprint(manifest: PartManifest, checkpoint: Checkpoint) -> str:
+    """Fingerprint of the whole checkpoint, after this part's tensors were compared with its digests."""
+    for name, digest in checkpoint.digests.items():
+        if manifest.digests.get(name) != digest:
+            raise ModelError(f"'{checkpoint.source}': '{name}' is not the tensor that was exported; export it again")
+    if fingerprint_from(checkpoint.config, manifest.digests) != manifest.fingerprint:
+        raise ModelError(f"'{checkpoint.source}': {CONFIG} or {MANIFEST} was changed; export it again")
+    return manifest.fingerprint
 
 
-def _segments(model: PreTrainedModel, plans: PlanSet, side: Side) -> list[Segment]:
+def _segments(model: PreTrainedModel, plans: PlanSet, side: PartSide) -> list[Segment]:
     if side == "cloud":
         return [Segment(model, plans.cloud.start, plans.cloud.stop, embed=False, head=False)]
     ahead, behind = plans.edge(model.config.num_hidden_layers)

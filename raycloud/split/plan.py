@@ -1,4 +1,5 @@
-"""Where a model is cut: the edge runs blocks [0, first) and [second, L), the cloud [first, second)."""
+"""Plans of a split model: the edge runs blocks [0, start_block) and [end_block, L), the cloud
+[start_block, end_block)."""
 
 from __future__ import annotations
 
@@ -10,95 +11,102 @@ from raycloud.errors import ModelError
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """One pair of cuts, ``0 <= first <= second <= L``; equal cuts leave nothing to the cloud.
+    """Pair of cuts, ``0 <= start_block <= end_block <= L``; equal cuts leave the cloud no blocks.
 
-    With ``second == L`` the edge keeps only the final norm and the head, and the cloud sees what they will say.
+    With ``end_block == L`` the edge keeps only the final norm and the head, so the cloud can compute their output.
     """
 
-    first: int
-    second: int
+    start_block: int
+    end_block: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.first <= self.second:
-            raise ModelError(f"a split needs 0 <= first <= second, got first={self.first}, second={self.second}")
+        if not 0 <= self.start_block <= self.end_block:
+            raise ModelError(
+                f"a split needs 0 <= start_block <= end_block, "
+                f"got start_block={self.start_block}, end_block={self.end_block}"
+            )
 
     def check(self, blocks: int) -> SplitPlan:
-        """This plan, if a model of so many blocks can be cut so.
+        """Return this plan after checking that a model of ``blocks`` blocks can be cut so.
 
         Raises:
-            ModelError: it has fewer blocks.
+            ModelError: the model has fewer blocks.
         """
-        if self.second > blocks:
-            raise ModelError(f"second={self.second} is beyond the model's {blocks} blocks")
+        if self.end_block > blocks:
+            raise ModelError(f"end_block={self.end_block} is beyond the model's {blocks} blocks")
         return self
 
 
 @dataclass(frozen=True)
 class PlanSet:
-    """The plans a session may use: one, or any ``first <= second`` of two sets, drawn anew for each token.
+    """Plans a session may use: one, or any ``start_block <= end_block`` of two sets, sampled anew for each token.
 
-    Drawing per token (Triadic Split Computing, arXiv 2310.14651) costs traffic and compute and buys no privacy against
-    the cloud, which has to hold every token at the lowest cut anyway; it is here to measure just that.
+    Sampling per token (Triadic Split Computing, arXiv 2310.14651) costs traffic and compute and gives no privacy
+    against the cloud, which needs every token at the lowest cut anyway; it exists to measure this.
     """
 
-    firsts: tuple[int, ...]
-    seconds: tuple[int, ...]
+    start_blocks: tuple[int, ...]
+    end_blocks: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not self.firsts or not self.seconds or min(self.firsts) < 0:
-            raise ModelError(f"a split needs cuts of 0 or more, got firsts={self.firsts}, seconds={self.seconds}")
-        if min(self.firsts) > max(self.seconds):
-            raise ModelError(f"no first of {self.firsts} lies at or below a second of {self.seconds}")
+        if not self.start_blocks or not self.end_blocks or min(self.start_blocks) < 0:
+            raise ModelError(
+                f"a split needs cuts of 0 or more, got start_blocks={self.start_blocks}, end_blocks={self.end_blocks}"
+            )
+        if min(self.start_blocks) > max(self.end_blocks):
+            raise ModelError(
+                f"no start block of {self.start_blocks} lies at or below an end block of {self.end_blocks}"
+            )
 
     @classmethod
     def of(cls, plan: SplitPlan) -> PlanSet:
-        """The set of one plan."""
-        return cls((plan.first,), (plan.second,))
+        """Set of one plan."""
+        return cls((plan.start_block,), (plan.end_block,))
 
     @property
     def fixed(self) -> bool:
-        """Whether there is only one plan."""
-        return len(self.firsts) == len(self.seconds) == 1
+        """Return whether there is only one plan."""
+        return len(self.start_blocks) == len(self.end_blocks) == 1
 
     @property
     def cuts(self) -> frozenset[int]:
-        """All indices at which rows may cross."""
-        return frozenset((*self.firsts, *self.seconds))
+        """All cuts at which hidden states may be sent."""
+        return frozenset((*self.start_blocks, *self.end_blocks))
 
     def kept(self, blocks: int) -> frozenset[int]:
-        """The indices whose rows both sides keep to catch up with; none if the plan never changes.
+        """Cuts whose hidden states both sides keep to fill skipped blocks later; none if the plan is fixed.
 
-        Rows behind the last of ``blocks`` are never needed again.
+        Hidden states after the last of ``blocks`` are never needed again.
         """
         return frozenset() if self.fixed else self.cuts - {blocks}
 
     @property
     def cloud(self) -> range:
-        """The blocks that the cloud may have to run."""
-        return range(min(self.firsts), max(self.seconds))
+        """Blocks that the cloud may have to run."""
+        return range(min(self.start_blocks), max(self.end_blocks))
 
     def edge(self, blocks: int) -> tuple[range, range]:
-        """The blocks that the edge may have to run before and after the cloud's; they may overlap."""
-        ahead = max(first for first in self.firsts if first <= max(self.seconds))
-        behind = min(second for second in self.seconds if second >= min(self.firsts))
+        """Blocks that the edge may have to run before and after the cloud's; the two ranges may overlap."""
+        ahead = max(start for start in self.start_blocks if start <= max(self.end_blocks))
+        behind = min(end for end in self.end_blocks if end >= min(self.start_blocks))
         return range(ahead), range(behind, blocks)
 
     def allows(self, plan: SplitPlan) -> bool:
-        """Whether the plan is one of these."""
-        return plan.first in self.firsts and plan.second in self.seconds
+        """Return whether the plan is in this set."""
+        return plan.start_block in self.start_blocks and plan.end_block in self.end_blocks
 
     def draw(self, source: random.Random) -> SplitPlan:
-        """One plan: a first, then a second at or above it, each uniformly."""
+        """Sample one plan: ``start_block`` uniformly, then ``end_block`` uniformly from those at or above it."""
         if self.fixed:
-            return SplitPlan(self.firsts[0], self.seconds[0])
-        first = source.choice([first for first in self.firsts if first <= max(self.seconds)])
-        return SplitPlan(first, source.choice([second for second in self.seconds if second >= first]))
+            return SplitPlan(self.start_blocks[0], self.end_blocks[0])
+        start = source.choice([start for start in self.start_blocks if start <= max(self.end_blocks)])
+        return SplitPlan(start, source.choice([end for end in self.end_blocks if end >= start]))
 
     def check(self, blocks: int) -> PlanSet:
-        """These plans, if a model of so many blocks can be cut so.
+        """Return these plans after checking that a model of ``blocks`` blocks can be cut so.
 
         Raises:
-            ModelError: it has fewer blocks.
+            ModelError: the model has fewer blocks.
         """
         for cut in sorted(self.cuts):
             if cut > blocks:

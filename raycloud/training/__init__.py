@@ -1,1 +1,1 @@
-"""The one training loop: optimiser groups, schedule, accumulation, clipping, seeded dropout, exact resume."""
+"""Training loop of all jobs: optimiser groups, schedule, accumulation, clipping, seeded dropout, exact resume."""

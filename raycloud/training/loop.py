@@ -1,74 +1,52 @@
-"""The training loop that every capability uses: one :class:`Trainer`, one :meth:`Trainer.step` an optimiser step."""
+"""Training loop that every job uses: :class:`Trainer`, whose :meth:`Trainer.step` is one optimiser step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from raycloud.errors import TrainingError
-from raycloud.recipe import Recipe
-from raycloud.training.draws import drawing
-from raycloud.training.precision import computing_in
-from raycloud.training.schedule import Schedule, lr_factor
-
-
-class TrainingRecipe(Recipe):
-    """How to optimise."""
-
-    lr: float = Field(5e-4, gt=0)
-    """Peak learning rate."""
-    lr_floor: float = Field(0.0, ge=0, le=1)
-    """Where the schedule ends, as a share of the peak."""
-    schedule: Schedule = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.01, ge=0)
-    """Applied to matrices; biases and norms are left out."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    clip: float = Field(1.0, gt=0)
-    """Largest global gradient norm."""
-    batch_size: int = Field(32, gt=0)
-    """Samples in a micro-batch."""
-    accumulate: int = Field(1, gt=0)
-    """Micro-batches in an optimiser step."""
-    gradient_checkpointing: bool = False
+from raycloud.training.precision import autocast_to
+from raycloud.training.recipe import TrainingRecipe
+from raycloud.training.schedule import lr_factor
+from raycloud.training.seeding import seeded
 
 
 class MicroBatch(Protocol):
-    """What a step is made of: anything that knows how many tokens it teaches."""
+    """Part of an optimiser step's batch: any object that knows its number of labelled tokens."""
 
     @property
     def targets(self) -> int:
-        """Labelled positions."""
+        """Number of labelled positions."""
         ...
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The sum of a loss over ``count`` tokens, and its raw terms likewise as sums."""
+    """Sum of a loss over ``count`` tokens, and the sums of its unweighted terms over the same tokens."""
 
     sum: Tensor
     count: int
     terms: Mapping[str, Tensor]
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Of the terms that ``sum`` is the weighted sum of; others only tell what those are made of."""
+    """Weights of the terms that make up ``sum``; a term without a weight is reported only and is not part of it."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step did; losses are means over its tokens."""
+    """Result of one optimiser step; losses are means over its tokens."""
 
     step: int
     loss: float
     terms: dict[str, float]
-    """As they are."""
+    """Mean of each term, unweighted."""
     weighted: dict[str, float]
-    """Those that the loss is the sum of, with their weights."""
+    """Mean of each term that is part of the loss, multiplied by its weight."""
     grad_norm: float
     lr: float
     tokens: int
@@ -76,17 +54,17 @@ class Step:
 
 
 @dataclass
-class Sums:
-    """The losses of a step, added up over its micro-batches."""
+class LossSums:
+    """Losses of a step, summed over its micro-batches."""
 
     tokens: int
-    """Of all micro-batches, those to come as well."""
+    """Number of labelled tokens in all micro-batches of the step, also those not added yet."""
     total: float = 0.0
     terms: dict[str, float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
 
     def add(self, loss: Loss) -> None:
-        """Add a micro-batch's."""
+        """Add the loss of one micro-batch."""
         self.total += float(loss.sum.detach())
         for name, value in loss.terms.items():
             self.terms[name] = self.terms.get(name, 0.0) + float(value.detach())
@@ -97,23 +75,24 @@ Batch = TypeVar("Batch", bound=MicroBatch)
 
 
 class Trainer:
-    """Optimises modules in named groups, each with its own learning rate.
+    """Optimiser of modules in named groups, each with its own learning rate.
 
-    A step's loss is the sum over all its tokens divided by their number, however they fall into micro-batches. Dropout
+    The loss of a step is the sum over all its tokens divided by their number; the split into micro-batches does not
+    change it. Dropout
     draws from a generator seeded by (seed, step, micro-batch), so the weights after a step are a function of the
     state before it, also in a resumed run. A step whose gradients are not finite is skipped and counted.
 
     Args:
         groups: modules by group name; parameters that several modules share are taken once.
-        recipe: how to optimise.
-        total_steps: where the schedule ends.
-        seed: of the dropout.
-        lr: peak learning rates of groups that do not use the recipe's.
-        autocast: the type to compute in where it is not the parameters' own.
+        recipe: settings of the optimiser and the schedule.
+        total_steps: number of steps after which the schedule ends.
+        seed: seed of the dropout masks.
+        lr: peak learning rates by group name, for groups that do not use the recipe's.
+        autocast: dtype of the computation; None uses the parameters' own.
     """
 
     MAX_SKIPPED = 5
-    """Steps in a row that may be skipped before training is given up."""
+    """Number of consecutive skipped steps at which training fails."""
 
     def __init__(
         self,
@@ -152,23 +131,24 @@ class Trainer:
                     yield {"params": parameters, "weight_decay": decay, "peak_lr": peak}
 
     def step(self, batches: Sequence[Batch], loss_of: Callable[[Batch], Loss]) -> Step:
-        """One optimiser step over micro-batches.
+        """Run one optimiser step over micro-batches.
 
         Raises:
             TrainingError: the gradients were not finite ``MAX_SKIPPED`` times in a row, or no token is labelled.
         """
         sums = self.begin(batches)
         for micro, batch in enumerate(batches):
-            with drawing({}, self.seed, self.step_index, micro), computing_in(self.autocast, self.device):
+            with seeded({}, self.seed, self.step_index, micro), autocast_to(self.autocast, self.device):
                 loss = loss_of(batch)
             (loss.sum / sums.tokens).backward()
             sums.add(loss)
         return self.finish(sums, self.gradient_norm())
 
-    def begin(self, batches: Sequence[Batch]) -> Sums:
-        """Forget the gradients of a step that was broken off; what the micro-batches' losses are to be added to.
+    def begin(self, batches: Sequence[Batch]) -> LossSums:
+        """Clear gradients left by an interrupted step, and return the :class:`LossSums` to add the losses to.
 
-        For those who compute gradients in another way than :meth:`step`, as does whoever holds only a part of a model.
+        Callers that compute gradients in another way than :meth:`step` use this, for example one that holds only a part
+        of a model.
 
         Raises:
             TrainingError: no token is labelled.
@@ -177,20 +157,20 @@ class Trainer:
         if tokens == 0:
             raise TrainingError(f"step {self.step_index}: no labelled token in its {len(batches)} micro-batches")
         self.optimizer.zero_grad(set_to_none=True)
-        return Sums(tokens)
+        return LossSums(tokens)
 
     def gradient_norm(self) -> float:
-        """Of all gradients of this trainer's parameters, taken as one vector."""
+        """Euclidean norm of all gradients of this trainer's parameters, taken as one vector."""
         found = [parameter.grad for parameter in self._named.values() if parameter.grad is not None]
         return float(nn.utils.get_total_norm(found))
 
-    def finish(self, sums: Sums, norm: float) -> Step:
-        """Make the step from the gradients that are there.
+    def finish(self, sums: LossSums, norm: float) -> Step:
+        """Make the step from the present gradients.
 
         Args:
-            sums: what :meth:`begin` gave, with all losses.
-            norm: of the gradients of the whole model, by which they are clipped; larger than :meth:`gradient_norm`
-                where others hold some of them.
+            sums: result of :meth:`begin`, with all losses added.
+            norm: gradient norm of the whole model, used for clipping; larger than :meth:`gradient_norm` if other
+                processes hold some of the parameters.
 
         Raises:
             TrainingError: the norm was not finite ``MAX_SKIPPED`` times in a row.
@@ -202,13 +182,13 @@ class Trainer:
         return Step(done, sums.total / sums.tokens, means, weighted, norm, lr, sums.tokens, skipped)
 
     def apply(self, norm: float) -> bool:
-        """Clip the gradients and change the parameters by them, unless the norm is not finite.
+        """Clip the gradients and update the parameters, unless the norm is not finite.
 
         Args:
             norm: see :meth:`finish`.
 
         Returns:
-            Whether the parameters were changed.
+            True if the parameters were changed.
 
         Raises:
             TrainingError: the norm was not finite ``MAX_SKIPPED`` times in a row.
@@ -217,7 +197,7 @@ class Trainer:
         if sound:
             self._skipped_in_a_row = 0
             exact = torch.tensor(norm, dtype=torch.float64)
-            nn.utils.clip_grads_with_norm_(list(self._named.values()), self.recipe.clip, exact)
+            nn.utils.clip_grads_with_norm_(list(self._named.values()), self.recipe.max_grad_norm, exact)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * self._factor
             self.optimizer.step()
@@ -232,14 +212,14 @@ class Trainer:
         return sound
 
     def jump(self, step: int) -> None:
-        """Go on with another step: the schedule is where that one is, and the moments stay as they are."""
+        """Continue at another step number: the schedule follows it, the optimiser's moments are kept."""
         self.optimizer.zero_grad(set_to_none=True)
         self._skipped_in_a_row = 0
         self.step_index = step
 
     @property
     def lr(self) -> float:
-        """Of the next step, for groups without a rate of their own."""
+        """Learning rate of the next step, for groups without a rate of their own."""
         return self.recipe.lr * self._factor
 
     @property
@@ -248,7 +228,7 @@ class Trainer:
         return lr_factor(self.step_index, self.total_steps, recipe.warmup_steps, recipe.schedule, recipe.lr_floor)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything but the weights that the next step depends on, as plain tensors (for safetensors)."""
+        """State that the next step depends on, without the weights, as plain tensors (for safetensors)."""
         state = {"step": torch.tensor(self.step_index)}
         for name, parameter in self._named.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -256,7 +236,7 @@ class Trainer:
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where :meth:`state` was taken.
+        """Continue from a result of :meth:`state`.
 
         Raises:
             TrainingError: the state belongs to other parameters.
@@ -269,6 +249,6 @@ class Trainer:
                 continue
             parameter = self._named.get(name)
             if parameter is None or (value.ndim > 0 and value.shape != parameter.shape):
-                raise TrainingError(f"the saved optimiser state has '{name}', which this model has not")
-            # The fused optimiser wants its step count, too, where the parameter is.
+                raise TrainingError(f"the saved optimiser state has '{name}', which this model does not have")
+            # The fused optimiser needs its step count on the parameter's device, too.
             self.optimizer.state[parameter][key] = value.clone().to(parameter.device)

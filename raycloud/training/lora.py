@@ -1,52 +1,43 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) on the linear maps of a model's blocks, made by ``peft``.
 
-Adapters are injected into the model itself, which stays a ``transformers`` model: everything that looks for its blocks
-and head finds them. What is saved is a PEFT directory.
+Adapters are injected into the model itself, which stays a ``transformers`` model, so its blocks and head are found as
+before. Adapters are saved as a PEFT directory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from raycloud.checksums import verify
 from raycloud.errors import ModelError
-from raycloud.models.anatomy import blocks_of
+from raycloud.models.checkpoint import ADAPTERS
+from raycloud.models.configuration import json_object
+from raycloud.models.loading import quiet_transformers
 from raycloud.models.segments import Segment
-from raycloud.models.weights import Weights, fill, weights_of
-from raycloud.recipe import Recipe
-from raycloud.training.draws import seed_of
+from raycloud.models.structure import blocks_of
+from raycloud.models.texts import save_end_ids
+from raycloud.models.weights import Weights, copy_weights, weights_of
+from raycloud.training.recipe import LoraRecipe
+from raycloud.training.seeding import derive_seed
 
-if TYPE_CHECKING:  # takes a second to import, and most recipes have no adapters
+if TYPE_CHECKING:  # importing peft takes a second, and most recipes have no adapters
     from peft import LoraConfig
 
 _NAME = "default"
 _PREFIX = "base_model.model."
-"""What PEFT's files put before a parameter's name in the model."""
-
-
-class LoraRecipe(Recipe):
-    """Train low-rank adapters and leave the model's own weights as they are."""
-
-    r: int = Field(16, gt=0)
-    """Rank."""
-    alpha: float = Field(64.0, gt=0)
-    """An adapter's output is multiplied by ``alpha / r``."""
-    dropout: float = Field(0.1, ge=0, lt=1)
-    """On an adapter's input."""
-    targets: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1)
-    """Names of the linear maps inside a block, such as ``q_proj``; None for all of them."""
+"""Prefix of the parameter names in PEFT's files."""
 
 
 def linear_maps(blocks: Iterable[nn.Module]) -> dict[str, type[nn.Module]]:
-    """The linear maps inside a plain model's blocks, by the last part of their name, and their kind."""
+    """Linear maps inside the blocks of a model without adapters: last part of the name -> module class."""
     return {
         name.rpartition(".")[2]: kind
         for block in blocks
@@ -57,35 +48,35 @@ def linear_maps(blocks: Iterable[nn.Module]) -> dict[str, type[nn.Module]]:
 
 
 def check_targets(config: PretrainedConfig, recipe: LoraRecipe) -> None:
-    """Whether a causal LM has the maps that a recipe names.
+    """Check that a causal LM has the linear maps that a recipe names.
 
     Raises:
-        ModelError: it has not.
+        ModelError: a named map is missing.
     """
-    if recipe.targets is None:
+    if recipe.target_modules is None:
         return
     with torch.device("meta"):
-        maps = linear_maps(blocks_of(AutoModelForCausalLM.from_config(config)))
-    _chosen(recipe, maps)
+        maps = linear_maps(blocks_of(AutoModelForCausalLM.from_config(config, trust_remote_code=False)))
+    _target_modules(recipe, maps)
 
 
-def _chosen(recipe: LoraRecipe, maps: Collection[str]) -> list[str]:
-    for name in recipe.targets or ():
+def _target_modules(recipe: LoraRecipe, maps: Collection[str]) -> list[str]:
+    for name in recipe.target_modules or ():
         if name not in maps:
-            raise ModelError(f"lora.targets: no linear map '{name}' in the blocks; allowed: {', '.join(maps)}")
-    return recipe.targets or list(maps)
+            raise ModelError(f"lora.target_modules: no linear map '{name}' in the blocks; allowed: {', '.join(maps)}")
+    return recipe.target_modules or list(maps)
 
 
 def lora_config(blocks: Iterable[nn.Module], recipe: LoraRecipe) -> LoraConfig:
-    """The recipe as PEFT has it, for these blocks.
+    """PEFT configuration of a recipe for these blocks.
 
     Raises:
-        ModelError: they have no map of a name that the recipe gives.
+        ModelError: the blocks have no linear map of a name in ``recipe.target_modules``.
     """
     from peft import LoraConfig
 
     maps = linear_maps(blocks)
-    targets = _chosen(recipe, maps)
+    targets = _target_modules(recipe, maps)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.r,
@@ -96,10 +87,10 @@ def lora_config(blocks: Iterable[nn.Module], recipe: LoraRecipe) -> LoraConfig:
     )
 
 
-def attach(model: PreTrainedModel, recipe: LoraRecipe, seed: int) -> PreTrainedModel:
-    """Put fresh adapters into a model, which computes what it did before, and leave only them to train.
+def add_adapters(model: PreTrainedModel, recipe: LoraRecipe, seed: int) -> PreTrainedModel:
+    """Add new adapters to a model and make only them trainable; the model's outputs are unchanged.
 
-    Their random halves are a function of the seed and of the model's shapes.
+    The randomly initialised matrices are a function of the seed and of the model's shapes.
 
     Raises:
         ModelError: see :func:`lora_config`.
@@ -113,11 +104,11 @@ def attach(model: PreTrainedModel, recipe: LoraRecipe, seed: int) -> PreTrainedM
     return adapted
 
 
-def adapt(segment: Segment, recipe: LoraRecipe, seed: int) -> None:
-    """Likewise for a part of a model, wherever the other parts are.
+def add_segment_adapters(segment: Segment, recipe: LoraRecipe, seed: int) -> None:
+    """Add new adapters to a segment of a model and make only them trainable.
 
-    The random halves are a function of the seed and of a block's number, so that parts in different places have the
-    adapters of the whole model.
+    The randomly initialised matrices are a function of the seed and of the block's number, so segments in different
+    processes have the same adapters as one process that holds the whole model.
 
     Raises:
         ModelError: see :func:`lora_config`.
@@ -127,57 +118,61 @@ def adapt(segment: Segment, recipe: LoraRecipe, seed: int) -> None:
     segment.requires_grad_(False)
     for number, block in enumerate(segment.blocks, segment.lo):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(seed, f"adapters of block {number}"))
+            torch.manual_seed(derive_seed(seed, f"adapters of block {number}"))
             inject_adapter_in_model(lora_config([block], recipe), block, adapter_name=_NAME)
 
 
-def adapter_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The adapters' parameters by name, detached, not copied; none in a plain model."""
+def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters of the adapters by name, detached, not copied; empty for a model without adapters."""
     return {name: tensor for name, tensor in weights_of(model).items() if f".{_NAME}." in name and ".lora_" in name}
 
 
-def learnt_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What training changes: the adapters where there are any, everything otherwise."""
-    return adapter_of(model) or weights_of(model)
+def trainable_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Weights that training changes: the adapters if there are any, all weights otherwise."""
+    return adapter_weights(model) or weights_of(model)
 
 
-def load_learnt(model: PreTrainedModel, weights: Weights) -> None:
-    """Copy what :func:`learnt_weights` gave into a model.
+def load_trainable_weights(model: PreTrainedModel, weights: Weights) -> None:
+    """Copy a result of :func:`trainable_weights` into a model.
 
     Raises:
-        ModelError: they are not exactly this model's.
+        ModelError: the names or shapes are not exactly this model's.
     """
-    fill(learnt_weights(model), weights)
+    copy_weights(trainable_weights(model), weights)
 
 
 def save_adapter(model: PreTrainedModel, folder: Path, base: str | None = None) -> None:
-    """Write a model's adapters as ``peft.PeftModel.from_pretrained`` reads them.
+    """Save a model's adapters in the format that ``peft.PeftModel.from_pretrained`` reads.
 
     Args:
-        model: with adapters.
-        folder: exists already.
-        base: the name of the model that they belong to, where it has one.
+        model: a model with adapters.
+        folder: an existing directory.
+        base: name of the model that the adapters belong to; None if it has none.
     """
     config: LoraConfig = model.peft_config[_NAME]  # type: ignore[assignment]
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(str(folder))
     weights = {
-        _PREFIX + name.replace(f".{_NAME}.", "."): tensor.contiguous() for name, tensor in adapter_of(model).items()
+        _PREFIX + name.replace(f".{_NAME}.", "."): tensor.contiguous()
+        for name, tensor in adapter_weights(model).items()
     }
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PreTrainedModel:
-    """Put saved adapters into a model.
+    """Load saved adapters into a model.
 
     Raises:
-        ModelError: they are not there, cannot be read or belong to another model.
+        ModelError: the adapters are missing, cannot be read or belong to another model.
+        ChecksumError: a file is not what the folder's ``checksums.json`` says.
     """
     from peft import PeftModel
 
-    for name in ("adapter_config.json", "adapter_model.safetensors"):  # PEFT would go on to a pickle, and to the hub
+    for name in ADAPTERS:  # PEFT would try a pickle file next, and then the hub
         if not (folder / name).is_file():
             raise ModelError(f"adapter directory '{folder}' holds no {name}")
+    verify(folder)
+    _check_adapter(json_object(folder / ADAPTERS[0], str(folder)), folder)
     try:
         loaded = PeftModel.from_pretrained(model, folder, adapter_name=_NAME, is_trainable=trainable)
     except Exception as error:  # the formats and PEFT's own checks raise many kinds
@@ -186,8 +181,34 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
     return adapted
 
 
-def merge(model: PreTrainedModel) -> PreTrainedModel:
-    """Add the adapters to the weights that they belong to, in place; the model is a plain one again, or still is."""
+def _check_adapter(config: Mapping[str, Any], folder: Path) -> None:
+    """Check that an adapter's configuration is plain LoRA and makes PEFT import or run nothing that the folder names.
+
+    PEFT imports the module that ``megatron_core`` names where ``megatron_config`` is set, and that of ``auto_mapping``
+    in its ``Auto`` classes; other kinds of adapters load the tokenizers and models that they name.
+
+    Raises:
+        ModelError: the check fails; the message names the field, the value and what is allowed.
+    """
+    mapping = config.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else mapping
+    kind, core, parallel = (config.get(name) for name in ("peft_type", "megatron_core", "megatron_config"))
+    theirs = library is None or (isinstance(library, str) and library.split(".")[0] == "transformers")
+    for name, value, allowed, holds in (
+        ("peft_type", kind, "LORA", kind == "LORA"),
+        ("megatron_core", core, "null, megatron.core", core in (None, "megatron.core")),  # written where it is not used
+        ("megatron_config", parallel, "null", parallel is None),
+        ("auto_mapping", library, "null, a parent_library of transformers", theirs),
+    ):
+        if not holds:
+            raise ModelError(
+                f"'{folder}': {name} is {str(value)[:60]!r} in its {ADAPTERS[0]}; allowed: {allowed} "
+                "(nothing that a model folder names is imported or run)"
+            )
+
+
+def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """Merge the adapters into the weights in place; return the model without adapters, unchanged if it had none."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(model.named_modules()):
@@ -197,3 +218,12 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model, "peft_config"):
         del model.peft_config
     return model.requires_grad_(True)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a model with merged adapters, its tokenizer and the ids that end its texts."""
+    model = merge_adapters(model)
+    save_end_ids(model, tokenizer)
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What to compute in: weights that are trained stay float32, matrix products may run in half precision."""
+"""Dtype of the computation: trained weights stay float32, matrix products may run in half precision."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import contextlib
 
 import torch
 
-from raycloud.models.loading import DType
+from raycloud.models.devices import DType
 
 
-def compute_type(dtype: DType, device: torch.device) -> torch.dtype | None:
-    """The autocast type for float32 weights on a device, None to compute in float32.
+def compute_dtype(dtype: DType, device: torch.device) -> torch.dtype | None:
+    """Autocast dtype for float32 weights on a device; None computes in float32.
 
     ``auto`` is bfloat16 where the device multiplies it natively (several times faster, also on recent CPUs).
     """
@@ -26,6 +26,6 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     return bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
 
 
-def computing_in(kind: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager:
-    """Autocast to ``kind``, or nothing."""
+def autocast_to(kind: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager:
+    """Autocast context to ``kind``; a context without effect if None."""
     return contextlib.nullcontext() if kind is None else torch.autocast(device.type, kind)

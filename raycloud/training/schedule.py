@@ -9,9 +9,10 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 
 def lr_factor(step: int, total: int, warmup: int, schedule: Schedule, floor: float = 0.0) -> float:
-    """What the peak learning rate is multiplied by at ``step``, counted from 0.
+    """Factor of the peak learning rate at ``step``, counted from 0.
 
-    A linear warm-up that reaches the peak at step ``warmup``, then the schedule down to ``floor`` at ``total``.
+    It rises linearly to 1 at step ``warmup``, then follows the schedule down to ``floor`` at step ``total``
+    (``constant`` stays at 1).
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -1,8 +1,7 @@
-"""The benchmark of split fine-tuning on a tiny language model and a handful of texts."""
+"""Benchmark of split fine-tuning on a tiny language model and a few texts."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,17 +9,14 @@ import pytest
 from raycloud.benchmarks import split_tune_language as bench
 
 
-def test_it_ends_with_its_figures(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sizes = {"MODEL": str(tiny_llama), "TRAIN": 16, "TEST": 8, "BATCH": 4, "SPLIT": 1, "SECOND": 3, "WORSE": 2.0}
+def test_it_ends_with_its_figures(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"MODEL": str(tiny_llama), "BATCH": 4, "SPLIT": 1, "SECOND": 3, "WORSE": 2.0}
     for name, value in sizes.items():
         monkeypatch.setattr(bench, name, value)
-    narrow = bench._both(kind="narrow", rank=10, outliers=2, form="int4")
-    cuts = {"rows": bench._both(kind="plain", form="float32"), "few": {**narrow, "learning": "last+middle"}}
+    low_rank = bench._both(kind="low_rank", rank=10, num_outliers=2, dtype="int4")
+    cuts = {"rows": bench._both(kind="plain", dtype="float32"), "few": {**low_rank, "trainable": "last+middle"}}
     monkeypatch.setattr(bench, "CUTS", cuts)
-    result = bench.run(as_json=True)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    result = bench.run(texts=16, held_out=8).figures
     rows = {row["cut"]: row for row in result["rows"]}
     assert list(rows) == ["unsplit", "rows", "few"]
     # Rows as they are change nothing, and are what bytes are compared with.

@@ -1,4 +1,4 @@
-"""The command line as a user meets it; where nothing depends on it, without a process of its own."""
+"""Command line as a user sees it; in this process where that makes no difference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from raycloud.cli.app import app, main
+from raycloud.cli.app import main
+from raycloud.cli.verbs import app
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "jobs" / "recipes" / "demo.yaml")
@@ -19,7 +20,7 @@ DEMO = str(ROOT / "jobs" / "recipes" / "demo.yaml")
 
 @dataclass(frozen=True)
 class Said:
-    """What a command left."""
+    """Output and exit status of a command."""
 
     returncode: int
     stdout: str
@@ -45,11 +46,11 @@ def raycloud(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 def in_a_process(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "raycloud", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=cwd)
 
 
 def test_the_surface_is_frozen() -> None:
-    """A new verb is a decision, not an accident."""
+    """New verbs must be added on purpose."""
     verbs = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
     assert verbs == {
         "tune-teacher",
@@ -102,6 +103,13 @@ def test_validate_shows_the_whole_recipe(raycloud: Command) -> None:
     assert "weight_decay" in done.stdout
 
 
+def test_validate_takes_the_recipe_as_the_others_do(raycloud: Command) -> None:
+    done = raycloud("validate", "--recipe", DEMO, "rounds.count=7", "--json")
+    shown, said = done.stdout.splitlines()
+    assert shown == f"{DEMO}: a valid distill recipe"
+    assert json.loads(said)["job"] == "distill" and json.loads(said)["recipe"]["rounds"]["count"] == 7
+
+
 def test_the_schema_is_json_schema(raycloud: Command) -> None:
     schema = json.loads(raycloud("schema", "distill").stdout)
     assert schema["properties"]["rounds"]
@@ -111,17 +119,20 @@ def test_fetch_lists_what_there_is(raycloud: Command) -> None:
     done = raycloud("fetch")
     assert "builtin:smollm2-135m-instruct" in done.stdout
     assert "Apache-2.0" in done.stdout
+    listed = json.loads(raycloud("fetch", "--json").stdout.splitlines()[-1])["builtins"]
+    assert listed["builtin:reviews"]["megabytes"] == 3
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["validate"], "no recipe is named: give --recipe FILE"),
         (["validate", "nowhere.yaml"], "cannot read recipe 'nowhere.yaml'"),
         (["validate", DEMO, "training.lrr=1"], "unknown key 'training.lrr' (allowed: lr,"),
         (["validate", DEMO, "job=tune"], "job: input should be 'distill', got 'tune'"),
         (["schema", "tune"], "no job 'tune'; allowed: tune_teacher, distill, evaluate"),
         (["search", "--space", "none.py"], "cannot read space 'none.py': No such file or directory"),
-        (["fetch", "gpt5"], "no built-in named 'gpt5'; there are: builtin:smollm2-135m-instruct"),
+        (["fetch", "gpt5"], "no built-in named 'gpt5'; available: builtin:smollm2-135m-instruct"),
         (["distill", "--recipe", DEMO, "training.lr=0"], "training.lr: input should be greater than 0, got 0"),
         (["distill", "--recipe", DEMO, "--resume", "--overwrite"], "exclude each other"),
         (["distill", "--recipe", DEMO, "data.source=none.jsonl", "output=never"], "no data file at 'none.jsonl'"),

@@ -1,4 +1,4 @@
-"""``raycloud privacy`` as a function of its options."""
+"""Options of ``raycloud privacy``."""
 
 from __future__ import annotations
 
@@ -29,17 +29,28 @@ def call(*words: str) -> str:
 
 
 def test_an_open_cut_gives_everything_away(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No block at either end of the edge; the last line is JSON, the folder is whole and is not written twice."""
-    monkeypatch.setattr("raycloud.evaluation.privacy.examination.PUBLIC_TEXTS", 24)
+    """The edge may have no blocks; the last line is JSON; the folder is complete and is not overwritten."""
+    monkeypatch.setattr("raycloud.evaluation.privacy.evaluation.PUBLIC_TEXTS", 24)
     out = tmp_path / "seen"
-    words = ["--model", str(tiny_llama), "--first", "0", "--second", "4", "--texts", "2", "--codec", "bfloat16"]
+    words = [
+        "--model",
+        str(tiny_llama),
+        "--start-block",
+        "0",
+        "--end-block",
+        "4",
+        "--texts",
+        "2",
+        "--codec",
+        "bfloat16",
+    ]
     lines = call(*words, "--out", str(out), "--json").splitlines()
     summary = json.loads(lines[-1])
     assert summary["max_output"] == summary["output"]["a1_plain_lens"]["top1"] == 1.0
     assert summary["max_input"] == summary["input"]["a5_matching"]["top1"] == 1.0
     assert summary["input"]["a5_matching"]["secrets"] == summary["input"]["a5_matching"]["exact"] == 1.0
     assert "a1_plain_lens" not in summary["input"] and summary["output"]["a5_matching"]["secrets"] is None
-    assert any(line.startswith("the cloud recovers ") for line in lines)
+    assert lines[-4].startswith("└") and lines[-3].startswith("the cloud recovers ") and lines[-2] == f"results: {out}"
     assert json.loads((out / "privacy.json").read_text()) == summary
     assert (out / "privacy.png").read_bytes().startswith(b"\x89PNG")
     assert "A5 matching" in (out / "report.html").read_text()
@@ -48,25 +59,48 @@ def test_an_open_cut_gives_everything_away(tiny_llama: Path, tmp_path: Path, mon
 
 
 def test_calibrated_codecs_take_their_file(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raycloud.evaluation.privacy.examination.PUBLIC_TEXTS", 24)
+    monkeypatch.setattr("raycloud.evaluation.privacy.evaluation.PUBLIC_TEXTS", 24)
     file, loaded = tmp_path / "calibration.safetensors", load(str(tiny_llama), device="cpu", dtype="float32")
     generator = torch.Generator().manual_seed(0)
     texts = torch.randint(3, 40_000, (8, 24), generator=generator).tolist()
     calibrate(loaded.model, [Sample(tuple(text), 0) for text in texts], (0, 4)).save(file)
-    words = ["--model", str(tiny_llama), "--second", "4", "--texts", "2", "--codec", "int8", "--calibration", str(file)]
-    summary = json.loads(call(*words, "--first", "0", "--json").splitlines()[-1])
+    words = [
+        "--model",
+        str(tiny_llama),
+        "--end-block",
+        "4",
+        "--texts",
+        "2",
+        "--codec",
+        "int8",
+        "--calibration",
+        str(file),
+    ]
+    summary = json.loads(call(*words, "--start-block", "0", "--json").splitlines()[-1])
     assert summary["codec"] == "int8"
     assert summary["max_input"] == summary["max_output"] == 1.0
     with pytest.raises(LinkError, match="cut 1 is not calibrated; this calibration has: 0, 4"):
-        call(*words, "--first", "1")
+        call(*words, "--start-block", "1")
 
 
 @pytest.mark.parametrize(
     ("words", "kind", "message"),
     [
-        (["--first", "3", "--second", "2"], ModelError, "0 <= first <= second <= 4, got first=3, second=2"),
-        (["--first", "0", "--second", "4", "--codec", "int7"], RecipeError, "no codec 'int7'; allowed: float32,"),
-        (["--first", "0", "--second", "4", "--codec", "int8"], RecipeError, "'int8' needs --calibration, a file of"),
+        (
+            ["--start-block", "3", "--end-block", "2"],
+            ModelError,
+            "0 <= start_block <= end_block, got start_block=3, end_block=2",
+        ),
+        (
+            ["--start-block", "0", "--end-block", "4", "--codec", "int7"],
+            RecipeError,
+            "no codec 'int7'; allowed: float32,",
+        ),
+        (
+            ["--start-block", "0", "--end-block", "4", "--codec", "int8"],
+            RecipeError,
+            "'int8' needs --calibration, a file of",
+        ),
     ],
 )
 def test_mistakes_are_one_line(tiny_llama: Path, words: list[str], kind: type[Exception], message: str) -> None:

@@ -21,10 +21,10 @@ import ray
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
-from raycloud.cli.recipes import load_recipe
-from raycloud.cluster.jobs import distill, tune_teacher
 from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
 from raycloud.distill.recipe import DistillRecipe
+from raycloud.jobs import distill, tune_teacher
+from raycloud.jobs.registry import load_recipe
 from raycloud.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ STORE = 100_000_000
 
 
 class Nodes:
-    """Nodes by name; the head has one CPU."""
+    """Cluster with nodes by name; the head node has one CPU."""
 
     def __init__(self, **resources: float) -> None:
         head = {"num_cpus": 1, "resources": resources, "labels": {"tier": "cloud", "name": "head"}}
@@ -59,7 +59,7 @@ class Nodes:
 
 
 def placed() -> dict[str, list[str]]:
-    """The names of the nodes where the actors of each class are."""
+    """List the names of the nodes with actors, by class."""
     names = {node["NodeID"]: node["Labels"].get("name", "") for node in ray.nodes()}
     found: dict[str, list[str]] = {}
     for actor in actors().values():
@@ -77,28 +77,31 @@ def lose_an_edge(recipe: DistillRecipe) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     original = distill.run_round
 
-    def disturbed(number: int, index: int, members: Any, weights: Any, rounds: Any, watch: Any) -> Any:
+    def disturbed(number: int, index: int, members: Any, weights: Any, rounds: Any, on_progress: Any) -> Any:
         if index == 2 and "joined" not in seen:
             seen["joined"] = True
             cluster.add("edge", "edge-c")
 
-        def watching(beats: Any) -> None:
-            watch(beats)
-            if index == 1 and "removed" not in seen and "store" in beats:
+        def watching(heartbeats: Any) -> None:
+            on_progress(heartbeats)
+            if index == 1 and "removed" not in seen and "store" in heartbeats:
+                os.kill(heartbeats["store"].pid, signal.SIGSTOP)  # a round may be over sooner than a node
                 seen["before"] = placed()
                 ours = next(member.actor for member in members if member.name == "store")
                 where = actors(ours._actor_id.hex())["Address"]["NodeID"]
                 name = next(node["Labels"]["name"] for node in ray.nodes() if node["NodeID"] == where)
                 seen["removed"] = name
                 cluster.remove(name)
-            if index == 2 and set(beats) == {"store", "newsroom"}:
+                with suppress(ProcessLookupError):
+                    os.kill(heartbeats["store"].pid, signal.SIGKILL)
+            if index == 2 and set(heartbeats) == {"store", "newsroom"}:
                 seen["after"] = placed()
 
         return original(number, index, members, weights, rounds, watching)
 
     distill.run_round = disturbed  # type: ignore[assignment]
     try:
-        seen["rounds"] = distill.run(recipe).summary["rounds"]
+        seen["rounds"] = distill.run(recipe)["rounds"]
     finally:
         cluster.end()
     return seen
@@ -113,7 +116,7 @@ def lose_a_worker(recipe: TuneTeacherRecipe) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     pids: list[int] = []
     frozen = threading.Event()
-    original = tune_teacher._Run._write
+    original = tune_teacher._TuneTeacherRun._write
 
     def watched(self: Any, record: dict[str, Any]) -> None:
         original(self, record)
@@ -124,7 +127,7 @@ def lose_a_worker(recipe: TuneTeacherRecipe) -> dict[str, Any]:
             os.kill(pids[0], signal.SIGSTOP)  # a step is over sooner than a node
             frozen.set()
 
-    tune_teacher._Run._write = watched  # type: ignore[method-assign]
+    tune_teacher._TuneTeacherRun._write = watched  # type: ignore[method-assign]
     # Nodes are added in the main thread, so the job has another one.
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(tune_teacher.run, recipe)
@@ -140,24 +143,30 @@ def lose_a_worker(recipe: TuneTeacherRecipe) -> dict[str, Any]:
             while ray.cluster_resources()["cloud"] > 1:
                 time.sleep(0.2)
             cluster.add("cloud", "cloud-c")
-            seen["summary"] = run.result().summary
+            seen["summary"] = run.result()
         finally:
             cluster.end()
     return seen
 
 
 def on_one_machine(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """What happened to a run, in a process of its own.
+    """Run a job on several nodes, in a process of its own, and report what happened."""
+    return in_a_process("tests.cluster.one_machine", recipe, folder)
+
+
+def in_a_process(module: str, recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Run a module of tests with a recipe in a process of its own, and return what it prints.
 
     Args:
-        recipe: of the run.
-        folder: for files, and the process's home.
+        module: name of the module.
+        recipe: recipe of the run.
+        folder: folder for files, and home of the process.
     """
     path = folder / "recipe.yaml"
     path.write_text(recipe.dump())
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.cluster.one_machine", str(path)],
+        [sys.executable, "-m", module, str(path)],
         env={**env, "HOME": str(folder), "PYTHONPATH": str(ROOT)},
         cwd=ROOT, capture_output=True, text=True, timeout=800,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The files for Ray's cluster launcher: valid by Ray's own schema, with the roles that jobs ask for."""
+"""Files for Ray's cluster launcher: valid by Ray's schema, with the roles that jobs need."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def validated(config: dict[str, Any]) -> dict[str, Any]:
-    """What ``ray up`` does with a file before it touches any machine."""
+    """Process a file as ``ray up`` does before it contacts any machine."""
     prepared = prepare_config(deepcopy(config))
     validate_config(prepared)
     return prepared
@@ -101,7 +101,7 @@ def test_the_files_agree_on_token_and_storage(name: str) -> None:
 def test_a_worker_on_the_premises_starts_in_the_role_its_machine_names(
     role: str | None, tier: str, tmp_path: Path
 ) -> None:
-    """The start commands run in a shell whose ``ray`` only writes down how it was called."""
+    """The start commands run in a shell whose ``ray`` only records its arguments."""
     if role is not None:
         (tmp_path / ".raycloud-role").write_text(role)
     assert started("worker", tmp_path) == {tier: 1, "tier": tier, "mode": "token", "address": "192.0.2.10:6379"}

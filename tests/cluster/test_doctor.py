@@ -1,4 +1,4 @@
-"""What the doctor says of a cluster: every check of a snapshot that is well, and of one that is not."""
+"""Findings of the doctor: every check, with a healthy snapshot and a faulty one."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from raycloud.cluster import snapshot
-from raycloud.cluster.bundles import Bundle
-from raycloud.cluster.capacity import Capacity, summed
-from raycloud.cluster.doctor import Finding, diagnose, examine
-from raycloud.cluster.snapshot import JobServer, Node, Snapshot, Versions
+from raycloud.cluster import diagnostic_snapshot as snapshot
+from raycloud.cluster.capacity import Capacity, total_resources
+from raycloud.cluster.diagnostic_snapshot import DiagnosticSnapshot, JobServer, Node, Versions
+from raycloud.cluster.doctor import Finding, diagnose, run_checks
+from raycloud.distill.recipe import DistillRecipe, bundles
+from raycloud.recipe import Bundle
 from tests.cluster.recipes import small
 
 HERE: Versions = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0", "transformers": "5.23.0", "raycloud": "0.1.0"}
@@ -29,18 +30,22 @@ OUTPUT = Path("/mnt/shared/results")
 JOB: list[Bundle] = [{"CPU": 0.5, "cloud": 1.0}, {"CPU": 0.5, "edge": 1.0}]
 
 
-def of(*nodes: Node, **changes: Any) -> Snapshot:
+def of(*nodes: Node, **changes: Any) -> DiagnosticSnapshot:
     resources = tuple(node.resources for node in nodes)
     values: dict[str, Any] = {
         "address": "192.0.2.1:6379",
         "here": HERE,
         "nodes": nodes,
-        "capacity": Capacity(resources, summed(resources)),
-        "free": summed(resources),
+        "capacity": Capacity(resources, total_resources(resources)),
+        "free": total_resources(resources),
         "job_server": JobServer("http://192.0.2.1:8265", True, True),
         "folders": {"output": OUTPUT},
     }
-    return Snapshot(**{**values, **changes})
+    return DiagnosticSnapshot(**{**values, **changes})
+
+
+def checked(recipe: DistillRecipe) -> list[Finding]:
+    return run_checks(None, recipe.output, bundles(recipe))
 
 
 def ill(findings: list[Finding]) -> list[tuple[str, str, str]]:
@@ -104,10 +109,10 @@ def differing(**versions: str | None) -> Node:
         (of(CLOUD, EDGE, free={"CPU": 5.0, "cloud": 1.0}), ("capacity", "warning", "in use right now: 0 edge free")),
     ],
 )
-def test_what_is_wrong_is_said_once_with_its_mend(seen: Snapshot, expected: tuple[str, str, str]) -> None:
+def test_what_is_wrong_is_said_once_with_its_mend(seen: DiagnosticSnapshot, expected: tuple[str, str, str]) -> None:
     found = diagnose(seen, JOB)
     assert ill(found) == [expected]
-    assert all(one.mend and "\n" not in one.what + one.mend for one in found if one.level != "fine")
+    assert all(one.fix and "\n" not in one.what + one.fix for one in found if one.level != "fine")
 
 
 def test_a_cluster_without_edges_cannot_hold_the_job() -> None:
@@ -126,32 +131,32 @@ def test_actors_that_do_not_fit_beside_each_other() -> None:
 @pytest.mark.parametrize(
     ("address", "what"),
     [
-        ("http://127.0.0.1:8265", "is no address of a cluster, but of its job server"),
+        ("http://127.0.0.1:8265", "is the address of a job server or a client"),
         ("cluster", "'cluster' must be HOST:PORT"),
-        ("127.0.0.1:1", "nobody answers at 127.0.0.1:1"),
+        ("127.0.0.1:1", "no cluster answers at 127.0.0.1:1"),
     ],
 )
 def test_an_address_without_a_cluster_is_one_finding(address: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot.ray, "is_initialized", lambda: False)
-    (found,) = examine(address)
-    assert found.level == "error" and what in found.what and found.mend
+    (found,) = run_checks(address)
+    assert found.level == "error" and what in found.what and found.fix
 
 
-def test_without_a_cluster_the_machine_itself_is_examined(
+def test_without_a_cluster_the_machine_itself_is_checked(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(snapshot.ray, "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert ill(examine(recipe=small(tiny_llama, tmp_path / "run"))) == []
+    assert ill(checked(small(tiny_llama, tmp_path / "run"))) == []
     greedy = small(tiny_llama, tmp_path / "run", student={"placement": {"num_cpus": 10_000}})
-    assert "this job needs 20000.1" in ill(examine(recipe=greedy))[0][2]
+    assert "this job needs 20000.1" in ill(checked(greedy))[0][2]
     assert not list(tmp_path.glob(".raycloud-probe-*"))
 
 
 def test_a_node_tells_its_versions_and_which_files_it_sees(tmp_path: Path) -> None:
     (tmp_path / "there").touch()
-    _, versions, seen = snapshot._looker()({"a": str(tmp_path / "there"), "b": str(tmp_path / "not")})
+    _, versions, seen = snapshot._probe_task()({"a": str(tmp_path / "there"), "b": str(tmp_path / "not")})
     assert seen == {"a": True, "b": False}
     assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert all(versions.values())
@@ -159,7 +164,7 @@ def test_a_node_tells_its_versions_and_which_files_it_sees(tmp_path: Path) -> No
 
 @pytest.fixture
 def dashboard() -> Iterator[tuple[HTTPServer, list[int]]]:
-    """Answers every request with the status in the list."""
+    """HTTP server that answers every request with the next status in the list."""
     status = [200]
 
     class Handler(BaseHTTPRequestHandler):
@@ -188,11 +193,11 @@ def test_whether_the_job_server_asks_for_a_token(
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_the_ray_of_this_process_is_examined(tiny_llama: Path, tmp_path: Path) -> None:
-    found = examine(recipe=small(tiny_llama, tmp_path / "run"))
+def test_the_ray_of_this_process_is_checked(tiny_llama: Path, tmp_path: Path) -> None:
+    found = checked(small(tiny_llama, tmp_path / "run"))
     assert ill(found) == [("job server", "warning", "none: ray job submit will not work")]
     assert {one.check for one in found} >= {"versions", "tiers", "storage", "capacity"}
-    many = examine(recipe=small(tiny_llama, tmp_path / "run", edges=[{"name": f"e{n}"} for n in range(9)]))
+    many = checked(small(tiny_llama, tmp_path / "run", edges=[{"name": f"e{n}"} for n in range(9)]))
     assert ("capacity", "error", "the cluster has 8 of the resource 'edge', this job needs 9") in ill(many)
 
 
@@ -214,13 +219,13 @@ sys.exit(done.returncode)
 @pytest.mark.cluster
 @pytest.mark.timeout(300)
 def test_the_command_on_a_cluster_of_two_nodes(tiny_llama: Path, tmp_path: Path) -> None:
-    """Its second node wears the wrong label, and cannot run three students."""
+    """The second node has the wrong label and cannot run three students."""
     path = tmp_path / "recipe.yaml"
     path.write_text(small(tiny_llama, tmp_path / "run", edges=[{"name": f"e{n}"} for n in range(3)]).dump())
     command = [sys.executable, "-c", SCRIPT, "--recipe", str(path)]
     root = str(Path(__file__).parents[2])
     env = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": root}
-    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=280)
     assert done.returncode == 2, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["healthy"] is False

@@ -1,4 +1,4 @@
-"""Several real nodes on one machine: where a job puts its actors, and what becomes of it when nodes leave and join."""
+"""Several real nodes on one machine: placement of a job's actors, and nodes that leave and join."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The job on clusters of its own, in processes of its own: submitted with a token, its driver killed, stopped."""
+"""Job on separate clusters in separate processes: submitted with a token, driver killed, stopped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.cluster.recipes import small, split_edges
+from tests.endings import of_a_submitted_job, report_of
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -29,15 +30,10 @@ BIN = Path(sys.executable).parent
 def environment(home: Path, **more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     path = f"{BIN}:{os.environ['PATH']}"
-    for name in ("RAY_TMPDIR", "RAY_worker_niceness"):  # as the tests of another process have them
+    # As the tests of another process have them.
+    for name in ("RAY_TMPDIR", "RAY_worker_niceness", "RAY_memory_monitor_refresh_ms"):
         kept[name] = os.environ[name]
     return {**kept, "HOME": str(home), "PATH": path, "RAY_USAGE_STATS_ENABLED": "0", **more}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
@@ -49,9 +45,9 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
 
 @pytest.fixture
 def recipe(tiny_llama: Path, tmp_path: Path) -> Path:
-    """A run of three rounds, long enough each to be met in the middle."""
+    """Recipe of three rounds, each long enough to be interrupted."""
     path = tmp_path / "recipe.yaml"
-    steps = {"count": 3, "steps": 25, "deadline_s": 120}
+    steps = {"count": 3, "steps": 25, "deadline_s": 280}
     path.write_text(small(tiny_llama, tmp_path / "run", rounds=steps).dump())
     return path
 
@@ -68,7 +64,7 @@ def head() -> Iterator[tuple[dict[str, str], int]]:
     words += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", '--resources={"cloud": 1, "edge": 2}']
     words += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
     words += ["--object-store-memory=500000000", "--labels=tier=cloud"]
-    subprocess.run([BIN / "ray", "start", "--head", *words], env=env, check=True, capture_output=True, timeout=120)
+    subprocess.run([BIN / "ray", "start", "--head", *words], env=env, check=True, capture_output=True, timeout=400)
     try:
         yield {**env, "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}, port
     finally:
@@ -83,7 +79,7 @@ def submit(env: dict[str, str], name: str, *words: str) -> subprocess.CompletedP
 
 
 def test_every_job_is_submitted_in_a_test_here() -> None:
-    """A new job wants a test like the next one."""
+    """Every job has such a test."""
     assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == {"distill", "split_tune", "tune_teacher"}
 
 
@@ -96,6 +92,7 @@ def test_a_job_is_submitted_with_a_token(head: tuple[dict[str, str], int], recip
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 3
     assert "gap closed" in done.stdout
     assert "Traceback" not in done.stdout
+    assert report_of(of_a_submitted_job(done.stdout)) is None
 
 
 def test_a_teacher_is_tuned_by_a_submitted_job(
@@ -109,24 +106,26 @@ def test_a_teacher_is_tuned_by_a_submitted_job(
         job: tune_teacher
         output: {tmp_path / "teacher"}
         model: {tiny_llama}
-        data: {{source: builtin:instruct, format: alpaca, max_length: 96, max_prompt: 80, limit: 60}}
+        data: {{source: builtin:instruct, format: alpaca, max_length: 96, max_prompt_length: 80, limit: 60}}
         training: {{batch_size: 4}}
         steps: 2
         workers: {{placement: {{num_cpus: 0.1}}}}
-        held_out: {{samples: 8}}
+        evaluation: {{held_out_samples: 8}}
         """
     )
-    done = submit(env, "teacher", "--", "python", "jobs/tune_teacher.py", "--recipe", str(recipe))
+    done = submit(env, "teacher", "--", "python", "jobs/tune_teacher.py", "--recipe", str(recipe), "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "teacher" / "summary.json").read_text())["steps"] == 2
     assert "held-out perplexity" in done.stdout
     assert "Traceback" not in done.stdout
+    summary = report_of(of_a_submitted_job(done.stdout))
+    assert summary is not None and summary["steps"] == 2
 
 
 def doctor(env: dict[str, str], *words: str) -> tuple[int, dict[tuple[str, str], str]]:
-    """Its exit code, and what it found by check and level."""
+    """Run the doctor; return its exit code, and its findings by check and level."""
     done = subprocess.run(
-        [BIN / "raycloud", "doctor", "--json", *words], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120
+        [BIN / "raycloud", "doctor", "--json", *words], env=env, cwd=ROOT, capture_output=True, text=True, timeout=400
     )
     assert done.stdout, done.stderr
     findings = json.loads(done.stdout.splitlines()[-1])["findings"]
@@ -142,6 +141,7 @@ def test_edges_are_split_tuned_by_a_submitted_job(
     done = submit(env, "edges", "--", "python", "jobs/split_tune.py", "--recipe", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "store: held-out perplexity" in done.stdout
+    assert report_of(of_a_submitted_job(done.stdout)) is None
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [one["members"] for one in summary["rounds"]] == [["store", "newsroom"]] * 3
 
@@ -169,15 +169,16 @@ def test_ray_job_stop_leaves_a_directory_that_resumes(
     assert submit(env, "stopped", "--no-wait", *entry).returncode == 0
     state = tmp_path / "run" / "state"
     wait_for((state / "round-0001").is_dir, 400, "the first round")
-    subprocess.run([BIN / "ray", "job", "stop", "stopped"], env=env, check=True, capture_output=True, timeout=60)
-    logs = subprocess.run([BIN / "ray", "job", "logs", "stopped"], env=env, capture_output=True, text=True, timeout=60)
-    assert "go on with: --resume" in logs.stdout
+    subprocess.run([BIN / "ray", "job", "stop", "stopped"], env=env, check=True, capture_output=True, timeout=600)
+    logs = subprocess.run([BIN / "ray", "job", "logs", "stopped"], env=env, capture_output=True, text=True, timeout=600)
+    assert "continue with --resume" in logs.stdout
     assert not (tmp_path / "run" / "summary.json").exists()
     resumed = subprocess.run(
         [BIN / "raycloud", "distill", "--recipe", recipe, "--resume"],
-        env={**env, "RAY_ADDRESS": f"127.0.0.1:{head[1]}"}, cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**env, "RAY_ADDRESS": f"127.0.0.1:{head[1]}"}, cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert resumed.returncode == 0, resumed.stderr
+    assert report_of(resumed.stdout, resumed.stderr) is None
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 3
 
 
@@ -188,7 +189,7 @@ def test_a_cluster_without_edges_is_one_line(recipe: Path, tmp_path: Path) -> No
         f"sys.argv[1:] = ['--recipe', {str(recipe)!r}]; main(['distill'])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], env=environment(tmp_path), capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script], env=environment(tmp_path), capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
@@ -198,21 +199,23 @@ def test_a_cluster_without_edges_is_one_line(recipe: Path, tmp_path: Path) -> No
 
 
 def test_a_killed_driver_resumes_to_the_same_weights(recipe: Path, tmp_path: Path) -> None:
-    """SIGKILL of the driver between rounds, its Ray gone with it; the resumed run ends as an undisturbed one."""
+    """After SIGKILL of the driver and its Ray between rounds, the resumed run ends like an undisturbed one."""
     env = environment(tmp_path)
     command = [str(BIN / "raycloud"), "distill", "--recipe", str(recipe)]
     driver = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for((tmp_path / "run" / "state" / "round-0001").is_dir, 400, "the first round")
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    done = subprocess.run([*command, "--resume"], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "--resume"], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["round"] for record in records if record["kind"] == "round"] == [0, 1, 2]
+    assert report_of(done.stdout, done.stderr) is None
     whole = subprocess.run(
-        [*command, f"output={tmp_path / 'whole'}"], env=env, capture_output=True, text=True, timeout=300
+        [*command, f"output={tmp_path / 'whole'}", "--json"], env=env, capture_output=True, text=True, timeout=600
     )
     assert whole.returncode == 0, whole.stderr
+    assert report_of(whole.stdout, whole.stderr) == json.loads((tmp_path / "whole" / "summary.json").read_text())
     resumed, undisturbed = (load_file(tmp_path / one / "student" / "model.safetensors") for one in ("run", "whole"))
     assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in resumed.items())
 
@@ -224,7 +227,7 @@ def test_ctrl_c_ends_cleanly(recipe: Path, tmp_path: Path) -> None:
     )
     wait_for((tmp_path / "run" / "state" / "round-0001").is_dir, 400, "the first round")
     driver.send_signal(signal.SIGINT)
-    _, errors = driver.communicate(timeout=60)
+    _, errors = driver.communicate(timeout=600)
     assert driver.returncode == 130
-    assert [line for line in errors.splitlines() if line.startswith("error: stopped; go on with: --resume")]
+    assert [line for line in errors.splitlines() if line.startswith("error: stopped; continue with --resume")]
     assert "Traceback" not in errors

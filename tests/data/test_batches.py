@@ -7,9 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raycloud.data.batches import IGNORE, Sample, SampleOrder, collate, encode, encode_tallied
+from raycloud.data.batches import IGNORE, Sample, SampleOrder, collate, encode, encode_counted
+from raycloud.data.prompts import Format
 from raycloud.errors import DataError
 from raycloud.models.loading import load_tokenizer, resolve
+from raycloud.models.texts import Bos
+from tests.tokenizers import BOS, EOS, GEMMA, TURN, tokenizer_of
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +22,11 @@ def tokenizer():
 
 def test_labels_are_the_response_shifted_by_one(tokenizer) -> None:
     (sample,) = encode(
-        [{"instruction": "Say hello.", "output": "Hello there"}], tokenizer, "alpaca", max_length=99, max_prompt=99
+        [{"instruction": "Say hello.", "output": "Hello there"}],
+        tokenizer,
+        "alpaca",
+        max_length=99,
+        max_prompt_length=99,
     )
     batch = collate([sample], tokenizer.pad_token_id)
     said = batch.labels[batch.labels != IGNORE].tolist()
@@ -30,15 +37,45 @@ def test_labels_are_the_response_shifted_by_one(tokenizer) -> None:
 
 
 def test_plain_text_is_learnt_from_its_second_token_on(tokenizer) -> None:
-    (sample,) = encode([{"text": "A fine film."}], tokenizer, "plain", max_length=99, max_prompt=99)
+    (sample,) = encode([{"text": "A fine film."}], tokenizer, "plain", max_length=99, max_prompt_length=99)
     batch = collate([sample], tokenizer.pad_token_id)
     assert batch.targets == sample.targets == len(sample.ids) - 1
     assert batch.labels[0, :-1].tolist() == list(sample.ids[1:])
 
 
+@pytest.mark.parametrize(
+    ("form", "bos", "begins", "ends"),
+    [
+        ("plain", "auto", 1, None),
+        ("alpaca", "auto", 1, EOS),
+        ("chat", "auto", 1, TURN),  # the template writes BOS itself
+        ("chat", True, 1, TURN),
+        ("plain", False, 0, None),
+        ("alpaca", False, 0, EOS),
+    ],
+)
+def test_texts_begin_and_end_as_their_tokenizer_has_them(form: Format, bos: Bos, begins: int, ends: int | None) -> None:
+    """Gemma needs BOS: without it, perplexity rises many times."""
+    gemma = tokenizer_of(begin=["<bos>"], template=GEMMA)
+    row = {"text": "A film.", "instruction": "Say", "input": "w" * 99, "output": "A film."}
+    for max_prompt_length in (30, 500):  # a prompt that is shortened begins so too
+        if form == "alpaca" and max_prompt_length == 30:
+            continue  # its cue alone is longer
+        (sample,) = encode([row], gemma, form, max_length=999, max_prompt_length=max_prompt_length, bos=bos)
+        assert sample.ids.count(BOS) == sample.ids[:1].count(BOS) == begins
+        said = gemma.decode(sample.ids[sample.prompt :])
+        assert said == "A film." + ("" if ends is None else gemma.convert_ids_to_tokens(ends))
+        if form == "plain":
+            assert sample.prompt == begins and sample.targets == len("A film.") - 1 + begins
+    if form != "chat" and bos == "auto":
+        spelt = "<bos>A film."
+        (sample,) = encode([{**row, "text": spelt}], gemma, "plain", max_length=99, max_prompt_length=99)
+        assert list(sample.ids) == gemma("A film.")["input_ids"]
+
+
 def test_a_long_prompt_keeps_its_cue(tokenizer) -> None:
     row = {"instruction": "Summarise.", "input": "word " * 500, "output": "Words."}
-    (sample,) = encode([row], tokenizer, "alpaca", max_length=200, max_prompt=128)
+    (sample,) = encode([row], tokenizer, "alpaca", max_length=200, max_prompt_length=128)
     assert sample.prompt == 128
     assert tokenizer.decode(sample.ids[:128]).endswith("### Response:\n")
     assert tokenizer.decode(sample.ids[128:]).startswith("Words.")
@@ -46,9 +83,9 @@ def test_a_long_prompt_keeps_its_cue(tokenizer) -> None:
 
 def test_rows_without_anything_to_predict_are_dropped(tokenizer) -> None:
     rows = [{"text": "a"}, {"text": "a longer one"}]
-    assert len(encode(rows, tokenizer, "plain", max_length=9, max_prompt=9)) == 1
+    assert len(encode(rows, tokenizer, "plain", max_length=9, max_prompt_length=9)) == 1
     with pytest.raises(DataError, match="no row of 1 leaves a token to predict"):
-        encode(rows[:1], tokenizer, "plain", max_length=9, max_prompt=9)
+        encode(rows[:1], tokenizer, "plain", max_length=9, max_prompt_length=9)
 
 
 def test_what_became_of_the_rows_is_told(tokenizer) -> None:
@@ -57,12 +94,12 @@ def test_what_became_of_the_rows_is_told(tokenizer) -> None:
         {"instruction": "Repeat.", "input": "word " * 90, "output": "Words."},
         {"instruction": "word " * 200, "output": "Words."},
     ]
-    cue = {"max_length": 90, "max_prompt": 60}
-    samples, tally = encode_tallied(rows, tokenizer, "alpaca", **cue)
+    cue = {"max_length": 90, "max_prompt_length": 60}
+    samples, tally = encode_counted(rows, tokenizer, "alpaca", **cue)
     assert (tally.rows, tally.kept, tally.shortened, tally.unlike) == (3, len(samples), 2, 0)
-    samples, tally = encode_tallied(rows, tokenizer, "alpaca", max_length=60, max_prompt=60)
+    samples, tally = encode_counted(rows, tokenizer, "alpaca", max_length=60, max_prompt_length=60)
     assert (tally.kept, tally.crowded, tally.empty) == (1, 2, 0)
-    _, tally = encode_tallied([{"text": "a"}, {"text": "a longer one"}], tokenizer, "plain", **cue)
+    _, tally = encode_counted([{"text": "a"}, {"text": "a longer one"}], tokenizer, "plain", **cue)
     assert (tally.kept, tally.crowded, tally.empty) == (1, 0, 1)
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raycloud.data.instruct import instruct
-from raycloud.data.prompts import alpaca, chat, example
+from raycloud.data.prompts import alpaca, chat, prompt_and_response
 from raycloud.data.reviews import label_of, reviews
 from raycloud.data.sources import load_rows
 from raycloud.data.splits import select, shard, split_of
@@ -134,7 +134,7 @@ def test_chat_prompts_are_the_templates() -> None:
 def test_rows_that_lack_a_column_are_refused() -> None:
     tokenizer = load_tokenizer(resolve("builtin:smollm2-135m-instruct"))
     with pytest.raises(DataError, match="needs the text column 'output'; the rows have: instruction"):
-        example({"instruction": "a"}, "alpaca", tokenizer)
+        prompt_and_response({"instruction": "a"}, "alpaca", tokenizer)
 
 
 def test_hub_sets_come_with_their_own_splits(monkeypatch: pytest.MonkeyPatch) -> None:

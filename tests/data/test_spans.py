@@ -1,4 +1,4 @@
-"""Questions as windows of tokens: where the answer stands in each of them."""
+"""Questions as windows of tokens, and the position of the answer in each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from raycloud.data.labelled import collate_labelled
-from raycloud.data.spans import Question, Window, encode_spans
+from raycloud.data.spans import SpanQuestion, SpanWindow, encode_spans
 from raycloud.data.splits import Row
 from raycloud.errors import DataError
 from raycloud.models.loading import load_tokenizer, resolve
@@ -33,13 +33,15 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return load_tokenizer(resolve("builtin:minilm-l6"))
 
 
-def encoded(tokenizer: PreTrainedTokenizerBase, rows: list[Row], **changes: Any) -> tuple[list[Window], list[Question]]:
+def encoded(
+    tokenizer: PreTrainedTokenizerBase, rows: list[Row], **changes: Any
+) -> tuple[list[SpanWindow], list[SpanQuestion]]:
     columns = {"question": "question", "context": "context", "answers": "answers"}
     limits = {"max_length": 96, "max_question": 16, "stride": 24}
     return encode_spans(rows, tokenizer, **{**columns, **limits, **changes})
 
 
-def text_of(window: Window, questions: list[Question]) -> str:
+def text_of(window: SpanWindow, questions: list[SpanQuestion]) -> str:
     assert isinstance(window.label, tuple)
     first, last = window.label
     return questions[window.question].context[window.offsets[first, 0] : window.offsets[last, 1]]
@@ -91,7 +93,11 @@ def test_long_questions_are_cut_and_batches_have_two_labels_a_window(tokenizer: 
     [
         ([], "no rows with questions"),
         ([{"question": "?", "text": ""}], "no column 'context'; the rows have: question, text"),
-        ([{"question": "?", "context": "So.", "answers": ["So"]}], "answers need 'text' and 'answer_start'"),
+        (
+            [{"question": "?", "context": "So.", "answers": ["So"]}],
+            "'answers' is the list \\['So'\\]; allowed: an object of 'text'",
+        ),
+        ([row("?", " ")], "a row: 'context' is the text ' '; allowed: a text with answers"),
     ],
 )
 def test_what_rows_lack_is_named(tokenizer: PreTrainedTokenizerBase, rows: list[Row], message: str) -> None:

@@ -1,4 +1,9 @@
-"""Every objective as its formula, in float64, text by text, from a case, the objective and its extras to the loss."""
+"""Every objective as its formula, in float64, text by text, from a case, the objective and its extras to the loss.
+
+Each docstring names what the formula was read beside: the paper, or file and lines of the program at a commit. The
+programs' own numbers for such cases are in ``published/``, see ``test_published.py``. DSKD is songmzhang/DSKD 077337a,
+DSKDv2 songmzhang/DSKDv2 5025279, MCW-KD HoangTran223/MCW-KD 70ceb2d. What no program has is marked as ours.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ Formula = Callable[[Case, Any, Any], Tensor]
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
-    """Σ p log(p / q) over words, of each token."""
+    """Σ p log(p / q) over tokens of the vocabulary, of each token: DSKD ``various_divergence.py``:96-105."""
     return (torch.xlogy(p, p) - p * q.log()).sum(-1)
 
 
@@ -23,6 +28,10 @@ def kl_of_logits(u: Tensor, z: Tensor, tau: float) -> Tensor:
 
 
 def adaptive(p: Tensor, q: Tensor, mass: float = 0.5) -> Tensor:
+    """DSKD ``various_divergence.py``:156-179, whose alpha is the tail's mass, 1 − ``mass``; the paper's head.
+
+    The authors' own program ends the head one word before, see ``test_published.py``.
+    """
     values = []
     for pi, qi in zip(p, q, strict=True):
         head, held = [], 0.0
@@ -38,6 +47,7 @@ def adaptive(p: Tensor, q: Tensor, mass: float = 0.5) -> Tensor:
 
 
 def mixture(p: Tensor, q: Tensor, beta: float) -> Tensor:
+    """The generalised Jensen-Shannon divergence: huggingface/trl f2cd577 ``gkd_trainer.py``:279-298."""
     m = beta * p + (1 - beta) * q
     return beta * kl(p, m) + (1 - beta) * kl(q, m)
 
@@ -53,7 +63,12 @@ def divergence(between: Callable[[Tensor, Tensor], Tensor]) -> Formula:
 
 
 def uld(case: Case, objective: Any, extras: Any) -> Tensor:
-    """Σ |sorted − sorted| at tokens of the same bytes, or at the same place; all words, or the k largest and a rest."""
+    """Σ |sorted − sorted| at tokens of the same bytes, or at the same position; the whole vocabulary, or the k largest
+    and a rest.
+
+    The same position and the whole vocabulary: DSKD ``universal_logit_distillation.py``:75-118. Same bytes and a rest
+    are ours.
+    """
     pairs, ranks = case.pairs, objective.k
     if objective.compat == "published":
         pairs, ranks = [(i, j) for a, b in case.texts for i, j in zip(_each(a), _each(b), strict=False)], None
@@ -73,7 +88,7 @@ def _each(at: slice) -> range:
 
 
 def mined(case: Case, objective: Any, extras: Any) -> Tensor:
-    """KL over the 31 words that the teacher can name."""
+    """KL over the 31 tokens that the teacher can name. Ours."""
     total = case.h.new_zeros(())
     for i, j in case.pairs:
         p = (case.u[j] / objective.temperature).softmax(-1)
@@ -85,7 +100,10 @@ def mined(case: Case, objective: Any, extras: Any) -> Tensor:
 
 
 def mined_published(case: Case, objective: Any, extras: Any) -> Tensor:
-    """One word of the teacher's for each of the student's, KL over all words, and the label where there is no pair."""
+    """One token of the teacher for each of the student's, KL over the vocabulary, and the label where there is no pair.
+
+    DSKD ``min_edit_dis_kld.py``:176-209, and ``distiller.py`` for the one token, the first of the map.
+    """
     total, pairs = case.h.new_zeros(()), dict(case.pairs)
     mine, theirs, _ = (one.tolist() for one in Map().edges)
     for i, label in enumerate(case.student.labels.tolist()):
@@ -102,27 +120,43 @@ def mined_published(case: Case, objective: Any, extras: Any) -> Tensor:
 
 
 def dskd(case: Case, objective: Any, extras: Any) -> Tensor:
-    """Under the student's head, under the teacher's, and what the projector learns itself."""
+    """Under the student's head, under the teacher's, and what the projector learns itself.
+
+    Version 1: DSKD ``dual_space_kd.py``:64-87. Version 2, published: DSKDv2 ``dual_space_kd_v2.py``:65-116, with two
+    tokenizers ``dual_space_kd_v2_with_exact_token_alignment.py``:104-232, projectors ``distiller.py``:119-154. Sums in
+    place of the means of version 2 are ours.
+    """
     i, j = (torch.tensor(side) for side in zip(*case.pairs, strict=True))
     head, tau = case.head.weight.detach(), objective.temperature
-    aim = extras.t2s(case.g[j]) @ head.T
+    aim, weights = extras.t2s(case.g[j]) @ head.T, [1.0, 1.0]
+    far = torch.ones_like(i, dtype=torch.bool)
     if objective.version == 1:
         entropy = nn.functional.cross_entropy(aim, case.student.labels[i], reduction="sum")
-        back, right = extras.s2t(case.h[i]), torch.ones_like(i, dtype=torch.bool)
+        back, right = extras.s2t(case.h[i]), far
     else:
         shared = len(head) if case.same else 30
         best = case.u[j].argmax(-1)
         known = best < shared
         entropy = nn.functional.cross_entropy(aim[known], best[known], reduction="sum")
         right = known & (aim.argmax(-1) == best)
-        assert int(right.sum()) > 0
+        assert 0 < int(right.sum()) < int(known.sum())
         back = case.h[i] @ head[:shared].T @ torch.linalg.pinv(case.teacher_weight[:shared].T)
+        if objective.compat == "published":
+            weights[0] = len(case.h) / int(right.sum())
+            if not case.same:
+                far, weights[1] = known, len(case.h) / int(known.sum())
     near = kl_of_logits(aim.detach()[right], case.z[i][right], tau)
-    return near + entropy + kl_of_logits(case.u[j], back @ case.teacher_weight.T, tau)
+    return weights[0] * near + weights[1] * (
+        entropy + kl_of_logits(case.u[j][far], back[far] @ case.teacher_weight.T, tau)
+    )
 
 
 def dskd_cma(case: Case, objective: Any, extras: Any) -> Tensor:
-    """The same with rows that a softmax over the other side's tokens of the text picks."""
+    """The same with rows that a softmax over the other side's tokens of the text picks.
+
+    DSKD ``dual_space_kd_with_cross_model_attention.py``:105-156. One deviation for all rows is published (lines 108 to
+    110); each row by its own, and the prior, are ours.
+    """
     (mine, its), e_s, e_t = case.ids, case.student.embedding, case.teacher.embedding
     assert e_s is not None and e_t is not None
     seen = torch.cat([e_t[its.inputs], e_t[its.labels]], -1)
@@ -147,7 +181,7 @@ def dskd_cma(case: Case, objective: Any, extras: Any) -> Tensor:
 
 
 def byte_costs(case: Case, ours: slice, theirs: slice) -> Tensor:
-    """One minus intersection over union of the bytes, (M, N)."""
+    """One minus intersection over union of the bytes, (M, N). Ours."""
     assert case.teacher.spans is not None
     mine, its = (side[at].tolist() for side, at in zip(case.teacher.spans, (ours, theirs), strict=True))
     share = [[max(0, min(b, d) - max(a, c)) / (max(b, d) - min(a, c)) for c, d in mine] for a, b in its]
@@ -155,7 +189,7 @@ def byte_costs(case: Case, ours: slice, theirs: slice) -> Tensor:
 
 
 def plan(cost: Tensor, mu: Tensor, epsilon: float, sweeps: int) -> Tensor:
-    """Sinkhorn's matrix scaling, as a constant; columns have equal mass."""
+    """Sinkhorn's matrix scaling, as a constant; columns have equal mass: MCW-KD ``ETP.py``:39-54, without its 1e-9."""
     kernel = (-cost.detach() / epsilon).exp()
     n = cost.shape[1]
     v = torch.full((n,), 1 / n, dtype=cost.dtype)
@@ -170,13 +204,16 @@ def a_share_of_the_median(cost: Tensor, share: float) -> float:
 
 
 def multi_level_ot(case: Case, objective: Any, extras: Any) -> Tensor:
-    """Words ranked by their mass over a text, among the likeliest of each token; three comparisons."""
+    """Words ranked by their mass over a text, among the likeliest of each token; three comparisons. Ours.
+
+    The teacher is the target of the cross-entropy, as in MCW-KD's port and not as in the authors' program.
+    """
     pairs, total = dict(case.pairs), case.h.new_zeros(())
     for a, b in case.texts:
         sides = []
         for logits in (case.z[a], case.u[b]):
             p = (logits / objective.temperature).softmax(-1)
-            p = p * (p >= p.sort(descending=True).values[:, objective.words - 1, None])
+            p = p * (p >= p.sort(descending=True).values[:, objective.k - 1, None])
             sides.append(p[:, p.detach().sum(0).argsort(descending=True)[: objective.keep]])
         q, p = sides
         n = len(q)
@@ -196,30 +233,39 @@ def multi_level_ot(case: Case, objective: Any, extras: Any) -> Tensor:
 
 
 def multi_level_ot_published(case: Case, objective: Any, extras: Any) -> Tensor:
-    """Words ranked by their mass over the batch, vectors through further softmaxes, Sinkhorn unrolled."""
+    """Words ranked by their mass over the batch, vectors through further softmaxes, Sinkhorn unrolled.
+
+    2018cx/Multi-Level-OT 712cfb4 ``models/distillation_model.py``:17-57 and 237-338, called with the teacher first;
+    MCW-KD ``MultiLevelOT.py``:7-49 and 149-201, called with the student first.
+    """
     official = objective.compat == "official"
     longest = max(at.stop - at.start for both in case.texts for at in both)
     sides = []
     for side, logits in enumerate((case.z, case.u)):
-        words, rows = logits.shape[-1], []
+        vocab_size, texts = logits.shape[-1], []
         scaled = (logits / (logits.std(-1, keepdim=True) + 1e-4) / (1 if official else 2)).softmax(-1)
         # Behind a text: nothing, or what a signal says of padding in the port, which is nothing in particular.
         longest_here = max(both[side].stop - both[side].start for both in case.texts)
         for both in case.texts:
             own = scaled[both[side]]
-            behind = torch.full((longest_here - len(own), words), 0.0 if official else 1 / words, dtype=own.dtype)
-            end = torch.zeros(longest - longest_here, words, dtype=own.dtype)
-            rows.append(torch.cat([own, behind, end]))
-        batch = torch.stack(rows)
+            behind = torch.full(
+                (longest_here - len(own), vocab_size), 0.0 if official else 1 / vocab_size, dtype=own.dtype
+            )
+            end = torch.zeros(longest - longest_here, vocab_size, dtype=own.dtype)
+            texts.append(torch.cat([own, behind, end]))
+        batch = torch.stack(texts)
         sides.append(batch[..., batch.detach().sum((0, 1)).argsort(descending=True)[: objective.keep]])
     count, total = len(case.h), case.h.new_zeros(())
+    if not official:
+        count = sum(min(at.stop - at.start for at in both) for both in case.texts)
     for (a, b), s, t in zip(case.texts, *sides, strict=True):
         shorter = min(a.stop - a.start, b.stop - b.start)
         gaps = (t - s).abs().sum(-1)
         absolute = gaps[:shorter].mean() if official else gaps.mean()
-        aim, own = (t, s) if official else (s, t)
+        aim, own = (s, t) if official else (t, s)
         entropy = -(aim.softmax(-1) * own.log_softmax(-1)).sum(-1).mean()
-        cost = ((s / 2).softmax(-1)[:, None] - (t / 2).softmax(-1)[None]).abs().sum(-1)
+        first, second = ((one / 2).softmax(-1) for one in ((t, s) if official else (s, t)))
+        cost = (first[:, None] - second[None]).abs().sum(-1)
         carried = (-cost / 0.1).exp()
         for _ in range(10):
             carried = carried / carried.sum(1, keepdim=True)
@@ -230,16 +276,24 @@ def multi_level_ot_published(case: Case, objective: Any, extras: Any) -> Tensor:
 
 
 def mcw_kd(case: Case, objective: Any, extras: Any) -> Tensor:
-    """Cross-model attention and two transports."""
+    """Cross-model attention and two transports.
+
+    Published: MCW-KD ``MCW_KD.py``:129-172, when the teacher's logits are no longer blended, and 222-252. Bytes in
+    place of edit distances, shares of the whole vocabulary, ε from the median and the semi-dual's gradient are ours.
+    """
     total = dskd_cma(case, objective, extras)
     state, published = extras.ot(case.g), objective.compat == "published"
     for a, b in case.texts:
         q, p = (
-            (one / objective.rank_temperature).softmax(-1).sort(descending=True).values[:, : objective.words]
+            (one / objective.rank_temperature).softmax(-1).sort(descending=True).values[:, : objective.k]
             for one in (case.z[a], case.u[b])
         )
         h, g = case.h[a], state[b]
-        divergences = [[((x + 1e-7) * ((x + 1e-7) / (y + 1e-7)).log() - x + y).sum() for y in q] for x in p]
+        if published:
+            q, p = (one / one.sum(-1, keepdim=True) for one in (q, p))
+            divergences = [[(x * (x / (y + 1e-7)).log()).sum() for y in q] for x in p]
+        else:
+            divergences = [[((x + 1e-7) * ((x + 1e-7) / (y + 1e-7)).log() - x + y).sum() for y in q] for x in p]
         predicted = [torch.cdist(p, q), torch.stack([torch.stack(row) for row in divergences])]
         mu = torch.full((len(p),), 1 / len(p), dtype=p.dtype)
         if objective.importance == "salience":
@@ -250,7 +304,7 @@ def mcw_kd(case: Case, objective: Any, extras: Any) -> Tensor:
         mine, its = (torch.stack([one[max(0, i - 4) : i + 5].mean(0) for i in range(len(one))]) for one in (h, g))
         distance = torch.cdist(its, mine)
         if published:
-            distance = distance / distance.detach().max()
+            distance = distance / (distance.max() + 1e-7)
         cosine = 1 - nn.functional.cosine_similarity(its[:, None], mine[None], dim=-1)
         stands = [byte_costs(case, a, b), distance, cosine]
         first = objective.logit_weights[: len(predicted)]
@@ -278,7 +332,7 @@ def mcw_kd(case: Case, objective: Any, extras: Any) -> Tensor:
 
 
 def _bound(phi: Tensor, costs: list[Tensor], weights: Tensor, mu: Tensor, epsilon: float) -> Tensor:
-    """⟨φ, μ⟩ + Σ w ⟨φᶜ, ν⟩."""
+    """⟨φ, μ⟩ + Σ w ⟨φᶜ, ν⟩: MCW-KD ``ETP_Dual.py``:209-237 and 301-303."""
     total = (phi * mu).sum()
     for weight, cost in zip(weights, costs, strict=True):
         soft = (mu[:, None] * ((phi[:, None] - cost) / epsilon).exp()).sum(0)

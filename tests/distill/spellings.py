@@ -1,4 +1,4 @@
-"""Small tokenizers of both spellings, and their tokens' bytes by another way than the package's."""
+"""Small tokenizers of both kinds, and the bytes of their tokens, found independently of the package."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _HIDDEN = sorted(set(range(256)) - set(map(ord, pre_tokenizers.ByteLevel.alphabe
 SPECIAL = ["<s>", "</s>", "<pad>"]
 
 
-def _trained(made: Tokenizer, corpus: list[str], words: int, alphabet: list[str]) -> dict[str, Any]:
-    trainer = trainers.BpeTrainer(vocab_size=words, initial_alphabet=alphabet, show_progress=False)
+def _trained(made: Tokenizer, corpus: list[str], vocab_size: int, alphabet: list[str]) -> dict[str, Any]:
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     made.train_from_iterator(corpus * 3, trainer)
     return json.loads(made.to_str())["model"]
 
@@ -35,23 +35,26 @@ def _wrapped(made: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 @cache
-def byte_level(words: int = 330, *, prefix: bool = False, nfc: bool = False, skip: int = 0) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; with the prefix space of RoBERTa, or normalising like Qwen."""
+def byte_level(
+    vocab_size: int = 330, *, prefix: bool = False, nfc: bool = False, skip: int = 0
+) -> PreTrainedTokenizerFast:
+    """Make a byte-level BPE tokenizer, with the prefix space of RoBERTa or normalisation like Qwen."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     made.decoder = decoders.ByteLevel()
     if nfc:
         made.normalizer = normalizers.NFC()
-    _trained(made, CORPUS[skip:], words, pre_tokenizers.ByteLevel.alphabet())
+    _trained(made, CORPUS[skip:], vocab_size, pre_tokenizers.ByteLevel.alphabet())
     return _wrapped(made)
 
 
 @cache
-def sentencepiece(words: int = 200, *, always: bool = False, skip: int = 0) -> PreTrainedTokenizerFast:
-    """BPE with byte fallback; a space goes before every text (Mistral), or before those without one (TinyLlama)."""
+def sentencepiece(vocab_size: int = 200, *, always: bool = False, skip: int = 0) -> PreTrainedTokenizerFast:
+    """Make a BPE tokenizer with byte fallback; a space goes before every text (Mistral), or before texts without
+    one (TinyLlama)."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
-    model = _trained(made, CORPUS[skip:], words, [])
+    model = _trained(made, CORPUS[skip:], vocab_size, [])
     entries = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
     numbers = {entry: number for number, entry in enumerate(entries)}
     merges = [tuple(merge) for merge in model["merges"]]
@@ -67,7 +70,7 @@ def sentencepiece(words: int = 200, *, always: bool = False, skip: int = 0) -> P
 
 
 def published(name: str) -> PreTrainedTokenizerFast | None:
-    """A published tokenizer of the development data, where that is."""
+    """Load a published tokenizer from the development data, if that is available."""
     from raycloud.models.loading import load_tokenizer
 
     folder = SHARED / "tokenizers" / name
@@ -75,7 +78,7 @@ def published(name: str) -> PreTrainedTokenizerFast | None:
 
 
 def bytes_of(tokenizer: PreTrainedTokenizerFast, number: int) -> bytes:
-    """A token's bytes, one token at a time."""
+    """Find the bytes of each token, one at a time."""
     added = tokenizer.added_tokens_decoder
     token = tokenizer.convert_ids_to_tokens(number)
     if number in added:

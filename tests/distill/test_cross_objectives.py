@@ -1,4 +1,4 @@
-"""What is particular to objectives between two tokenizers and two spaces; see test_every_objective for the rest."""
+"""Properties of objectives between two tokenizers and two hidden spaces; see test_every_objective for the others."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from raycloud.data.batches import Batch
-from raycloud.distill.costs import cost_weights
-from raycloud.distill.objective import Ids, StudentOutput, TeacherOutput, same_place, weighted_sum
+from raycloud.distill.objective import StudentOutput, TeacherOutput, TokenIds, same_position, weighted_sum
 from raycloud.distill.objectives.dskd import fitted
 from raycloud.distill.objectives.dskd_cma import DSKDCMA, attention
-from raycloud.distill.objectives.mcw_kd import MCWKD, Extras, FixedCosts, ProjectedCosts
-from raycloud.distill.objectives.mined import MinED, first_named
+from raycloud.distill.objectives.mcw_kd import MCWKD, FixedCostWeights, MCWKDExtras, ProjectedCostWeights
+from raycloud.distill.objectives.mined import MinED, first_mapped_logits
 from raycloud.distill.objectives.uld import ULD
 from raycloud.distill.recipe import DistillRecipe
-from raycloud.distill.signals import SignalRecipe, frozen_head, observe
+from raycloud.distill.signals import SignalRecipe, compute_signal, frozen_head
+from raycloud.distill.transport_costs import cost_weights
 from raycloud.models.segments import Segment
 from tests.distill.cases import Case, Map
 from tests.models.families import tiny
@@ -32,7 +32,7 @@ def test_uld_of_the_largest_errs_by_at_most_the_rests() -> None:
     assert short <= whole <= short + rest and whole - short > 1e-6
 
 
-def test_mined_teaches_nothing_about_words_the_teacher_cannot_say() -> None:
+def test_mined_teaches_nothing_about_tokens_the_teacher_cannot_say() -> None:
     case = Case()
     (gradient,) = torch.autograd.grad(case.loss(MinED(), None).sum, case.head.weight)
     assert gradient[:31].abs().sum() > 0
@@ -40,7 +40,7 @@ def test_mined_teaches_nothing_about_words_the_teacher_cannot_say() -> None:
 
 
 def test_fitted_projectors_keep_the_logits_where_the_spaces_allow() -> None:
-    """A teacher whose head is the student's in another basis: projected rows give the teacher's own logits."""
+    """Case with a teacher head that is the student's in another basis: projected states give the teacher's logits."""
     torch.manual_seed(0)
     head, basis = torch.randn(50, 8).double(), torch.linalg.qr(torch.randn(12, 8).double()).Q
     teacher = head @ basis.T
@@ -59,9 +59,9 @@ def test_cross_entropy_beside_it_counts_every_token() -> None:
 
 
 def test_cost_weights_learn_and_costs_are_weighed_by_what_they_were() -> None:
-    case, objective = Case(), MCWKD(words=9)
+    case, objective = Case(), MCWKD(k=9)
     extras = case.extras(objective)
-    assert isinstance(extras, Extras)
+    assert isinstance(extras, MCWKDExtras)
     extras.train()
     torch.testing.assert_close(extras.logit_costs.weights, torch.tensor([0.2, 0.5, 0.3]).double())
     loss = case.loss(objective, extras)
@@ -73,9 +73,9 @@ def test_cost_weights_learn_and_costs_are_weighed_by_what_they_were() -> None:
 
 
 def test_the_semi_dual_potential_climbs_to_the_transport_it_bounds() -> None:
-    case, objective = Case(), MCWKD(words=9, solver="semi_dual")
+    case, objective = Case(), MCWKD(k=9, solver="semi_dual")
     extras = case.extras(objective)
-    assert isinstance(extras, Extras)
+    assert isinstance(extras, MCWKDExtras)
     potentials = [*extras.logit_potential.parameters(), *extras.state_potential.parameters()]
     optimiser = torch.optim.Adam(potentials, lr=3e-3)
     bounds = []
@@ -97,27 +97,29 @@ def test_uld_takes_what_a_small_signal_tells(kind: str) -> None:
     student = StudentOutput.of(Segment(tiny("llama", dtype=torch.float32, seed=1)), batch)
     head = frozen_head(segment, "float32")
     losses = [
-        weighted_sum([(1.0, ULD(k=6))], student, TeacherOutput(observe(segment, "t", batch, recipe, [1.0]), head)).sum
+        weighted_sum(
+            [(1.0, ULD(k=6))], student, TeacherOutput(compute_signal(segment, "t", batch, recipe, [1.0]), head)
+        ).sum
         for recipe in (SignalRecipe(codec="float32"), SignalRecipe(kind=kind, codec="float32", k=8))  # type: ignore[arg-type]
     ]
     assert float(losses[1].detach()) == pytest.approx(float(losses[0].detach()), rel=1e-4)
-    few = TeacherOutput(observe(segment, "t", batch, SignalRecipe(kind=kind, k=4), [1.0]), head)  # type: ignore[arg-type]
+    few = TeacherOutput(compute_signal(segment, "t", batch, SignalRecipe(kind=kind, k=4), [1.0]), head)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="k=6 needs as many from the signal, got 4"):
         weighted_sum([(1.0, ULD(k=6))], student, few)
 
 
-def ids(*lengths: int) -> Ids:
-    words = torch.zeros(sum(lengths), dtype=torch.long)
-    return Ids(words, words, torch.tensor([0, *lengths]).cumsum(0))
+def ids(*lengths: int) -> TokenIds:
+    ids = torch.zeros(sum(lengths), dtype=torch.long)
+    return TokenIds(ids, ids, torch.tensor([0, *lengths]).cumsum(0))
 
 
 def test_the_teachers_token_at_the_same_place_is_of_the_same_text() -> None:
-    assert same_place(ids(3, 0, 2), ids(2, 4, 3)).tolist() == [0, 1, -1, 6, 7]
-    assert same_place(ids(2, 2), ids(5, 0)).tolist() == [0, 1, -1, -1]
+    assert same_position(ids(3, 0, 2), ids(2, 4, 3)).tolist() == [0, 1, -1, 6, 7]
+    assert same_position(ids(2, 2), ids(5, 0)).tolist() == [0, 1, -1, -1]
 
 
 def test_the_published_uld_stands_beside_one_that_goes_by_bytes() -> None:
-    """Each finds its own tokens of the teacher in the one pass that both share."""
+    """Each objective finds its own pairs of tokens in the forward pass that both share."""
     case = Case()
     both = weighted_sum([(1.0, ULD()), (2.0, ULD(compat="published"))], case.student, case.teacher).sum
     apart = [case.loss(one, None).sum for one in (ULD(), ULD(compat="published"))]
@@ -126,7 +128,7 @@ def test_the_published_uld_stands_beside_one_that_goes_by_bytes() -> None:
 
 
 @pytest.mark.parametrize("option", ["compat=published", "k=null"])
-def test_a_recipe_whose_uld_needs_all_words_refuses_the_largest(option: str) -> None:
+def test_a_recipe_whose_uld_needs_the_whole_vocabulary_refuses_the_largest(option: str) -> None:
     name, value = option.split("=")
     objective = {"kd": {"name": "uld", name: None if value == "null" else value}}
     with pytest.raises(
@@ -136,14 +138,14 @@ def test_a_recipe_whose_uld_needs_all_words_refuses_the_largest(option: str) -> 
 
 
 def test_the_published_map_lets_the_first_word_speak() -> None:
-    given = first_named(torch.arange(53.0)[None], Map(), 41)[0]
+    given = first_mapped_logits(torch.arange(53.0)[None], Map(), 41)[0]
     assert given[:31].tolist() == list(range(31)) and given[31:].isneginf().all()
 
 
 def test_the_published_mined_teaches_every_token_and_pushes_down_what_has_no_name() -> None:
     case = Case()
-    rows, weight = torch.autograd.grad(case.loss(MinED(compat="published"), None).sum, [case.h, case.head.weight])
-    assert (rows.abs().sum(-1) > 0).all() and weight[31:].abs().min() > 0
+    hidden, weight = torch.autograd.grad(case.loss(MinED(compat="published"), None).sum, [case.h, case.head.weight])
+    assert (hidden.abs().sum(-1) > 0).all() and weight[31:].abs().min() > 0
 
 
 def test_a_bias_steers_attention() -> None:
@@ -164,29 +166,29 @@ def test_a_prior_has_a_part_in_cross_model_attention() -> None:
 
 
 def test_projected_weights_move_to_the_smallest_costs_every_so_often() -> None:
-    how = ProjectedCosts((0.2, 0.5, 0.3), 2, relative=False)
+    how = ProjectedCostWeights((0.2, 0.5, 0.3), 2, relative=False)
     uniform = [torch.full((1, n), 1 / n) for n in (2, 3)]
     for step, expected in enumerate([(0.2, 0.5, 0.3)] * 2 + [cost_weights(torch.tensor([0.1, 4.0, 0.5])).tolist()]):
         costs = [torch.full((1, 2, 3), one) for one in (0.1, 3.0 + 2 * step, 0.5)]
-        scaled, weights = how.weighed(costs, *uniform)
+        scaled, weights = how.scaled_costs(costs, *uniform)
         assert weights.tolist() == pytest.approx(expected, abs=1e-6)
         assert scaled[:, 0, 0, 0].tolist() == pytest.approx([0.1, 3.0 + 2 * step, 0.5])
-    again = ProjectedCosts((0.2, 0.5, 0.3), 2, relative=False)
+    again = ProjectedCostWeights((0.2, 0.5, 0.3), 2, relative=False)
     again.load_state_dict(how.state_dict())
     assert torch.equal(again.given, how.given) and int(again.count) == 1
 
 
 def test_fixed_weights_are_no_parameters_and_costs_are_weighed_likewise() -> None:
-    how = FixedCosts((1.0, 3.0))
+    how = FixedCostWeights((1.0, 3.0))
     assert not list(how.parameters()) and how.weights.tolist() == [0.25, 0.75]
     costs, uniform = [torch.full((1, 2, 2), one) for one in (2.0, 8.0)], torch.full((1, 2), 0.5)
-    how.weighed(costs, uniform, uniform)
-    assert how.weighed(costs, uniform, uniform)[0][:, 0, 0, 0].tolist() == [1.0, 1.0]
+    how.scaled_costs(costs, uniform, uniform)
+    assert how.scaled_costs(costs, uniform, uniform)[0][:, 0, 0, 0].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("importance", ["salience", "information"])
 def test_the_weights_of_costs_are_logged(importance: str) -> None:
-    case, objective = Case(), MCWKD(words=9, importance=importance)  # type: ignore[arg-type]
+    case, objective = Case(), MCWKD(k=9, importance=importance)  # type: ignore[arg-type]
     loss = case.loss(objective, case.extras(objective))
     logged = {name: float(value) / loss.count for name, value in loss.terms.items() if "_weight/" in name}
     assert logged["mcw_kd/state_weight/distance"] == pytest.approx(0.5)
@@ -198,6 +200,6 @@ def test_published_transport_is_all_but_a_mean_cost() -> None:
     case = Case()
     means = []
     for options in ({"compat": "published"}, {"compat": "published", "sinkhorn_alpha": 1e-6}):
-        objective = MCWKD(words=9, **options)  # type: ignore[arg-type]
+        objective = MCWKD(k=9, **options)  # type: ignore[arg-type]
         means.append(float(case.loss(objective, case.extras(objective)).terms["mcw_kd/logit_transport"]))
     assert means[0] == pytest.approx(means[1], rel=0.02) and means[0] != means[1]

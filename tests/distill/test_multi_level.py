@@ -1,4 +1,4 @@
-"""MultiLevelOT's terms against plain loops over tokens and words, their gradients and invariances."""
+"""Terms of MultiLevelOT against loops over tokens and vocabulary entries; gradients and invariances."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from raycloud.distill.multi_level import (
     sequence_ranking,
     sinkhorn_distance,
 )
-from raycloud.distill.transport import relative_epsilon, sinkhorn, uniform_marginal
+from raycloud.distill.optimal_transport import relative_epsilon, sinkhorn, uniform_marginal
 
 V, W, KEEP = 23, 31, 6
 STUDENT, TEACHER = [5, 3, 6], [6, 4, 2]
@@ -34,7 +34,7 @@ def mask(counts: list[int]) -> Tensor:
 
 
 def vectors() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ranked probabilities of both sides; padding holds numbers that must not matter."""
+    """Make ranked probabilities of both sides, with padding that must not matter."""
     t, s = (logits(3, 6, n, seed=n).softmax(-1).topk(KEEP).values for n in (W, V))
     return t, s, mask(TEACHER), mask(STUDENT)
 
@@ -64,7 +64,7 @@ def test_the_ranking_is_by_mass_over_the_text(k: int) -> None:
             assert (ranked[b, i, len(order) :] == 0).all()
 
 
-def test_the_ranking_of_all_words_is_a_permutation_with_a_gradient() -> None:
+def test_the_ranking_of_the_vocabulary_is_a_permutation_with_a_gradient() -> None:
     p = logits(2, 4, 7, seed=1).softmax(-1).requires_grad_()
     ids, present = torch.arange(7).expand(2, 4, 7), torch.ones(2, 4, dtype=torch.bool)
     order = p.sum(1).argsort(dim=-1, descending=True)
@@ -192,7 +192,7 @@ def softmax(row: list[float]) -> list[float]:
 
 
 def published(z: Tensor, starts: list[int], counts: list[int], length: int, official: bool) -> list[list[list[float]]]:
-    """One side as loops: (B, length, KEEP)."""
+    """Compute one side with loops: (B, length, KEEP)."""
     batch = []
     for b, rows in enumerate(z.tolist()):
         scaled = []
@@ -211,6 +211,7 @@ def published(z: Tensor, starts: list[int], counts: list[int], length: int, offi
 
 @pytest.mark.parametrize("compat", ["official", "mcwkd"])
 def test_the_published_terms_equal_plain_loops(compat: str) -> None:
+    """Formula as in both programs, see ``formulas.multi_level_ot_published``; their numbers are in ``published/``."""
     official = compat == "official"
     z, u = logits(3, 9, V, seed=5), logits(3, 8, W, seed=6)
     starts = [2, 4, 3], [1, 3, 6]
@@ -224,17 +225,18 @@ def test_the_published_terms_equal_plain_loops(compat: str) -> None:
     levels = published_levels(u, z, teacher, student, compat, KEEP)  # type: ignore[arg-type]
     length = 6 if official else 9
     s, t = published(z, starts[0], STUDENT, length, official), published(u, starts[1], TEACHER, length, official)
-    count = sum(STUDENT)
+    count = sum(STUDENT) if official else sum(min(both) for both in zip(STUDENT, TEACHER, strict=True))
     for b in range(3):
         gaps = [sum(abs(x - y) for x, y in zip(p, q, strict=True)) for p, q in zip(t[b], s[b], strict=True)]
         shorter = min(STUDENT[b], TEACHER[b])
         absolute = sum(gaps[:shorter]) / shorter if official else sum(gaps) / length
         entropy = 0.0
         for p, q in zip(t[b], s[b], strict=True):
-            aim, own = (p, q) if official else (q, p)
+            aim, own = (q, p) if official else (p, q)
             entropy -= sum(x * math.log(y) for x, y in zip(softmax(aim), softmax(own), strict=True)) / length
         soft_s, soft_t = ([softmax([x / 2 for x in row]) for row in rows[b]] for rows in (s, t))
-        cost = [[sum(abs(x - y) for x, y in zip(p, q, strict=True)) for q in soft_t] for p in soft_s]
+        first, second = (soft_t, soft_s) if official else (soft_s, soft_t)
+        cost = [[sum(abs(x - y) for x, y in zip(p, q, strict=True)) for q in second] for p in first]
         plan = [[math.exp(-c / 0.1) for c in row] for row in cost]
         for _ in range(10):
             plan = [[x / sum(row) for x in row] for row in plan]

@@ -1,4 +1,4 @@
-"""Every divergence against a plain float64 formula, autograd, and the properties it must have."""
+"""Every divergence against a float64 formula, autograd, and its properties."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raycloud.distill.objective import Objective, StudentOutput, TeacherOutput, 
 from raycloud.distill.objectives import DIVERGENCES, CrossEntropy
 from raycloud.distill.objectives.adaptive_kl import head_mask
 from raycloud.distill.signals import Signal
-from raycloud.link.codecs import CODECS
+from raycloud.link.codecs.floats import CODECS
 from tests.distill.formulas import adaptive, kl, mixture
 
 V, D, N = 61, 24, 37
@@ -37,8 +37,8 @@ def student(n: int = N, dtype: torch.dtype = torch.float64) -> StudentOutput:
     with torch.no_grad():
         head.weight.copy_(torch.randn(V, D, generator=generator))
         head.bias.copy_(torch.randn(V, generator=generator))
-    rows = torch.randn(n, D, generator=generator).to(dtype).requires_grad_()
-    return StudentOutput(rows, torch.randint(0, V, (n,), generator=generator), head)
+    hidden = torch.randn(n, D, generator=generator).to(dtype).requires_grad_()
+    return StudentOutput(hidden, torch.randint(0, V, (n,), generator=generator), head)
 
 
 def said(u: Tensor) -> TeacherOutput:
@@ -50,7 +50,7 @@ def teacher_logits(n: int = N) -> Tensor:
 
 
 def gradients(output: StudentOutput, loss: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, [output.rows, output.head.weight, output.head.bias]))
+    return list(torch.autograd.grad(loss, [output.hidden, output.head.weight, output.head.bias]))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -59,7 +59,7 @@ def test_value_and_gradient_equal_the_formula(name: str, temperature: float) -> 
     output, u = student(), teacher_logits()
     objective = DIVERGENCES[name](temperature=temperature)
     ours = weighted_sum([(0.7, objective), (0.3, CrossEntropy())], output, said(u), chunk=8)
-    z = output.head(output.rows)
+    z = output.head(output.hidden)
     values = FORMULAS[name]((u.double() / temperature).softmax(-1), (z / temperature).softmax(-1))
     entropy = nn.functional.cross_entropy(z, output.labels, reduction="sum")
     reference = 0.7 * values.sum() + 0.3 * entropy
@@ -75,7 +75,7 @@ def test_the_chunk_size_and_the_order_of_tokens_change_nothing(name: str) -> Non
     output, u = student(), teacher_logits()
     whole = weighted_sum([(1.0, DIVERGENCES[name]())], output, said(u), chunk=N)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(5))
-    shuffled = StudentOutput(output.rows[order], output.labels[order], output.head)
+    shuffled = StudentOutput(output.hidden[order], output.labels[order], output.head)
     chunked = weighted_sum([(1.0, DIVERGENCES[name]())], shuffled, said(u[order]), chunk=5)
     assert float(whole.sum.detach()) == pytest.approx(float(chunked.sum.detach()), rel=1e-9)
     for a, b in zip(gradients(output, whole.sum), gradients(output, chunked.sum), strict=True):
@@ -95,10 +95,10 @@ def test_finite_at_the_extremes(name: str, dtype: torch.dtype) -> None:
             head = nn.Linear(V, V, bias=False).to(dtype)
             with torch.no_grad():
                 head.weight.copy_(torch.eye(V))
-            rows = z.to(dtype).requires_grad_()
+            hidden = z.to(dtype).requires_grad_()
             signal = said(teacher)
-            loss = weighted_sum([(1.0, objective)], StudentOutput(rows, torch.tensor([0]), head), signal)
-            (gradient,) = torch.autograd.grad(loss.sum, rows)
+            loss = weighted_sum([(1.0, objective)], StudentOutput(hidden, torch.tensor([0]), head), signal)
+            (gradient,) = torch.autograd.grad(loss.sum, hidden)
             assert torch.isfinite(loss.sum) and torch.isfinite(gradient).all()
             if name in BOUNDS:
                 assert float(loss.sum.detach()) <= BOUNDS[name] * (1 + 1e-5)
@@ -107,7 +107,7 @@ def test_finite_at_the_extremes(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_nothing_to_learn_from_an_identical_teacher(name: str) -> None:
     output = student()
-    same = output.head(output.rows).detach().float()
+    same = output.head(output.hidden).detach().float()
     loss = weighted_sum([(1.0, DIVERGENCES[name]())], output, said(same))
     assert abs(float(loss.sum.detach())) <= 1e-5
     assert gradients(output, loss.sum)[0].abs().max() <= 1e-5
@@ -117,16 +117,16 @@ def test_a_frozen_head_gets_no_gradient_and_a_pass_without_gradients_works() -> 
     output, u = student(), teacher_logits()
     output.head.requires_grad_(False)
     weighted_sum([(1.0, DIVERGENCES["forward_kl"]())], output, said(u)).sum.backward()
-    assert output.rows.grad is not None and output.head.weight.grad is None
+    assert output.hidden.grad is not None and output.head.weight.grad is None
     with torch.no_grad():
         assert not weighted_sum([(1.0, CrossEntropy())], output).sum.requires_grad
 
 
 def test_soft_capped_logits_have_the_capped_gradient() -> None:
     output = student()
-    capped = StudentOutput(output.rows, output.labels, output.head, softcap=5.0)
+    capped = StudentOutput(output.hidden, output.labels, output.head, softcap=5.0)
     ours = weighted_sum([(1.0, CrossEntropy())], capped)
-    z = torch.tanh(output.head(output.rows) / 5.0) * 5.0
+    z = torch.tanh(output.head(output.hidden) / 5.0) * 5.0
     reference = nn.functional.cross_entropy(z, output.labels, reduction="sum")
     for a, b in zip(gradients(output, ours.sum), gradients(output, reference), strict=True):
         assert (a - b).norm() / b.norm() <= 1e-6
@@ -150,7 +150,7 @@ def test_a_signal_for_other_tokens_is_refused() -> None:
 
 
 def test_the_published_tail_of_adaptive_kl_is_what_our_head_leaves() -> None:
-    """Its tail is the longest run of unlikely words with a mass of at most alpha."""
+    """The tail is the longest run of unlikely tokens with a mass of at most alpha."""
     p = teacher_logits(9).softmax(-1)
     ordered = p.sort(descending=False)
     tail = torch.zeros_like(p, dtype=torch.bool).scatter(-1, ordered.indices, ordered.values.cumsum(-1) <= 0.3)

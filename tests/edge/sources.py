@@ -1,22 +1,34 @@
-"""A source of tokens that says what a test told it to, and a server on a free port."""
+"""Fake source of tokens, and a server on a free port."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from transformers import PreTrainedTokenizerBase
 
 from raycloud.edge.server import Server, address_of, bind
-from raycloud.models.sampling import GREEDY, Sampling
-from raycloud.models.text import TextModel
+from raycloud.link.channel import Loopback
+from raycloud.models.generation import Decoding, Token
+from raycloud.models.sampling import Sampling
+from raycloud.models.text_model import TextModel
+from raycloud.split.cut_codecs import CutCodecs
+from raycloud.split.inference.client import RemoteBlocks, SessionConfig
+from raycloud.split.inference.engine import InferenceEngine
+from raycloud.split.inference.generation import SplitTokenSource, text_model
+from raycloud.split.inference.server import InferenceServer
+from raycloud.split.parts import load_cloud, load_edge
+from raycloud.split.plan import PlanSet
 
 
 class Script:
-    """Says one text over and over; counts what is open."""
+    """Source that repeats one text, and counts its open streams."""
 
     def __init__(
         self,
@@ -36,20 +48,18 @@ class Script:
         self.asked: list[tuple[list[int], int, Sampling]] = []
         self._lock = threading.Lock()
 
-    def stream(
-        self, prompt: Sequence[int], limit: int, sampling: Sampling = GREEDY, eos: Collection[int] = ()
-    ) -> Iterator[int]:
+    def tokens(self, prompt: Sequence[int], limit: int, decoding: Decoding) -> Iterator[Token]:
         with self._lock:
-            self.asked.append((list(prompt), limit, sampling))
+            self.asked.append((list(prompt), limit, decoding.sampling))
             self.open += 1
             self.most_open = max(self.most_open, self.open)
         try:
             if self.gate is not None:
-                assert self.gate.wait(20)
+                assert self.gate.wait(120)
             for token in self.ids[:limit]:
                 time.sleep(self.pause_s)
                 self.given += 1
-                yield token
+                yield Token(token)
             if self.error is not None:
                 raise self.error
         finally:
@@ -60,23 +70,35 @@ class Script:
     def model(self) -> TextModel:
         return TextModel(self, self.tokenizer, frozenset())
 
-    def wait_closed(self, seconds: float = 10) -> None:
-        end = time.monotonic() + seconds
+    def wait_closed(self) -> None:
+        end = time.monotonic() + 120
         while self.open and time.monotonic() < end:
             time.sleep(0.01)
         assert self.open == 0
 
 
 @contextmanager
-def running(app: FastAPI) -> Iterator[str]:
-    """The base URL of the application on a free port of this machine."""
+def running(app: FastAPI, **options: Any) -> Iterator[str]:
+    """Serve the application on a free port of this machine; yield its base URL."""
     with bind("127.0.0.1", 0, None) as listening:
-        server = Server(app)
+        server = Server(app, **options)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
             yield address_of(listening)
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(120)
             assert not thread.is_alive()
+
+
+@contextmanager
+def cut(folder: Path, plan: PlanSet) -> Iterator[TextModel]:
+    """Load a model whose middle blocks run behind a link in this process, with the frames and codec of a network."""
+    edge, cloud = load_edge(str(folder), plan), load_cloud(str(folder), plan)
+    codecs, engine = CutCodecs(edge.config.hidden_size), InferenceEngine(cloud, threads=1)
+    host = InferenceServer(engine, codecs)
+    with closing(engine), closing(Loopback(lambda connection: host.serve(connection, "me"))) as loopback:
+        terms = SessionConfig(edge.fingerprint, plan, codecs, "float32", 2048)
+        middle = partial(RemoteBlocks, lambda _: loopback.connect(), terms)
+        yield text_model(edge, SplitTokenSource(edge.first, edge.last, middle, plan, max_length=2048))

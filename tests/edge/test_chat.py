@@ -1,9 +1,9 @@
-"""The terminal chat: what it shows, remembers and survives."""
+"""Terminal chat: its output, its history, and interruptions."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from rich.console import Console
@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from raycloud.edge.chat import Conversation, chat
 from raycloud.errors import LinkError
 from raycloud.link.meter import Meter
+from raycloud.models.generation import Decoding, Token
 from raycloud.models.loading import load_tokenizer, resolve
-from raycloud.models.sampling import GREEDY, Sampling
+from raycloud.models.sampling import GREEDY
 from tests.edge.sources import Script
 
 
@@ -23,7 +24,7 @@ def smol() -> PreTrainedTokenizerBase:
 
 
 def says(conversation: Conversation, lines: Sequence[str | type[BaseException]], meter: Meter | None = None) -> str:
-    """What the terminal shows when the user types these lines and ends with Ctrl-D."""
+    """Return the output of the terminal when the user types these lines and ends with Ctrl-D."""
     typed = iter(lines)
 
     def ask() -> str:
@@ -53,10 +54,8 @@ def test_a_cut_model_shows_round_trips_and_bytes(smol: PreTrainedTokenizerBase) 
     meter.add("down", 10**9, messages=9)
 
     class Cut(Script):
-        def stream(
-            self, prompt: Sequence[int], limit: int, sampling: Sampling = GREEDY, eos: Collection[int] = ()
-        ) -> Iterator[int]:
-            for token in super().stream(prompt, limit, sampling, eos):
+        def tokens(self, prompt: Sequence[int], limit: int, decoding: Decoding) -> Iterator[Token]:
+            for token in super().tokens(prompt, limit, decoding):
                 meter.add("up", 600)
                 meter.add("down", 500)
                 yield token
@@ -75,12 +74,12 @@ def test_a_conversation_is_remembered_until_it_is_reset(smol: PreTrainedTokenize
     assert "hello" not in prompts[2] and "who?" in prompts[2]
 
 
-def interrupted(source: Script, at: int) -> Callable[..., Iterator[int]]:
-    """Its stream with a Ctrl-C before token ``at``."""
-    stream = source.stream
+def interrupted(source: Script, at: int) -> Callable[..., Iterator[Token]]:
+    """Source that raises Ctrl-C before token ``at``."""
+    tokens = source.tokens
 
-    def cut(*arguments: object) -> Iterator[int]:
-        for index, token in enumerate(stream(*arguments)):  # type: ignore[arg-type]
+    def cut(*arguments: object) -> Iterator[Token]:
+        for index, token in enumerate(tokens(*arguments)):  # type: ignore[arg-type]
             if index == at:
                 raise KeyboardInterrupt
             yield token
@@ -93,7 +92,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
 ) -> None:
     source = Script(smol, "one two three four")
     conversation = Conversation(source.model, 100, GREEDY)
-    monkeypatch.setattr(source, "stream", interrupted(source, 2))
+    monkeypatch.setattr(source, "tokens", interrupted(source, 2))
     shown = says(conversation, [KeyboardInterrupt, "count"])
     assert "one two\n2 tokens" in shown and "stopped" in shown and "three" not in shown
     assert source.open == 0
@@ -101,7 +100,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
     monkeypatch.undo()
     assert "one two three four" in says(conversation, ["go on"])
     conversation.messages.clear()
-    monkeypatch.setattr(source, "stream", interrupted(source, 0))
+    monkeypatch.setattr(source, "tokens", interrupted(source, 0))
     assert "0 tokens" in says(conversation, ["count"])
     assert conversation.messages == []  # a question without an answer would not be a conversation
 

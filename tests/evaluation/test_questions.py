@@ -1,4 +1,4 @@
-"""Questions read as training reads them; references may be several."""
+"""Questions are encoded as in training; there may be several references."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from raycloud.data.batches import encode
 from raycloud.data.prompts import Format
 from raycloud.data.sources import load_rows
-from raycloud.data.splits import Row, spread
+from raycloud.data.splits import Row, evenly_spread_indices
 from raycloud.errors import DataError
-from raycloud.evaluation.questions import ask, references
+from raycloud.evaluation.questions import build_questions, references
 from raycloud.models.loading import load_tokenizer, resolve
 
 ROWS: list[Row] = [
@@ -28,41 +28,41 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.mark.parametrize("form", ["alpaca", "chat"])
-@pytest.mark.parametrize("max_prompt", [80, 256])
+@pytest.mark.parametrize("max_prompt_length", [80, 256])
 def test_models_are_asked_what_they_were_trained_on(
-    tokenizer: PreTrainedTokenizerBase, form: Format, max_prompt: int
+    tokenizer: PreTrainedTokenizerBase, form: Format, max_prompt_length: int
 ) -> None:
-    questions = ask(ROWS, tokenizer, form, max_prompt=max_prompt)
+    questions = build_questions(ROWS, tokenizer, form, max_prompt_length=max_prompt_length)
     for max_length in (90, 512):
-        samples = encode(ROWS, tokenizer, form, max_length=max_length, max_prompt=max_prompt)
-        assert references(questions, tokenizer, max_length) == samples
+        samples = encode(ROWS, tokenizer, form, max_length=max_length, max_prompt_length=max_prompt_length)
+        assert references(questions, tokenizer, form, max_length) == samples
     for question in questions:
-        assert len(question.ids) <= max_prompt
+        assert len(question.ids) <= max_prompt_length
         assert question.prompt == tokenizer.decode(question.ids)
 
 
 def test_plain_questions_have_no_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    questions = ask(ROWS, tokenizer, "plain", max_prompt=20)
+    questions = build_questions(ROWS, tokenizer, "plain", max_prompt_length=20)
     assert questions[0].prompt == "Name a colour." and questions[2].prompt == "Say it twice.\n\nno"
     assert questions[1].prompt.startswith("Translate.\n\nGuten Morgen,") and len(questions[1].ids) == 20
 
 
 def test_every_reference_counts(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [{**ROWS[0], "output": ["Red.", "Dark blue."]}, ROWS[2]]
-    questions = ask(rows, tokenizer, "alpaca", max_prompt=256)
+    questions = build_questions(rows, tokenizer, "alpaca", max_prompt_length=256)
     assert [question.references for question in questions] == [("Red.", "Dark blue."), ("no no",)]
-    samples = references(questions, tokenizer, 512)
+    samples = references(questions, tokenizer, "alpaca", 512)
     ends = [tokenizer.decode(sample.ids[sample.prompt :]) for sample in samples]
     assert ends == [f"{text}{tokenizer.eos_token}" for text in ("Red.", "Dark blue.", "no no")]
     with pytest.raises(DataError, match="max_length=3"):
-        references(questions, tokenizer, 3)
+        references(questions, tokenizer, "alpaca", 3)
 
 
 def test_a_limit_spreads_over_the_set_and_keeps_the_numbers(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert spread(10, None) == list(range(10)) == spread(10, 99)
-    assert spread(10, 4) == [0, 2, 5, 7] and spread(3, 1) == [0]
+    assert evenly_spread_indices(10, None) == list(range(10)) == evenly_spread_indices(10, 99)
+    assert evenly_spread_indices(10, 4) == [0, 2, 5, 7] and evenly_spread_indices(3, 1) == [0]
     rows = [{**ROWS[0], "instruction": f"Name {number}."} for number in range(10)]
-    assert [(q.number, q.prompt) for q in ask(rows, tokenizer, "plain", max_prompt=9, limit=4)] == [
+    assert [(q.number, q.prompt) for q in build_questions(rows, tokenizer, "plain", max_prompt_length=9, limit=4)] == [
         (number, f"Name {number}.") for number in (0, 2, 5, 7)
     ]
 
@@ -74,15 +74,15 @@ def test_a_limit_spreads_over_the_set_and_keeps_the_numbers(tokenizer: PreTraine
             {"text": "a", "output": "b"},
             "row 1: an evaluation needs the text column 'instruction'; the row has: text, o",
         ),
-        ({"instruction": "a"}, "row 1: 'output' must be a text or a list of texts, got None"),
-        ({"instruction": "a", "output": []}, r"row 1: .*got \[\]"),
-        ({"instruction": "a", "output": ["b", 3]}, r"row 1: .*got \['b', 3\]"),
+        ({"instruction": "a"}, "row 1: 'output' is null; allowed: a text, or a list of texts"),
+        ({"instruction": "a", "output": []}, r"row 1: 'output' is the list \[\]"),
+        ({"instruction": "a", "output": ["b", 3]}, r"row 1: 'output' is the list \['b', 3\]"),
         ({"instruction": "", "output": "b"}, "row 1: the prompt is empty"),
     ],
 )
 def test_bad_rows_are_named(tokenizer: PreTrainedTokenizerBase, row: Row, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        ask([ROWS[0], row], tokenizer, "plain", max_prompt=64)
+        build_questions([ROWS[0], row], tokenizer, "plain", max_prompt_length=64)
 
 
 def test_all_takes_every_row_of_a_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""ROUGE-L against the formula, and what exact match forgives."""
+"""ROUGE-L against its formula, and normalisation in exact match."""
 
 from __future__ import annotations
 

@@ -1,13 +1,15 @@
-"""SQuAD's measures by worked examples, and the likeliest span against trying them all."""
+"""SQuAD metrics on worked examples, and the best span against a brute-force search."""
 
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from raycloud.evaluation.spans import best_over, best_spans, exact_match, normalised, overlap_f1
+from raycloud.evaluation.spans import best_match, best_spans, exact_match, normalised, overlap_f1
 
 
 def test_answers_are_compared_without_articles_punctuation_and_case() -> None:
@@ -25,9 +27,19 @@ def test_overlap_counts_words_as_often_as_both_have_them() -> None:
 
 
 def test_the_best_of_several_truths_counts() -> None:
-    assert best_over(overlap_f1, "Ada Lovelace", ["Babbage", "Lovelace"]) == pytest.approx(2 / 3)
-    assert best_over(exact_match, "", []) == 1.0
-    assert best_over(exact_match, "something", []) == 0.0
+    assert best_match(overlap_f1, "Ada Lovelace", ["Babbage", "Lovelace"]) == pytest.approx(2 / 3)
+    assert best_match(exact_match, "", []) == 1.0
+    assert best_match(exact_match, "something", []) == 0.0
+
+
+def test_scores_are_those_of_the_official_script() -> None:
+    """Answers of only articles and punctuation are included; the data file says how its numbers were made."""
+    cases = json.loads(Path(__file__).with_name("squad_v2.json").read_text(encoding="utf-8"))["cases"]
+    assert len(cases) == 20
+    for case in cases:
+        answer, truths = case["answer"], case["truths"]
+        assert best_match(exact_match, answer, truths) == case["exact"], case
+        assert best_match(overlap_f1, answer, truths) == pytest.approx(case["f1"]), case
 
 
 def test_spans_are_the_likeliest_that_are_allowed() -> None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raycloud.link.codecs import CODECS
+from raycloud.link.codecs.floats import CODECS
 from raycloud.link.meter import Meter
 
 
 @pytest.mark.parametrize(("name", "error"), [("float32", 0.0), ("float16", 2**-11), ("bfloat16", 2**-8)])
 def test_round_trip_within_the_types_precision_row_by_row(name: str, error: float) -> None:
     codec = CODECS[name]
-    rows = torch.randn(17, 24, generator=torch.Generator().manual_seed(0)) * 50
-    payload = codec.encode(rows)
+    hidden = torch.randn(17, 24, generator=torch.Generator().manual_seed(0)) * 50
+    payload = codec.encode(hidden)
     assert payload.dtype == torch.uint8
     assert payload.shape == (17, codec.bytes_per_row(24))
     back = codec.decode(payload)
-    assert ((back - rows).abs() <= rows.abs() * error).all()
+    assert ((back - hidden).abs() <= hidden.abs() * error).all()
     assert torch.equal(codec.decode(payload[3:9]), back[3:9])
 
 

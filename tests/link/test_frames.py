@@ -1,4 +1,4 @@
-"""Frames: one header of 80 bytes, nothing damaged gets through, bodies are maps with a schema and run nothing."""
+"""Frames: a header of 52 bytes, damage is detected, bodies are maps with a schema and execute nothing."""
 
 from __future__ import annotations
 
@@ -7,31 +7,49 @@ import os
 import pickle
 import random
 import struct
+from enum import IntEnum
 
 import google_crc32c
 import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import Field
 
 from raycloud.link.frames import (
     HEADER_BYTES,
-    MAX_CONTROL,
-    MAX_DEADLINE_S,
+    MAX_BODY,
     MAX_FRAME,
-    Busy,
+    PIECE_BYTES,
+    BusyReply,
+    ErrorReply,
     Frame,
     FrameError,
-    Kind,
-    Open,
-    Opened,
-    Refusal,
-    Resumed,
-    body,
+    OpenRequest,
+    ResumeReply,
+    SessionGrant,
+    SessionKind,
+    message_size,
+    parse_body,
     unpack,
 )
 
-ASKED = Open(fingerprint="abc", codec="float32", firsts=[2], seconds=[4], max_tokens=100)
+
+class OpenPainting(OpenRequest):
+    service: str = "painting"
+    fingerprint: str = Field(max_length=128)
+    codec: str
+    start_blocks: list[int] = Field(min_length=1, max_length=512)
+    end_blocks: list[int]
+    max_tokens: int = Field(ge=1)
+
+
+class PaintKind(IntEnum):
+    STROKE = 16
+    STROKE_OK = 200
+
+
+ASKED = OpenPainting(fingerprint="abc", codec="float32", start_blocks=[2], end_blocks=[4], max_tokens=100)
 
 
 def u(bits: int) -> st.SearchStrategy[int]:
@@ -40,29 +58,24 @@ def u(bits: int) -> st.SearchStrategy[int]:
 
 frames = st.builds(
     Frame,
-    kind=st.sampled_from(Kind),
+    kind=st.one_of(st.sampled_from(SessionKind), st.sampled_from(PaintKind)),
     session=st.binary(min_size=16, max_size=16),
     epoch=u(32),
-    seq=u(64),
-    ack=u(64),
-    keep=u(32),
-    pos=u(32),
-    rows=u(32),
-    out_rows=u(32),
-    first=u(16),
-    second=u(16),
-    codec=u(8),
-    deadline_s=st.integers(0, 0xFFFF).map(lambda tenths: tenths / 10),
-    payload=st.binary(max_size=300),
+    seq=u(32),
+    ack=u(32),
+    body=st.binary(max_size=300),
+    raw=st.binary(max_size=300),
+    offset=u(32),
+    rest=u(32),
 )
 
 
-def example(payload: bytes = b"some rows") -> Frame:
-    return Frame(Kind.STEP, os.urandom(16), 3, 7, 6, 20, 20, 2, 1, 2, 4, 1, 12.5, payload)
+def example(body: bytes = b"a map", raw: bytes = b"hidden") -> Frame:
+    return Frame(PaintKind.STROKE, os.urandom(16), 3, 7, 6, body, raw)
 
 
 def sealed(head: bytes, payload: bytes = b"") -> bytes:
-    """A frame whose checksum fits, whatever its header says."""
+    """Make a frame with a valid checksum and any header."""
     return head + struct.pack("<I", google_crc32c.extend(google_crc32c.value(head), payload)) + payload
 
 
@@ -70,20 +83,15 @@ def sealed(head: bytes, payload: bytes = b"") -> bytes:
 @given(frames)
 def test_every_field_arrives_as_it_was(frame: Frame) -> None:
     data = frame.pack()
-    assert len(data) == 80 + len(frame.payload)
-    assert data[HEADER_BYTES:] == frame.payload
-    assert unpack(data) == frame
+    assert len(data) == 52 + len(frame.body) + len(frame.raw) == frame.size
+    assert data[HEADER_BYTES:] == frame.body + frame.raw
+    assert unpack(data, PaintKind) == frame
 
 
-def test_the_header_has_80_bytes_and_begins_with_the_magic() -> None:
-    data = Frame(Kind.PING).pack()
-    assert HEADER_BYTES == len(data) == 80
+def test_the_header_has_52_bytes_and_begins_with_the_magic() -> None:
+    data = Frame(SessionKind.PING).pack()
+    assert HEADER_BYTES == len(data) == 52
     assert data[:4] == b"RCLD"
-
-
-def test_deadlines_travel_in_tenths_and_end_at_the_most_that_fits() -> None:
-    assert unpack(Frame(Kind.STEP, deadline_s=1.26).pack()).deadline_s == 1.3
-    assert unpack(Frame(Kind.STEP, deadline_s=1e6).pack()).deadline_s == MAX_DEADLINE_S
 
 
 def test_every_flipped_byte_is_refused() -> None:
@@ -93,40 +101,59 @@ def test_every_flipped_byte_is_refused() -> None:
             damaged = bytearray(data)
             damaged[at] ^= flip
             with pytest.raises(FrameError):
-                unpack(bytes(damaged))
+                unpack(bytes(damaged), PaintKind)
 
 
 def test_every_truncation_and_every_trailing_byte_is_refused() -> None:
     data = example().pack()
     for length in range(len(data)):
         with pytest.raises(FrameError):
-            unpack(data[:length])
-    with pytest.raises(FrameError, match="9 bytes of payload, there are 10"):
-        unpack(data + b"\0")
+            unpack(data[:length], PaintKind)
+    with pytest.raises(FrameError, match="5 bytes of body and 6 of raw data, there are 12"):
+        unpack(data + b"\0", PaintKind)
 
 
 def test_the_largest_frame_passes_and_one_byte_more_does_not() -> None:
-    largest = Frame(Kind.STEP, payload=bytes(MAX_FRAME - HEADER_BYTES))
-    assert unpack(largest.pack()) == largest
-    with pytest.raises(FrameError, match="exceeds"):
-        dataclasses.replace(largest, payload=bytes(MAX_FRAME - HEADER_BYTES + 1)).pack()
-    with pytest.raises(FrameError, match=f"80 to {MAX_FRAME} bytes"):
+    largest = Frame(SessionKind.PING, body=bytes(MAX_BODY), raw=bytes(PIECE_BYTES))
+    assert unpack(largest.pack()) == largest and len(largest.pack()) == MAX_FRAME
+    with pytest.raises(FrameError, match=f"at most {MAX_BODY} bytes, got {MAX_BODY + 1}"):
+        dataclasses.replace(largest, body=bytes(MAX_BODY + 1)).pack()
+    with pytest.raises(FrameError, match=f"at most {PIECE_BYTES} raw bytes, got {PIECE_BYTES + 1}"):
+        dataclasses.replace(largest, raw=bytes(PIECE_BYTES + 1)).pack()
+    with pytest.raises(FrameError, match=f"52 to {MAX_FRAME} bytes"):
         unpack(bytes(MAX_FRAME + 1))
+
+
+def test_a_kind_is_known_only_to_its_service() -> None:
+    data = Frame(PaintKind.STROKE).pack()
+    assert unpack(data, PaintKind).kind is PaintKind.STROKE
+    with pytest.raises(FrameError, match="no frame kind 16"):
+        unpack(data)
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES - 7])
+def test_large_raw_bytes_cross_in_pieces(size: int) -> None:
+    frame = example(raw=random.Random(size).randbytes(size))
+    pieces = [unpack(data, PaintKind) for data in frame.pieces()]
+    assert b"".join(piece.raw for piece in pieces) == frame.raw
+    assert [piece.body for piece in pieces] == [frame.body] + [b""] * (len(pieces) - 1)
+    assert sum(len(data) for data in frame.pieces()) == frame.size == message_size(len(frame.body), size)
+    assert all(piece.offset + len(piece.raw) + piece.rest == size for piece in pieces)
 
 
 @pytest.mark.parametrize(
     ("at", "value", "message"),
     [
         (slice(0, 4), b"HTTP", "magic b'HTTP'"),
-        (slice(4, 5), b"\2", "version 2"),
+        (slice(4, 5), b"\1", "version 1"),
         (slice(5, 6), b"\0", "no frame kind 0"),
         (slice(5, 6), b"\x63", "no frame kind 99"),
-        (slice(8, 10), b"\x60\0", "header 96"),
-        (slice(72, 76), b"\xff\xff\xff\xff", "4294967295 bytes of payload, there are 0"),
+        (slice(6, 8), b"\xff\xff", "65535 bytes of body and 0 of raw data, there are 0"),
+        (slice(44, 48), b"\xff\xff\xff\xff", "0 bytes of body and 4294967295 of raw data, there are 0"),
     ],
 )
 def test_wrong_fields_are_named_even_where_the_checksum_fits(at: slice, value: bytes, message: str) -> None:
-    head = bytearray(Frame(Kind.PING).pack()[:76])
+    head = bytearray(Frame(SessionKind.PING).pack()[:48])
     head[at] = value
     with pytest.raises(FrameError, match=message):
         unpack(sealed(bytes(head)))
@@ -134,18 +161,18 @@ def test_wrong_fields_are_named_even_where_the_checksum_fits(at: slice, value: b
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"rows": -1}, {"seq": 2**64}, {"epoch": 2**32}, {"first": 2**16}, {"codec": 256}, {"deadline_s": -1.0}],
+    [{"rest": -1}, {"seq": 2**32}, {"epoch": 2**32}, {"offset": 2**32}],
 )
 def test_numbers_that_do_not_fit_are_not_sent(wrong: dict[str, float]) -> None:
     with pytest.raises(FrameError, match="does not fit"):
-        Frame(Kind.STEP, **wrong).pack()  # type: ignore[arg-type]
+        Frame(SessionKind.PING, **wrong).pack()  # type: ignore[arg-type]
 
 
 def test_noise_is_no_frame() -> None:
     rng = random.Random(0)
     for _ in range(2000):
         noise = rng.randbytes(rng.randrange(200))
-        for data in (noise, b"RCLD\1\3" + noise):
+        for data in (noise, b"RCLD\2\3" + noise):
             with pytest.raises(FrameError):
                 unpack(data)
 
@@ -154,19 +181,21 @@ def test_noise_is_no_frame() -> None:
     "content",
     [
         ASKED,
-        Opened(lease_s=60.0, max_tokens=9, max_rows=8, credit=4, replica="r"),
-        Resumed(tokens=5, next_seq=2),
-        Busy(retry_after_s=0.5),
-        Refusal(code="gap", message="step 9 came", expected=3),
+        SessionGrant(lease_s=60.0, credit=4, replica="r"),
+        ResumeReply(next_seq=2, received=5),
+        BusyReply(retry_after_s=0.5),
+        ErrorReply(code="gap", message="step 9 came", expected=3),
     ],
 )
-def test_bodies_arrive_as_they_were(content: Open | Opened | Resumed | Busy | Refusal) -> None:
-    assert body(unpack(Frame(Kind.OPEN, payload=content.pack()).pack()), type(content)) == content
+def test_bodies_arrive_as_they_were(
+    content: OpenPainting | SessionGrant | ResumeReply | BusyReply | ErrorReply,
+) -> None:
+    assert parse_body(unpack(Frame(SessionKind.OPEN, body=content.pack()).pack()), type(content)) == content
 
 
 def test_keys_of_later_versions_are_ignored() -> None:
     later = msgpack.packb({**ASKED.model_dump(), "colour": "green", "adapters": [1, {"a": b"b"}]})
-    assert body(Frame(Kind.OPEN, payload=later), Open) == ASKED
+    assert parse_body(Frame(SessionKind.OPEN, body=later), OpenPainting) == ASKED
 
 
 @pytest.mark.parametrize(
@@ -175,11 +204,11 @@ def test_keys_of_later_versions_are_ignored() -> None:
         {"fingerprint": 5},
         {"fingerprint": "a" * 129},
         {"codec": None},
-        {"firsts": []},
-        {"firsts": "2"},
-        {"firsts": [[2]]},
-        {"firsts": list(range(513))},
-        {"seconds": {"4": 4}},
+        {"start_blocks": []},
+        {"start_blocks": "2"},
+        {"start_blocks": [[2]]},
+        {"start_blocks": list(range(513))},
+        {"end_blocks": {"4": 4}},
         {"max_tokens": 0},
         {"max_tokens": float("nan")},
         {"max_tokens": "many"},
@@ -188,14 +217,14 @@ def test_keys_of_later_versions_are_ignored() -> None:
 def test_wrong_values_are_refused_and_named(change: dict[str, object]) -> None:
     payload = msgpack.packb({**ASKED.model_dump(), **change})
     with pytest.raises(FrameError, match=f"OPEN: {next(iter(change))}") as caught:
-        body(Frame(Kind.OPEN, payload=payload), Open)
+        parse_body(Frame(SessionKind.OPEN, body=payload), OpenPainting)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), -1.0])
 def test_no_one_is_told_to_come_back_before_now(value: float) -> None:
     with pytest.raises(FrameError, match="retry_after_s"):
-        body(Frame(Kind.BUSY, payload=msgpack.packb({"retry_after_s": value})), Busy)
+        parse_body(Frame(SessionKind.BUSY, body=msgpack.packb({"retry_after_s": value})), BusyReply)
 
 
 @pytest.mark.parametrize(
@@ -220,13 +249,13 @@ def test_no_one_is_told_to_come_back_before_now(value: float) -> None:
 )
 def test_what_is_no_map_is_refused(payload: bytes) -> None:
     with pytest.raises(FrameError, match=r"^OPEN: "):
-        body(Frame(Kind.OPEN, payload=payload), Open)
+        parse_body(Frame(SessionKind.OPEN, body=payload), OpenPainting)
 
 
 def test_bodies_over_the_limit_are_not_even_parsed() -> None:
-    padded = msgpack.packb({**ASKED.model_dump(), "more": "x" * MAX_CONTROL})
-    with pytest.raises(FrameError, match=f"at most {MAX_CONTROL} bytes"):
-        body(Frame(Kind.OPEN, payload=padded), Open)
+    padded = msgpack.packb({**ASKED.model_dump(), "more": "x" * MAX_BODY})
+    with pytest.raises(FrameError, match=f"at most {MAX_BODY} bytes"):
+        parse_body(Frame(SessionKind.OPEN, body=padded), OpenPainting)
 
 
 class Explosive:
@@ -239,20 +268,20 @@ class Explosive:
 @pytest.mark.parametrize("tag", [0, 1, 42, 127, -1])
 def test_nothing_in_a_body_is_executed(tag: int) -> None:
     bomb = pickle.dumps(Explosive())
-    bare = Frame(Kind.OPEN, payload=bomb)
+    bare = Frame(SessionKind.OPEN, body=bomb)
     extension = msgpack.ExtType(tag, bomb) if tag >= 0 else msgpack.Timestamp(1)
-    value = Frame(Kind.OPEN, payload=msgpack.packb({**ASKED.model_dump(), "fingerprint": extension}))
-    unknown = Frame(Kind.OPEN, payload=msgpack.packb({**ASKED.model_dump(), "more": extension}))
+    value = Frame(SessionKind.OPEN, body=msgpack.packb({**ASKED.model_dump(), "fingerprint": extension}))
+    unknown = Frame(SessionKind.OPEN, body=msgpack.packb({**ASKED.model_dump(), "more": extension}))
     for frame in (bare, value):
         with pytest.raises(FrameError):
-            body(frame, Open)
-    assert body(unknown, Open) == ASKED
+            parse_body(frame, OpenPainting)
+    assert parse_body(unknown, OpenPainting) == ASKED
     assert not Explosive.fired
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200))
 def test_no_body_raises_anything_but_a_frame_error(payload: bytes) -> None:
-    for schema in (Open, Opened, Resumed, Busy, Refusal):
+    for schema in (OpenPainting, SessionGrant, ResumeReply, BusyReply, ErrorReply):
         with pytest.raises(FrameError):
-            body(Frame(Kind.ERROR, payload=payload), schema)
+            parse_body(Frame(SessionKind.ERROR, body=payload), schema)

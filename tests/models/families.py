@@ -33,7 +33,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def tiny(
     name: str, *, attention: str = "sdpa", dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any
 ) -> PreTrainedModel:
-    """A random model of the family, wide enough in its weights that every token matters."""
+    """Make a random model of the family, with weights that vary enough for every token to matter."""
     model_type, options = FAMILIES[name]
     options = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **options, **changes}
     wide = "init_std" if model_type == "opt" else "initializer_range"

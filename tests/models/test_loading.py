@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
-from raycloud.errors import FetchError, ModelError
-from raycloud.models.loading import load, load_config, resolve
+from raycloud.durable import write_folder
+from raycloud.errors import ChecksumError, FetchError, ModelError
+from raycloud.models.checkpoint import Checkpoint
+from raycloud.models.loading import check_model, load, load_config, load_tokenizer, resolve
 from tests.models.families import tiny
 
 
@@ -52,7 +56,7 @@ def test_a_corrupt_gguf_is_one_line_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("builtin:nothing", FetchError, "there are: builtin:smollm2-135m-instruct"),
+        ("builtin:nothing", FetchError, "available: builtin:smollm2-135m-instruct"),
         ("builtin:reviews", ModelError, "is data, not a model"),
         ("./nowhere", ModelError, "allowed: a directory"),
         ("/nowhere/model.gguf", ModelError, "no GGUF file"),
@@ -75,9 +79,48 @@ def test_a_family_without_a_record_lists_those_with_one(tmp_path: Path) -> None:
         load_config(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_flipped_byte_of_a_folder_with_checksums_is_named(name: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """transformers itself would load such weights without an error."""
+    model = tmp_path / "model"
+    write_folder(model, lambda to: shutil.copytree(tiny_llama, to, dirs_exist_ok=True) and None)
+    load(str(model))
+    content = bytearray((model / name).read_bytes())
+    content[-3] ^= 1
+    (model / name).write_bytes(content)
+    readers = [load, Checkpoint]
+    if name != "model.safetensors":
+        readers.append({"tokenizer.json": load_tokenizer, "config.json": load_config}[name])
+    for read in readers:
+        with pytest.raises(ChecksumError, match=f"{name}' is damaged or was changed") as raised:
+            read(str(model))
+        assert "\n" not in str(raised.value)
+    (model / "checksums.json").unlink()  # as a folder from a hub: nothing to compare
+    if name == "model.safetensors":
+        load(str(model))
+
+
+def test_a_model_without_a_tokenizer_says_which_file_is_missing(tmp_path: Path) -> None:
+    tiny("llama", dtype=torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"holds no tokenizer; allowed: one of the files tokenizer\.json, "):
+        load_tokenizer(str(tmp_path))
+
+
 def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
     tiny("llama", dtype=torch.float32).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(ModelError, match="cannot load") as raised:
+    with pytest.raises(ModelError, match="cannot read") as raised:
         load(str(tmp_path))
     assert "\n" not in str(raised.value)
+
+
+def test_a_job_is_told_before_it_starts_that_tensors_are_missing(tmp_path: Path) -> None:
+    tiny("llama", dtype=torch.float32).save_pretrained(tmp_path)
+    assert check_model(str(tmp_path)).num_hidden_layers == 6
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["lm_head.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    for ask in (check_model, load):
+        with pytest.raises(ModelError, match=r"lacks lm_head\.weight"):
+            ask(str(tmp_path))

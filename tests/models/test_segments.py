@@ -15,7 +15,8 @@ from tests.models.families import FAMILIES, tiny
 
 
 def tolerance(family: str) -> float:
-    """RMSNorm and OPT's eager softmax compute in float32 whatever the dtype; its epsilon is then the best there is."""
+    """Tolerance: RMSNorm and OPT's eager softmax compute in float32 for any dtype, so its epsilon is the best
+    possible."""
     return 1e-9 if family.startswith(("gpt2", "bert")) else 1e-5
 
 
@@ -26,7 +27,7 @@ def relative(ours: Tensor, reference: Tensor) -> float:
     return float((ours - reference).norm() / reference.norm())
 
 
-def triad(model: PreTrainedModel, first: int, second: int) -> list[Segment]:
+def three_parts(model: PreTrainedModel, first: int, second: int) -> list[Segment]:
     middle = Segment(model, first, second, embed=False, head=False)
     return [Segment(model, 0, first, head=False), middle, Segment(model, second, 6, embed=False)]
 
@@ -48,7 +49,7 @@ def test_every_cut_prefills_like_the_unsplit_model(family: str, attention: str) 
     with torch.no_grad():
         reference = model(input_ids=ids).logits
         for first, second in itertools.combinations_with_replacement(range(7), 2):
-            parts = triad(model, first, second)
+            parts = three_parts(model, first, second)
             assert relative(chain(parts, ids), reference) <= tolerance(family), (first, second)
 
 
@@ -59,7 +60,7 @@ def test_every_cut_decodes_uneven_chunks_like_the_unsplit_model(family: str, att
     with torch.no_grad():
         reference = model(input_ids=ids).logits
         for first, second in itertools.combinations_with_replacement(range(7), 2):
-            parts = triad(model, first, second)
+            parts = three_parts(model, first, second)
             caches = [KVCache() for _ in parts]
             chunks = [chain(parts, chunk, caches) for chunk in ids.split([9, 1, 1, 13, 2, 1, 13], dim=1)]
             assert relative(torch.cat(chunks, dim=1), reference) <= tolerance(family), (first, second)
@@ -84,7 +85,7 @@ def test_padding_on_either_side_changes_nothing(family: str, side: str, attentio
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_ragged_batch_decodes_like_each_text_alone(family: str) -> None:
-    """Left-padded prompts of different lengths, then one token at a time."""
+    """Left-padded prompts of different lengths, followed by one token at a time."""
     model = tiny(family)
     texts = [text(5, 1), text(12, 1)]
     whole = Segment(model)
@@ -136,3 +137,14 @@ def test_middle_segment_has_no_head() -> None:
     assert part.head is None and not part._embedding
     with pytest.raises(ValueError, match="holds no head"):
         part.logits(torch.zeros(1, 1, 32, dtype=torch.float64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_on_a_gpu_say_what_the_unsplit_model_says_on_the_cpu(family: str) -> None:
+    model, ids = tiny(family), text()
+    with torch.no_grad():
+        reference = model(input_ids=ids).logits
+        model.to("cuda")
+        ours = chain(three_parts(model, 2, 4), ids.to("cuda")).cpu()
+    assert relative(ours, reference) <= 1e-5

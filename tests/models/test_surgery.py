@@ -1,4 +1,4 @@
-"""Students cut from a model, and one model from several."""
+"""Students made from blocks of one model, and one model merged from several."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from raycloud.errors import ModelError
-from raycloud.models.anatomy import blocks_of
 from raycloud.models.segments import Segment
+from raycloud.models.structure import blocks_of
 from raycloud.models.surgery.extraction import extract
-from raycloud.models.surgery.importance import angular_distances, evenly_spaced, largest
-from raycloud.models.surgery.merging import weighted_average
+from raycloud.models.surgery.importance import angular_distances, evenly_spaced, most_important
 from raycloud.models.weights import build, load_weights, weights_of
 from tests.models.families import FAMILIES, tiny
 
@@ -26,10 +25,10 @@ def test_a_student_is_its_blocks_and_loads_like_any_model(family: str, tmp_path:
     model, blocks = tiny(family, dtype=torch.float32), [0, 2, 3, 5]
     student = extract(model, blocks)
     with torch.no_grad():
-        rows = Segment(model, 0, 0, head=False).rows(IDS)
+        hidden = Segment(model, 0, 0, head=False).hidden(IDS)
         for index in blocks:
-            rows = Segment(model, index, index + 1, embed=False, head=False).rows(rows)
-        expected = Segment(model, 6, 6)(rows)
+            hidden = Segment(model, index, index + 1, embed=False, head=False).hidden(hidden)
+        expected = Segment(model, 6, 6)(hidden)
         assert torch.allclose(student(input_ids=IDS).logits, expected, atol=1e-5)
         student.save_pretrained(tmp_path)
         auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
@@ -68,7 +67,7 @@ def test_a_block_that_does_nothing_matters_least() -> None:
     valid = torch.ones_like(IDS, dtype=torch.bool)
     distances = angular_distances(model, [(IDS, valid)])
     assert distances[3] == pytest.approx(0, abs=1e-3)
-    assert largest(distances, 5) == [0, 1, 2, 4, 5]
+    assert most_important(distances, 5) == [0, 1, 2, 4, 5]
 
 
 def test_padding_does_not_change_importance() -> None:
@@ -77,16 +76,6 @@ def test_padding_does_not_change_importance() -> None:
     mask = torch.cat([valid, torch.zeros(2, 7, dtype=torch.bool)], dim=1)
     plain, ragged = angular_distances(model, [(IDS, valid)]), angular_distances(model, [(padded, mask)])
     assert torch.allclose(plain, ragged, atol=1e-6)
-
-
-def test_averages_are_weighted_by_share() -> None:
-    a, b = {"w": torch.zeros(3)}, {"w": torch.full((3,), 4.0)}
-    assert torch.equal(weighted_average([a, b], [3, 1])["w"], torch.ones(3))
-    assert torch.equal(weighted_average([b], [7])["w"], b["w"])
-    with pytest.raises(ValueError, match="positive shares"):
-        weighted_average([a, b], [1, 0])
-    with pytest.raises(ValueError, match="same tensors"):
-        weighted_average([a, {"v": torch.zeros(3)}], [1, 1])
 
 
 def test_weights_rebuild_the_model_and_strange_ones_are_refused() -> None:

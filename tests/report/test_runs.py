@@ -1,4 +1,4 @@
-"""Result directories found, told apart and rendered again."""
+"""Result directories: found, identified and rendered again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 from raycloud.distill.recipe import DistillRecipe
 from raycloud.errors import ResultError
+from raycloud.jobs.registry import REPORTS
 from raycloud.report.console import console
 from raycloud.report.render import render
 from raycloud.report.runs import Run, find_runs, print_runs
@@ -43,7 +44,7 @@ COMPARED = {
 
 @pytest.fixture
 def broken_off(tmp_path: Path) -> Path:
-    """A distillation that was stopped after the second of three rounds."""
+    """Directory of a distillation that was stopped after the second of three rounds."""
     path = tmp_path / "results" / "broken-off"
     with ResultDir.open(path, DistillRecipe.parse({"rounds": {"count": 3}}), "new") as results:
         for number in range(2):
@@ -61,7 +62,7 @@ def complete(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def search(tmp_path: Path) -> Path:
-    """A search with a trial below it."""
+    """Directory of a search with one trial."""
     path = tmp_path / "results" / "search"
     with ResultDir.open(path / "trials" / "a-1", DistillRecipe(seed=1), "new") as results:
         results.write_summary(DONE)
@@ -72,7 +73,7 @@ def search(tmp_path: Path) -> Path:
 
 
 def only(folder: Path) -> Run:
-    (run,) = find_runs([folder])
+    (run,) = find_runs([folder], REPORTS)
     return run
 
 
@@ -82,7 +83,7 @@ def test_runs_are_found_at_any_depth_the_newest_last(
     for age, path in enumerate((broken_off, search, complete)):
         for file in path.glob("*.*"):
             os.utime(file, (1e9 + age, 1e9 + age))
-    found = find_runs([broken_off.parent])
+    found = find_runs([broken_off.parent], REPORTS)
     assert [run.path for run in found] == [broken_off, search, complete]  # the trial belongs to its search
     assert [(run.job, run.state) for run in found] == [
         ("distill", "interrupted"),
@@ -101,6 +102,26 @@ def test_runs_are_found_at_any_depth_the_newest_last(
         print_runs(found)
     assert ids[0] in printed.get()
     assert "student_ppl_after 20" in printed.get() and "round 2/3" in printed.get()
+
+
+def test_a_list_is_whole_at_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths and ids are never cut or wrapped, because the user passes them to the next command."""
+    names = [
+        Path("results") / f"a-run-of-a-long-experiment-with-a-teacher-and-a-student-{seed:02}" for seed in range(3)
+    ]
+    numbers: dict[str, float | str] = {"student_ppl_before": 556.4, "student_ppl_after": 159.6, "gap_closed": 1.04}
+    numbers |= {"agreement_after": 0.5, "best": "skewed_reverse_kl"}
+    runs = [Run(path, "tune_teacher", "interrupted", 1e9, numbers, f"0123456{at}") for at, path in enumerate(names)]
+    monkeypatch.setattr(console, "width", 80)
+    with console.capture() as printed:
+        print_runs(runs)
+    lines = printed.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line for line in lines if not line.startswith(" ")] == list(map(str, names))
+    for at in range(3):
+        assert any(line.split()[:3] == [f"0123456{at}", "tune_teacher", "interrupted"] for line in lines)
+    said = " ".join(line.strip() for line in lines)
+    assert said.count("student_ppl_after 159.6, gap_closed 1.04, agreement_after 0.5, best skewed_reverse_kl") == 3
 
 
 def test_a_run_whose_lock_is_held_runs(broken_off: Path) -> None:
@@ -128,25 +149,25 @@ def test_other_jobs_show_what_they_have(tmp_path: Path) -> None:
 
 
 def test_a_search_is_rendered_again(search: Path) -> None:
-    assert render(search) == search / "comparison.html"
+    assert render(search, REPORTS) == search / "comparison.html"
     page = (search / "comparison.html").read_text()
     assert "no space" in page and "seed: 41" in page
     (search / "rows.jsonl").unlink()
-    render(search)
+    render(search, REPORTS)
     assert "seed: 1\n" in (search / "comparison.html").read_text()
 
 
 def test_what_has_no_page_is_refused_in_one_line(broken_off: Path, tmp_path: Path) -> None:
     with pytest.raises(ResultError, match=r"no summary\.json to report yet: the run is interrupted"):
-        render(broken_off)
-    with pytest.raises(ResultError, match="is no result directory"):
-        render(broken_off.parent)
+        render(broken_off, REPORTS)
+    with pytest.raises(ResultError, match="is not a result directory"):
+        render(broken_off.parent, REPORTS)
     with pytest.raises(ResultError, match="no folder"):
-        render(tmp_path / "nowhere")
+        render(tmp_path / "nowhere", REPORTS)
     (tmp_path / "recipe.yaml").write_text("job: evaluate\n")
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(ResultError, match="the job 'evaluate', which has no page; allowed: tune_teacher, distill"):
-        render(tmp_path)
+        render(tmp_path, REPORTS)
 
 
 def test_the_verbs_need_no_ray(complete: Path, search: Path) -> None:

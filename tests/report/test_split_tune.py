@@ -1,4 +1,4 @@
-"""What is said of a run of split fine-tuning."""
+"""Report of a run of split fine-tuning."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def test_bytes_are_in_kilobytes_and_seconds_in_thousandths(monkeypatch: pytest.M
     rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in captured.get().splitlines()]
     for row in (
         ["held-out perplexity", "22.38", "4.064"],
-        ["kB of a step in all", "", "660.2"],
-        ["of these to the cloud", "", "440.0"],
-        ["seconds of a step", "", "6.580"],
-        ["seconds that the edge waited for cloud and link", "", "0.000"],
+        ["kB per step in total", "", "660.2"],
+        ["kB per step to the cloud", "", "440.0"],
+        ["seconds per step", "", "6.580"],
+        ["seconds per step of waiting for cloud and link", "", "0.000"],
     ):
         assert row in rows

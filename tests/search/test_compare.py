@@ -1,13 +1,16 @@
-"""Comparisons against values by hand and scipy."""
+"""Comparisons against values computed by hand and by SciPy."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 from scipy.stats import bootstrap, wilcoxon
 
-from raycloud.search.compare import Spread, compare, mean_scores, paired, spread
-from raycloud.search.rows import Row
+from raycloud.report.search import _sorted as ranked
+from raycloud.search.compare import Spread, best, compare, mean_scores, paired, spread
+from raycloud.search.rows import TrialRow
 from raycloud.search.space import Metric, Space, Variant
 
 
@@ -56,15 +59,15 @@ def test_a_whole_comparison() -> None:
         references={"none": {"ppl": "before"}},
     )
 
-    def row(variant: str, seed: int, ppl: float, texts: dict[str, dict[str, float]]) -> Row:
+    def row(variant: str, seed: int, ppl: float, texts: dict[str, dict[str, float]]) -> TrialRow:
         metrics = {"ppl": ppl, "before": 50.0}
-        return Row(variant=variant, seed=seed, recipe={}, metrics=metrics, texts=texts, seconds=4.0)
+        return TrialRow(variant=variant, seed=seed, recipe={}, metrics=metrics, texts=texts, seconds=4.0)
 
     rows = [
         row("plain", 1, 10.0, {"nll": {"a": 2.0, "b": 3.0}}),
         row("good", 1, 8.0, {"nll": {"a": 1.0, "b": 1.0}}),
         row("good", 2, 6.0, {"nll": {"a": 2.0, "b": 2.0}, "kl": {"a": 1.0}}),
-        Row(variant="broken", seed=1, recipe={}, error="a wall"),
+        TrialRow(variant="broken", seed=1, recipe={}, error="a wall"),
     ]
     found = compare(space, rows)
     assert found["best"] == "good"
@@ -79,3 +82,32 @@ def test_a_whole_comparison() -> None:
     assert good["paired"].keys() == {"nll"}
     assert good["paired"]["nll"]["difference"] == pytest.approx(-1.0)
     assert broken["failed"] == [{"seed": 1, "error": "a wall"}] and broken["metrics"]["ppl"] is None
+
+
+@pytest.mark.parametrize("error", [None, "ppl: no finite number, the run has diverged"])
+def test_a_variant_with_a_seed_that_diverged_wins_nothing(error: str | None) -> None:
+    """Regression: the mean of the other seeds was the best, so the variant was also on the Pareto front."""
+    space = Space(
+        base={"job": "distill"},
+        variants={"steady": Variant(), "wild": Variant(overrides={"seed": 1}), "slow": Variant(overrides={"seed": 2})},
+        metrics=[Metric(name="ppl", direction="min"), Metric(name="agreement", direction="max")],
+    )
+
+    def row(variant: str, seed: int, ppl: float | None, agreement: float = 0.5) -> TrialRow:
+        failed = {"error": error} if ppl is None else {}
+        return TrialRow(variant=variant, seed=seed, recipe={}, metrics={"ppl": ppl, "agreement": agreement}, **failed)
+
+    rows = [row("wild", 1, 2.0, 0.9), row("wild", 2, None), row("steady", 1, 5.0), row("steady", 2, 6.0)]
+    found = compare(space, [*rows, row("slow", 1, 7.0)])
+    assert (found["best"], found["pareto"]) == ("steady", ["steady"])
+    wild = next(one for one in found["variants"] if one["name"] == "wild")
+    assert (wild["seeds"], wild["diverged"]) == ([1], [2])
+    assert wild["failed"][0]["error"] == (error or "no finite number: ppl")
+    assert [one["name"] for one in ranked({**found, "trials": 5, "failed": 1})] == ["steady", "slow", "wild"]
+
+
+def test_the_best_is_a_number() -> None:
+    lowest, highest = (Metric(name="m", direction=way) for way in ("min", "max"))
+    means = {"nan": math.nan, "low": -math.inf, "high": math.inf, "one": 1.0, "two": 2.0}
+    assert (best(lowest, means), best(highest, means)) == ("one", "two")
+    assert best(lowest, {"nan": math.nan}) is None

@@ -1,22 +1,27 @@
-"""The rows file: appended whole, mended after a crash, held by one search."""
+"""Table of trials: appended atomically, repaired after a crash, locked by one search."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from raycloud.distill.recipe import DistillRecipe
 from raycloud.errors import ResultError
-from raycloud.search.rows import Row, RowFile, latest, numbers_of, texts_of
+from raycloud.search.rows import RowFile, TrialRow, check_recipes, latest, numbers_of, texts_of
 from raycloud.search.space import Metric, Space, Variant, trials
+from raycloud.split.recipe import SplitPlanRecipe
+
+ROOT = Path(__file__).parents[2]
 
 
-def row(number: int, error: str | None = None) -> Row:
-    return Row(variant="a", seed=number, recipe={"seed": number}, metrics={"ppl": 1.5}, seconds=2.0, error=error)
+def row(number: int, error: str | None = None) -> TrialRow:
+    return TrialRow(variant="a", seed=number, recipe={"seed": number}, metrics={"ppl": 1.5}, seconds=2.0, error=error)
 
 
-def write(path: Path, *rows: Row) -> None:
+def write(path: Path, *rows: TrialRow) -> None:
     with RowFile.open(path) as file:
         for one in rows:
             file.append(one)
@@ -69,6 +74,21 @@ def test_the_latest_row_of_a_recipe_counts() -> None:
     strange = row(1).model_copy(update={"recipe": {"seed": 1, "colour": "red"}})
     rows = [row(1, "broke"), row(2), row(1), row(3), strange]
     assert latest(rows, [one, two]) == {one.fingerprint: row(1), two.fingerprint: row(2)}
+
+
+def test_rows_with_a_former_key_are_refused_and_those_of_other_jobs_are_not(tmp_path: Path) -> None:
+    old = row(1).model_copy(update={"recipe": {"job": "distill", "training": {"clip": 1.0}}})
+    message = f"rows '{tmp_path}', line 2: training.clip: this key is called max_grad_norm now"
+    with pytest.raises(ResultError, match=f"^{re.escape(message)}$"):
+        check_recipes([row(1), old], DistillRecipe, tmp_path)
+    check_recipes([row(1), old], SplitPlanRecipe, tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tune_spaces" / "rows").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_every_published_row_has_a_valid_recipe(path: Path) -> None:
+    rows = [TrialRow.model_validate_json(line) for line in path.read_text().splitlines()]
+    assert len(rows) > 20 and {row.recipe["job"] for row in rows} == {"distill"}
+    check_recipes(rows, DistillRecipe, path)
 
 
 def test_numbers_are_those_at_the_top_of_a_summary() -> None:

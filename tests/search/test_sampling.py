@@ -1,4 +1,4 @@
-"""Spaces that sample: domains, points, what the optimiser proposes, and whole searches on a tiny model."""
+"""Sampling spaces: domains, points, proposals of the optimiser, and whole searches on a tiny model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from ray.tune.search import Searcher
 from raycloud.errors import RecipeError
 from raycloud.search import run as search
 from raycloud.search.domain import Choice, Range
-from raycloud.search.rows import Row
-from raycloud.search.sampling import Proposals
-from raycloud.search.space import Metric, Space, Trial, example, point_of, trial_at
+from raycloud.search.rows import TrialRow
+from raycloud.search.sampling import OptunaProposals
+from raycloud.search.space import Metric, Space, Trial, example_trial, point_of, trial_at
+from tests.endings import report_of
 
 ROOT = Path(__file__).parents[2]
 BASE: dict[str, Any] = {"job": "split_plan", "tokens": 128, "new_tokens": 3, "device": "cpu", "dtype": "float32"}
@@ -32,8 +33,8 @@ def space(base: dict[str, Any] | None = None, **changes: Any) -> Space:
     values: dict[str, Any] = {
         "base": {**BASE, **(base or {})},
         "sample": {
-            "first": Range(low=0, high=3),
-            "second": Range(low=1, high=4),
+            "start_block": Range(low=0, high=3),
+            "end_block": Range(low=1, high=4),
             "codec": Choice(values=["float32", "bfloat16"]),
         },
         "trials": 6,
@@ -42,10 +43,10 @@ def space(base: dict[str, Any] | None = None, **changes: Any) -> Space:
     return Space(**{**values, **changes})
 
 
-def row(trial: Trial, perplexity: float | None = 5.0, **more: Any) -> Row:
+def row(trial: Trial, perplexity: float | None = 5.0, **more: Any) -> TrialRow:
     recipe = {**trial.recipe.model_dump(mode="json"), "output": "elsewhere"}
     metrics = {"perplexity": perplexity, "edge_mb": 1.0}
-    return Row(variant=trial.variant, seed=trial.seed, recipe=recipe, metrics=metrics, **more)
+    return TrialRow(variant=trial.variant, seed=trial.seed, recipe=recipe, metrics=metrics, **more)
 
 
 @given(st.floats(0.01, 0.99))
@@ -74,7 +75,7 @@ def test_what_a_domain_contains(domain: Choice | Range, inside: list[Any], outsi
     [
         ({"low": 3, "high": 3}, "low=3 and high=3; allowed: low < high"),
         ({"low": 0.0, "high": 3.0, "log": True}, "low=0.0 with log; allowed: above 0"),
-        ({"low": 0.0, "high": 3.0, "step": 2}, "step=2; allowed with whole numbers"),
+        ({"low": 0.0, "high": 3.0, "step": 2}, "step=2; allowed: only with integers"),
         ({"low": 0, "high": 3, "step": 2}, "step=2 does not lead from 0 to 3"),
     ],
 )
@@ -86,7 +87,7 @@ def test_domains_that_make_no_sense_are_refused(values: dict[str, Any], message:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"grid": {"seed": [1]}}, "sample stands in place of variants, grid and baseline, and takes one seed"),
+        ({"grid": {"seed": [1]}}, "sample replaces variants, grid and baseline, and takes one seed"),
         ({"seeds": [1, 2]}, "takes one seed"),
         ({"stop_by": "ms"}, "stop_by is 'ms'; allowed: null, perplexity, edge_mb"),
     ],
@@ -98,30 +99,37 @@ def test_spaces_that_make_no_sense_are_refused(changes: dict[str, Any], message:
 
 def test_a_point_is_found_again_in_its_row_and_in_no_other() -> None:
     here = space()
-    point = {"first": 1, "second": 3, "codec": "bfloat16"}
+    point = {"start_block": 1, "end_block": 3, "codec": "bfloat16"}
     trial = trial_at(here, point)
-    assert trial.variant == "first=1, second=3, codec=bfloat16"
+    assert trial.variant == "start_block=1, end_block=3, codec=bfloat16"
     assert Trial.read(trial.plain()) == trial
     recipe = row(trial).recipe
     assert point_of(here, recipe) == point
-    for other in ({"codec": "int8"}, {"first": 4}, {"tokens": 64}, {"first": 3}, {"colour": "red"}, {"job": "distill"}):
+    for other in (
+        {"codec": "int8"},
+        {"start_block": 4},
+        {"tokens": 64},
+        {"start_block": 3},
+        {"colour": "red"},
+        {"job": "distill"},
+    ):
         assert point_of(here, {**recipe, **other}) is None
     assert point_of(here, recipe, ["tokens=64"]) is None
 
 
 def test_the_example_is_valid_or_says_why_there_is_none() -> None:
-    assert example(space(sample={"first": Range(low=0, high=5), "second": Range(low=1, high=3)})).variant
-    with pytest.raises(RecipeError, match="first=5 and second=1; allowed: first < second"):
-        example(space(sample={"first": Range(low=5, high=9), "second": Range(low=1, high=3)}))
+    assert example_trial(space(sample={"start_block": Range(low=0, high=5), "end_block": Range(low=1, high=3)})).variant
+    with pytest.raises(RecipeError, match="start_block=5 and end_block=1; allowed: start_block < end_block"):
+        example_trial(space(sample={"start_block": Range(low=5, high=9), "end_block": Range(low=1, high=3)}))
 
 
 @pytest.mark.parametrize("metrics", [METRICS, METRICS[:1]])
 def test_every_valid_point_is_proposed_once_and_known_ones_never(metrics: list[Metric]) -> None:
     here = space(metrics=metrics)
-    known = {"first": 1, "second": 3, "codec": "bfloat16"}
-    begun = {"first": 0, "second": 4, "codec": "float32"}
+    known = {"start_block": 1, "end_block": 3, "codec": "bfloat16"}
+    begun = {"start_block": 0, "end_block": 4, "codec": "float32"}
     done = trial_at(here, known)
-    source = Proposals(here, (), [(known, row(done))], [begun])  # type: ignore[list-item]
+    source = OptunaProposals(here, (), [(known, row(done))], [begun])  # type: ignore[list-item]
     names = list[str]()
     while (config := source.suggest(f"t{len(names)}")) != Searcher.FINISHED:
         trial = Trial.read(config["trial"])  # type: ignore[index]
@@ -130,18 +138,22 @@ def test_every_valid_point_is_proposed_once_and_known_ones_never(metrics: list[M
         names.append(trial.variant)
     assert names[0] == trial_at(here, begun).variant
     cuts = [(a, b) for a in range(4) for b in range(a + 1, 5)]
-    valid = {f"first={a}, second={b}, codec={codec}" for a, b in cuts for codec in ("float32", "bfloat16")}
+    valid = {f"start_block={a}, end_block={b}, codec={codec}" for a, b in cuts for codec in ("float32", "bfloat16")}
     assert len(names) == len(set(names)) and set(names) == valid - {done.variant}
 
 
 def test_an_optimiser_learns_from_rows_that_are_there() -> None:
-    """With first=3 known to be best by far, it is drawn more often than by chance."""
-    wide = {"first": Range(low=0, high=9), "tokens": Range(low=64, high=4000), "second": Range(low=10, high=12)}
+    """The optimiser draws the best value by far more often than chance would."""
+    wide = {
+        "start_block": Range(low=0, high=9),
+        "tokens": Range(low=64, high=4000),
+        "end_block": Range(low=10, high=12),
+    }
     here = space(sample=wide, metrics=METRICS[:1])
-    points = [{"first": n % 10, "second": 10 + n % 3, "tokens": 64 + n} for n in range(40)]
-    known = [(point, row(trial_at(here, point), abs(point["first"] - 3) + 1.0)) for point in points]
-    source = Proposals(here, (), known, ())  # type: ignore[arg-type]
-    drawn = [Trial.read(source.suggest(f"t{n}")["trial"]).recipe.model_dump()["first"] for n in range(20)]  # type: ignore[index]
+    points = [{"start_block": n % 10, "end_block": 10 + n % 3, "tokens": 64 + n} for n in range(40)]
+    known = [(point, row(trial_at(here, point), abs(point["start_block"] - 3) + 1.0)) for point in points]
+    source = OptunaProposals(here, (), known, ())  # type: ignore[arg-type]
+    drawn = [Trial.read(source.suggest(f"t{n}")["trial"]).recipe.model_dump()["start_block"] for n in range(20)]  # type: ignore[index]
     assert sum(abs(first - 3) <= 1 for first in drawn) > 10
 
 
@@ -149,25 +161,31 @@ def test_an_optimiser_learns_from_rows_that_are_there() -> None:
 def test_a_whole_search_and_one_that_goes_on(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two of the six cuts do not exist in the model: their trials fail, and the search goes on."""
-    cuts = {"first": Range(low=0, high=1), "second": Range(low=3, high=5)}
+    """Two of the six cuts do not exist in the model: their trials fail, and the search continues."""
+    cuts = {"start_block": Range(low=0, high=1), "end_block": Range(low=3, high=5)}
     here = space({"model": str(tiny_llama)}, sample=cuts, trials=3)
     output = tmp_path / "search"
     first = search.run(here, output=output).summary
     assert (first["trials"], first["ran"]) == (3, 3)
     more = search.run(here.model_copy(update={"trials": 6}), output=output).summary
     said = capsys.readouterr().out
-    assert "6 trials, " in said and "failed: first=0, second=5 (seed 10): cut 5 is beyond the model's 4 blocks" in said
+    assert (
+        "6 trials, " in said
+        and "failed: start_block=0, end_block=5 (seed 10): cut 5 is beyond the model's 4 blocks" in said
+    )
     good = [variant for variant in more["variants"] if variant["seeds"]]
     assert (more["trials"], more["failed"], len(good)) == (6, 2, 4)
     rows = [json.loads(line) for line in (output / "rows.jsonl").read_text().splitlines()]
     well = [one["variant"] for one in rows if one["error"] is None]
     assert len(well) == len(set(well)) == 4
-    assert more["front"] and set(more["front"]) <= {variant["name"] for variant in good}
+    assert more["pareto"] and set(more["pareto"]) <= {variant["name"] for variant in good}
     # Fewer blocks at the edge is what edge_mb asks for.
-    assert any(name.startswith("first=0") for name in more["front"])
+    assert any(name.startswith("start_block=0") for name in more["pareto"])
     names = {path.name for path in output.iterdir()}
-    assert names == {"trials", "rows.jsonl", "comparison.png", "front.png", "comparison.html", "summary.json"}
+    assert names == {
+        "trials", "rows.jsonl", "comparison.png", "pareto.png", "comparison.html", "summary.json", "inputs.json",
+        "origin.json",
+    }  # fmt: skip
     folders = [path for path in (output / "trials").iterdir() if (path / "summary.json").is_file()]
     assert len(folders) == 4
     process = [json.loads((path / "summary.json").read_text())["unsplit_ms_per_token"] for path in folders]
@@ -176,7 +194,7 @@ def test_a_whole_search_and_one_that_goes_on(
     # Elsewhere with the rows and nothing else there is nothing left but the failures.
     shutil.rmtree(output / "trials")
     again = search.run(here.model_copy(update={"trials": 4}), output=tmp_path / "new", rows=output / "rows.jsonl")
-    assert again.summary["ran"] == 0 and again.summary["front"] == more["front"]
+    assert again.summary["ran"] == 0 and again.summary["pareto"] == more["pareto"]
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -184,13 +202,13 @@ def test_trials_that_do_poorly_are_stopped_at_their_rungs(tiny_llama: Path, tmp_
     here = space(
         {"model": str(tiny_llama), "calibration": str(tmp_path / "kept")},
         sample={},
-        grid={"codec": ["float32", "int4", "low-rank-int8"], "first": [0, 1], "second": [3]},
+        grid={"codec": ["float32", "int4", "int8"], "start_block": [0, 1], "end_block": [3]},
         metrics=METRICS[:1],
         stop_by="perplexity",
     )
     output = tmp_path / "search"
     summary = search.run(here, output=output).summary
-    rows = [Row.model_validate_json(line) for line in (output / "rows.jsonl").read_text().splitlines()]
+    rows = [TrialRow.model_validate_json(line) for line in (output / "rows.jsonl").read_text().splitlines()]
     stopped = [row for row in rows if row.stopped is not None]
     assert rows[0].stopped is None and 0 < len(stopped) < 6 and summary["failed"] == 0
     assert {row.stopped for row in stopped} <= {16, 32, 64}
@@ -202,13 +220,13 @@ def test_trials_that_do_poorly_are_stopped_at_their_rungs(tiny_llama: Path, tmp_
         assert not (folder / "summary.json").exists()
     whole = {row.variant for row in rows} - {row.variant for row in stopped}
     assert summary["best"] in whole
-    assert "Stopped at a rung" in (output / "comparison.html").read_text()
+    assert "Trials stopped early" in (output / "comparison.html").read_text()
     # A stopped trial is done: it is not run again.
     assert search.run(here, output=output).summary["ran"] == 0
 
 
 def test_searches_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="concurrent is 2; allowed: 1, as these trials take the time"):
+    with pytest.raises(RecipeError, match="concurrent is 2; allowed: 1, as these trials measure times"):
         search.run(space(), output=tmp_path, concurrent=2)
     no_rungs = Space(
         base={"job": "distill"},
@@ -224,17 +242,17 @@ def test_searches_that_cannot_be_are_refused(tmp_path: Path) -> None:
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_a_search_killed_half_way_goes_on_and_repeats_no_trial(tiny_llama: Path, tmp_path: Path) -> None:
-    """The command in a process of its own, with a Ray of its own; SIGKILL leaves nobody to tidy up."""
+    """Run the command in a process of its own with its own Ray; after SIGKILL nothing cleans up."""
     (tmp_path / "space.py").write_text(
         "from raycloud.search.domain import Choice, Range\n"
         "from raycloud.search.space import Metric, Space\n"
         f"BASE = {{**{BASE!r}, 'model': {str(tiny_llama)!r}, 'calibration': 'kept'}}\n"
         "METRICS = [Metric(name=n, direction='min') for n in ('perplexity', 'bytes_per_token', 'ms_per_token')]\n"
-        "CUTS = {'first': Range(low=0, high=1), 'second': Range(low=2, high=4)}\n"
+        "CUTS = {'start_block': Range(low=0, high=1), 'end_block': Range(low=2, high=4)}\n"
         "SAMPLE = {**CUTS, 'codec': Choice(values=['bfloat16', 'int8'])}\n"
         "SPACE = Space(base=BASE, sample=SAMPLE, trials=8, metrics=METRICS)\n"
     )
-    command = [sys.executable, "-m", "raycloud", "search", "--space", "space.py", "--output", "out", "--json"]
+    command = [sys.executable, "-m", "raycloud", "search", "--space", "space.py", "--out", "out", "--json"]
     paths = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     options: dict[str, Any] = {"cwd": tmp_path, "env": {**os.environ, **paths}, "text": True}
     with subprocess.Popen(command, **options, stdout=subprocess.PIPE, start_new_session=True) as process:
@@ -249,9 +267,10 @@ def test_a_search_killed_half_way_goes_on_and_repeats_no_trial(tiny_llama: Path,
     assert 3 <= len(before) < 8
     done = subprocess.run(command, capture_output=True, timeout=600, **options)
     assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout.splitlines()[-1])
+    summary = report_of(done.stdout, done.stderr)
+    assert summary is not None
     assert (summary["trials"], summary["ran"], summary["failed"]) == (8, 8 - len(before), 0)
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     assert [json.dumps(row) for row in rows[: len(before)]] == [json.dumps(json.loads(line)) for line in before]
     assert len({row["variant"] for row in rows}) == len(rows) == 8
-    assert summary["front"]
+    assert summary["pareto"]

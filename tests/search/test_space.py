@@ -1,4 +1,4 @@
-"""Spaces: what they stand for, and what is wrong with them in one line."""
+"""Search spaces: their trials, and errors in one line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from raycloud.errors import RecipeError
-from raycloud.search.rows import Row, latest
-from raycloud.search.space import Metric, Space, Variant, example, load_space, point_of, trials
+from raycloud.search.rows import TrialRow, latest
+from raycloud.search.space import Metric, Space, Variant, example_trial, load_space, point_of, trials
 
 ROOT = Path(__file__).parents[2]
 PPL = Metric(name="student_ppl_after", direction="min")
@@ -46,7 +46,7 @@ def test_the_fingerprint_is_of_all_of_the_recipe_but_its_output() -> None:
     def prints(*overrides: str) -> list[str]:
         return [trial.fingerprint for trial in trials(space(), overrides)]
 
-    assert prints() == prints("output=elsewhere") == prints("training.clip=1.0")
+    assert prints() == prints("output=elsewhere") == prints("training.max_grad_norm=1.0")
     assert not set(prints()) & set(prints("rounds.count=9"))
     assert trials(space(), ["training.lr=0.1"])[0].recipe.model_dump()["training"]["lr"] == 0.1
 
@@ -117,14 +117,17 @@ def test_the_spaces_that_come_with_the_package_are_valid(name: str) -> None:
     wanted = trials(found)
     assert len(wanted) >= 8
     # The rows that were published are still those of these trials.
-    rows = [Row.model_validate_json(line) for line in (ROOT / "docs" / f"{name}.jsonl").read_text().splitlines()]
+    rows = [
+        TrialRow.model_validate_json(line)
+        for line in (ROOT / "tune_spaces" / "rows" / f"{name}.jsonl").read_text().splitlines()
+    ]
     assert len(latest(rows, wanted)) == len({(row.variant, row.seed) for row in rows})
 
 
 @pytest.mark.parametrize("name", ["split", "cuts", "blocks"])
 def test_the_spaces_that_sample_are_valid(name: str) -> None:
     found = load_space(ROOT / "tune_spaces" / f"{name}.py")
-    one = example(found)
+    one = example_trial(found)
     point = point_of(found, one.recipe.model_dump(mode="json"))
     assert point is not None and point.keys() == found.sample.keys()
-    assert found.stop_by is None or one.job.rungs(one.recipe)
+    assert found.stop_by is None or (one.support.rungs and one.recipe.rungs)

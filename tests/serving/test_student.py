@@ -1,4 +1,4 @@
-"""A distilled student on Ray Serve, asked by the `openai` package."""
+"""Distilled student on Ray Serve, used by the `openai` package."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import json
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,7 +28,7 @@ HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
 @pytest.fixture(scope="module")
 def student(serve_port: int, tiny_llama: Path) -> Iterator[str]:
-    """The base URL of a student behind a token."""
+    """Deploy a student with a token; yield its base URL."""
     settings = StudentSettings(model=str(tiny_llama), name="tiny", token="s3cret", concurrency=2, num_cpus=0.2)
     serve.run(app(settings), name="student", route_prefix="/student")
     yield f"http://127.0.0.1:{serve_port}/student/v1"
@@ -36,7 +37,7 @@ def student(serve_port: int, tiny_llama: Path) -> Iterator[str]:
 
 @pytest.fixture
 def client(student: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=student, api_key="s3cret", max_retries=0, timeout=60) as made:
+    with openai.OpenAI(base_url=student, api_key="s3cret", max_retries=0, timeout=240) as made:
         yield made
 
 
@@ -63,10 +64,22 @@ def test_errors_and_the_token(client: openai.OpenAI, student: str) -> None:
     assert health(student)["status"] == "ok"
 
 
+def test_what_is_unknown_or_too_large_is_refused(client: openai.OpenAI, student: str) -> None:
+    with pytest.raises(openai.BadRequestError, match="min_pp: this field is not known here; allowed: "):
+        client.completions.create(model="tiny", prompt="so", extra_body={"min_pp": 1})
+    with pytest.raises(openai.APIStatusError, match="the body is too large") as caught:
+        client.completions.create(model="tiny", prompt="x " * 4_000_000)
+    assert caught.value.status_code == 413
+    assert health(student)["status"] == "ok"
+    scored = client.completions.create(model="tiny", prompt="so it goes", max_tokens=0, echo=True, logprobs=1)
+    assert scored.choices[0].logprobs is not None and len(scored.choices[0].logprobs.tokens or ()) == 3
+
+
+@pytest.mark.waits
 def test_a_client_that_leaves_frees_the_replica(student: str) -> None:
     at = urlsplit(student)
-    connection = http.client.HTTPConnection(str(at.hostname), at.port, timeout=20)
-    body = json.dumps({"model": "tiny", "prompt": "so", "max_tokens": 2000, "stream": True})
+    connection = http.client.HTTPConnection(str(at.hostname), at.port, timeout=120)
+    body = json.dumps({"model": "tiny", "prompt": "so", "max_tokens": 2000, "n": 16, "stream": True})
     headers = {"Content-Type": "application/json", "Authorization": "Bearer s3cret"}
     connection.request("POST", "/student/v1/completions", body, headers)
     answer = connection.getresponse()
@@ -74,7 +87,7 @@ def test_a_client_that_leaves_frees_the_replica(student: str) -> None:
     assert health(student)["active"] == 1
     answer.close()
     connection.close()
-    end = time.monotonic() + 3
+    end = time.monotonic() + 120
     while health(student)["active"] and time.monotonic() < end:
         time.sleep(0.05)
     assert health(student)["active"] == 0
@@ -82,9 +95,9 @@ def test_a_client_that_leaves_frees_the_replica(student: str) -> None:
 
 def health(url: str) -> dict[str, Any]:
     at = urlsplit(url)
-    connection = http.client.HTTPConnection(str(at.hostname), at.port, timeout=20)
-    connection.request("GET", "/student/healthz")
-    return dict(json.loads(connection.getresponse().read()))
+    with closing(http.client.HTTPConnection(str(at.hostname), at.port, timeout=120)) as connection:
+        connection.request("GET", "/student/healthz")
+        return dict(json.loads(connection.getresponse().read()))
 
 
 def test_no_application_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:

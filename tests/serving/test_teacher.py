@@ -1,4 +1,4 @@
-"""A teacher on Ray Serve: signals over its WebSocket, and a device without ray that fills its files from it."""
+"""Teacher on Ray Serve: signals over its WebSocket, and a device without ray that stores them in files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
 from raycloud.data.batches import Sample, collate
-from raycloud.distill.signal_file import FileSignals, tokenizer_fingerprint
-from raycloud.distill.signal_link import LinkSignals, SignalLimits, TeacherLink
-from raycloud.distill.signal_link.fetch import FetchRecipe, fetch
-from raycloud.distill.signals import SignalRecipe, frozen_head, observe
+from raycloud.distill.signals import SignalRecipe, compute_signal, frozen_head
+from raycloud.distill.signals.file import FileSignals, tokenizer_fingerprint
+from raycloud.distill.signals.remote import RemoteSignals, SignalClient, SignalLimits
+from raycloud.distill.signals.remote.fetch import FetchRecipe, fetch
+from raycloud.distill.signals.remote.messages import SignalMessageKind
 from raycloud.errors import DataError, LinkError, RecipeError
-from raycloud.link.frames import Frame, Kind, Refusal, body, unpack
+from raycloud.link.frames import ErrorReply, Frame, SessionKind, parse_body, unpack
 from raycloud.link.meter import Meter
-from raycloud.link.websocket import WebSocketChannel
+from raycloud.link.websocket import SESSION_HEADER, WebSocketChannel
 from raycloud.models.loading import Pretrained, load, load_tokenizer
 from raycloud.models.segments import Segment
 from raycloud.models.weights import fingerprint, weights_of
@@ -62,45 +63,47 @@ def local(tiny_llama: Path) -> Pretrained:
     return load(str(tiny_llama), device="cpu", dtype="float32")
 
 
-def connected(url: str) -> TeacherLink:
-    return TeacherLink(lambda: WebSocketChannel(url, token=TOKEN), timeout_s=60)
+def connected(url: str) -> SignalClient:
+    return SignalClient(
+        lambda session: WebSocketChannel(url, token=TOKEN, headers={SESSION_HEADER: session}), timeout_s=240
+    )
 
 
 def test_signals_and_tables_are_the_teachers_own(url: str, local: Pretrained) -> None:
     link = connected(url)
     name = f"tiny@{fingerprint(weights_of(local.model))}"
-    assert (link.offer.teacher, link.offer.tokenizer) == (name, tokenizer_fingerprint(local.tokenizer))
-    assert (link.offer.words, link.offer.width) == (49_152, 16)
+    assert (link.info.teacher, link.info.tokenizer) == (name, tokenizer_fingerprint(local.tokenizer))
+    assert (link.info.vocabulary_size, link.info.hidden_size) == (49_152, 16)
     batch = collate(SAMPLES, pad=7)
     for kind in ("hidden", "logits", "hybrid"):  # 20 MB of logits come in parts
         recipe = SignalRecipe(kind=kind, codec="float32", k=9, draws=5)
-        found = LinkSignals(link, link.origin(recipe, [1.0, 2.0])).signal(batch)
-        expected = observe(Segment(local.model), name, batch, recipe, [1.0, 2.0])
+        found = RemoteSignals(link, link.origin(recipe, [1.0, 2.0])).signal(batch)
+        expected = compute_signal(Segment(local.model), name, batch, recipe, [1.0, 2.0])
         assert found.key == expected.key and found.payload.keys() == expected.payload.keys()
         assert all(torch.equal(found.payload[field], expected.payload[field]) for field in expected.payload)
     assert torch.equal(link.head("float32").weight, frozen_head(Segment(local.model), "float32").weight)
     with pytest.raises(LinkError, match="length 129; allowed: at most 128"):
-        LinkSignals(link, link.origin(SignalRecipe(), [1.0])).signal(collate([Sample(tuple(range(129)), 1)], pad=0))
-    with urlopen(url.replace("ws:", "http:").replace("/v1/signals", "/healthz"), timeout=20) as answer:
-        assert json.load(answer) == {"status": "ok", "connections": 1}
+        RemoteSignals(link, link.origin(SignalRecipe(), [1.0])).signal(collate([Sample(tuple(range(129)), 1)], pad=0))
+    with urlopen(url.replace("ws:", "http:").replace("/v1/signals", "/healthz"), timeout=240) as answer:
+        assert json.load(answer) == {"status": "ok", "sessions": 1}
     link.close()
 
 
 def test_who_has_no_token_gets_nothing(url: str) -> None:
-    for token in (None, "guess", TOKEN[:-1], f"{TOKEN},other"):
+    for token in (None, "guess", TOKEN[:-1], f"guess,{TOKEN}"):  # of two, a client shows the first
         with pytest.raises(LinkError, match="refused the token"):
-            TeacherLink(lambda token=token: WebSocketChannel(url, token=token), timeout_s=20)  # type: ignore[misc]
+            SignalClient(lambda _, token=token: WebSocketChannel(url, token=token), timeout_s=120)
 
 
 def test_garbage_is_answered_and_the_teacher_serves_on(url: str) -> None:
-    for garbage in (b"x" * 200, Frame(Kind.STEP).pack()):
+    for garbage, code in ((b"x" * 200, "frame"), (Frame(SignalMessageKind.SIGNAL).pack(), "handshake")):
         channel = WebSocketChannel(url, token="other")
         channel.send(garbage)
         reply = unpack(channel.receive(20))
-        assert reply.kind is Kind.ERROR and body(reply, Refusal).code == "frame"
+        assert reply.kind is SessionKind.ERROR and parse_body(reply, ErrorReply).code == code
         channel.close()
     link = connected(url)
-    assert LinkSignals(link, link.origin(SignalRecipe(), [1.0])).signal(collate(SAMPLES, pad=0)).count > 0
+    assert RemoteSignals(link, link.origin(SignalRecipe(), [1.0])).signal(collate(SAMPLES, pad=0)).count > 0
     link.close()
 
 
@@ -117,20 +120,23 @@ def test_a_device_without_ray_fills_its_files_and_goes_on_where_it_was(
     shutil.copy(tiny_llama / "config.json", other)
     command = [sys.executable, "-c", WITHOUT_RAY, "signals", "fetch", "--teacher", url, "--data", str(data)]
     command += ["--tokenizer", str(tiny_llama), "--out", str(out), "--token", TOKEN, "split=all", "data.limit=10"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command += ["--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert "samples: 10/10" in done.stdout and "10 samples; " in done.stdout
+    assert "samples: 10/10" in done.stdout and done.stderr == ""
+    *_, said, last = done.stdout.splitlines()
+    assert said.startswith(f"{out}: 10 samples; ") and json.loads(last)["samples"] == 10
 
     asked = {"teacher": url, "tokenizer": str(tiny_llama), "data": {"source": str(data)}, "output": str(out)}
     meter, moves = Meter(), []
 
     def again(token: str = TOKEN, **changes: object) -> FileSignals:
         recipe = FetchRecipe.model_validate({**asked, "split": "all", **changes})
-        return fetch(recipe, token=token, meter=meter, moved=lambda *at: moves.append(at))
+        return fetch(recipe, token=token, meter=meter, on_progress=lambda *at: moves.append(at))
 
     assert len(again()) == 90 and moves[-1] == (90, 90)
-    asks = meter.messages["ids"]
-    assert asks == 80 / 16 and len(again()) == 90 and meter.messages["ids"] == asks
+    asks = meter.messages["SIGNAL"]
+    assert asks == 80 / 16 and len(again()) == 90 and meter.messages["SIGNAL"] == asks
     for error, said, changes in (
         (DataError, "are stale: signal is", {"signal": {"kind": "sorted"}}),
         (LinkError, "refused the token", {"token": "guess"}),
@@ -149,7 +155,7 @@ def test_a_device_without_ray_fills_its_files_and_goes_on_where_it_was(
 
 def test_a_killed_replica_costs_a_second_request(url: str) -> None:
     link = connected(url)
-    signals = LinkSignals(link, link.origin(SignalRecipe(kind="topk"), [1.0]))
+    signals = RemoteSignals(link, link.origin(SignalRecipe(kind="topk"), [1.0]))
     first = signals.signal(collate(SAMPLES, pad=0))
     for actor in ray.util.list_named_actors(all_namespaces=True):
         if "#teacher#" in actor["name"]:

@@ -1,4 +1,4 @@
-"""Tiny models on one thread, edges that do not wait long, and a cloud for the tests of a file."""
+"""Fixtures: tiny models on one thread, edges with short timeouts, and a cloud per file of tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.split.wiring import Cloud, cloud
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from a second thread, and wait for it on a busy machine."""
+    """Tiny models are not faster with a second thread, which they wait for on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -21,8 +21,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raycloud.link.caller._FIRST_WAIT_S", 0.005)
-    monkeypatch.setattr("raycloud.link.caller._FAREWELL_S", 0.1)
+    monkeypatch.setattr("raycloud.link.client._FIRST_WAIT_S", 0.005)
+    monkeypatch.setattr("raycloud.link.client._FAREWELL_S", 0.1)
 
 
 @pytest.fixture(scope="module")

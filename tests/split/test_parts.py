@@ -1,20 +1,22 @@
-"""Parts of a cut model: they hold their own tensors and nothing else, exported or not."""
+"""Parts of a cut model, exported or not, which hold only their own tensors."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from raycloud.errors import ModelError, ResultError
+from raycloud.errors import ChecksumError, ModelError, ResultError, StorageError
 from raycloud.models.loading import load
-from raycloud.split.generation import in_process
+from raycloud.split.inference.generation import local_split_model
 from raycloud.split.parts import MANIFEST, export, load_cloud, load_edge
 from raycloud.split.plan import PlanSet, SplitPlan
 from tests.models.families import FAMILIES, tiny
@@ -34,6 +36,43 @@ def on_meta(module: torch.nn.Module) -> list[str]:
     return [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
 
 
+_FULL = """
+import resource, signal, sys
+from pathlib import Path
+from raycloud.errors import StorageError
+from raycloud.split.parts import export
+from raycloud.split.plan import PlanSet, SplitPlan
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    export(sys.argv[1], PlanSet.of(SplitPlan(1, 3)), Path(sys.argv[2]))
+except StorageError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_one_line_that_names_the_folder(tiny_llama: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", _FULL, str(tiny_llama), str(tmp_path / "parts")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == [f"cannot write '{tmp_path / 'parts'}': File too large"], done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("side", ["edge", "cloud"])
+def test_a_flipped_byte_of_an_exported_part_is_named(side: str, tiny_llama: Path, tmp_path: Path) -> None:
+    export(str(tiny_llama), PLANS, tmp_path / "parts")
+    (tmp_path / "parts" / side).rename(tmp_path / "device")  # each goes to a machine of its own
+    read = load_edge if side == "edge" else load_cloud
+    read(str(tmp_path / "device"), device="cpu")
+    [path] = (tmp_path / "device").glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ChecksumError, match=f"{path.name}' is damaged or was changed"):
+        read(str(tmp_path / "device"), device="cpu")
+
+
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "bert"])
 def test_parts_of_every_family_say_what_the_whole_model_says(family: str, tmp_path: Path) -> None:
     tiny(family, dtype=torch.float32).save_pretrained(tmp_path)
@@ -46,7 +85,7 @@ def test_parts_of_every_family_say_what_the_whole_model_says(family: str, tmp_pa
         from transformers import AutoModelForCausalLM
 
         reference = AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=ids).logits
-        logits = in_process(edge, cloud).open().advance(ids, logits=30)
+        logits = local_split_model(edge, cloud).open().advance(ids, logits=30)
     assert torch.allclose(logits, reference, atol=1e-5)
 
 
@@ -61,10 +100,38 @@ def test_exported_parts_hold_only_their_own_tensors(tiny_llama: Path, tmp_path: 
     assert manifest["side"] == "cloud" and manifest["fingerprint"] == load_edge(str(edge)).fingerprint
 
     prompt = [5, 6, 7, 8]
-    text = list(in_process(load_edge(str(edge)), load_cloud(str(cloud))).stream(prompt, 10))
+    text = list(local_split_model(load_edge(str(edge)), load_cloud(str(cloud))).stream(prompt, 10))
     whole = load(str(tiny_llama), device="cpu").model
     reference = whole.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=10, eos_token_id=None)
     assert text == reference[0, 4:].tolist()
+
+
+def _without_tokenizer(model: Path) -> str:
+    for path in model.glob("token*"):
+        path.unlink()
+    return "holds no tokenizer"
+
+
+def _without_a_tensor(model: Path) -> str:
+    tensors = load_file(model / "model.safetensors")
+    lost = next(name for name in tensors if ".layers.2." in name)  # of the cloud's part, which is written second
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, model / "model.safetensors")
+    return "does not hold the tensors"
+
+
+@pytest.mark.parametrize("spoil", [_without_tokenizer, _without_a_tensor])
+def test_nothing_is_said_to_be_written_before_the_model_is_checked(
+    spoil: Callable[[Path], str], tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    said, told = spoil(model), list[str]()
+    with pytest.raises(ModelError, match=said):
+        export(str(model), PLANS, tmp_path / "parts", notify=told.append)
+    assert told == []
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"cannot write into '.*file'"):
+        export(str(tiny_llama), PLANS, tmp_path / "file" / "parts", notify=told.append)
+    assert told == []
 
 
 def test_what_cannot_be_loaded_says_why(tiny_llama: Path, tmp_path: Path) -> None:
@@ -73,14 +140,24 @@ def test_what_cannot_be_loaded_says_why(tiny_llama: Path, tmp_path: Path) -> Non
     with pytest.raises(ResultError, match="exists"):
         export(str(tiny_llama), PLANS, parts)
     export(str(tiny_llama), PLANS, parts, overwrite=True)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").touch()
+    with pytest.raises(ResultError, match="holds no exported parts; it is not overwritten"):
+        export(str(tiny_llama), PLANS, tmp_path / "home", overwrite=True)
+    (tmp_path / "link").symlink_to("home")
+    export(str(tiny_llama), PLANS, tmp_path / "link", overwrite=True)
+    assert not (tmp_path / "link").is_symlink() and [path.name for path in (tmp_path / "home").iterdir()] == [
+        "thesis.tex"
+    ]
     with pytest.raises(ModelError, match="is the cloud part"):
         load_edge(str(parts / "cloud"))
-    with pytest.raises(ModelError, match="does not hold the tensor"):
+    with pytest.raises(ModelError, match="does not hold the tensors"):
         load_cloud(str(parts / "cloud"), PlanSet.of(SplitPlan(0, 3)))
     with pytest.raises(ModelError, match="whole model: say where to cut it"):
         load_edge(str(tiny_llama))
     with pytest.raises(ModelError, match="cut 5 is beyond"):
         load_edge(str(tiny_llama), PlanSet.of(SplitPlan(1, 5)))
+    (parts / "cloud" / "checksums.json").unlink()
     (parts / "cloud" / MANIFEST).write_text("{")
     with pytest.raises(ModelError, match=r"damaged .*part\.json"):
         load_cloud(str(parts / "cloud"))
@@ -118,7 +195,7 @@ print(json.dumps({
 @pytest.mark.slow
 @pytest.mark.parametrize(("side", "dtype"), [("edge", "float32"), ("cloud", "float32"), ("cloud", "bfloat16")])
 def test_a_part_takes_no_more_memory_than_its_own_tensors(side: str, dtype: str, tmp_path: Path) -> None:
-    """A sharded checkpoint of more than 2 GB; its parts may grow a fresh process by their bytes and 300 MB."""
+    """Make a sharded checkpoint of more than 2 GB; loading a part may grow a new process by its bytes and 300 MB."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(
@@ -141,7 +218,7 @@ def test_a_part_takes_no_more_memory_than_its_own_tensors(side: str, dtype: str,
 
 
 def _write_checkpoint(config: object, folder: Path) -> int:
-    """One shard per block, written one after the other."""
+    """Write one shard per block, one after the other."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Plans of cuts: which are possible, what they give to whom."""
+"""Plans of cuts: which are possible, and which blocks each side gets."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from raycloud.split.plan import PlanSet, SplitPlan
 
 
 def test_impossible_plans_are_refused_by_name() -> None:
-    with pytest.raises(ModelError, match="first=5, second=3"):
+    with pytest.raises(ModelError, match="start_block=5, end_block=3"):
         SplitPlan(5, 3)
-    with pytest.raises(ModelError, match="first=-1"):
+    with pytest.raises(ModelError, match="start_block=-1"):
         SplitPlan(-1, 3)
-    with pytest.raises(ModelError, match="second=9 is beyond the model's 8 blocks"):
+    with pytest.raises(ModelError, match="end_block=9 is beyond the model's 8 blocks"):
         SplitPlan(2, 9).check(8)
     with pytest.raises(ModelError, match="at or below"):
         PlanSet((5,), (3, 4))
@@ -35,5 +35,5 @@ def test_both_sides_hold_what_they_may_have_to_run() -> None:
 def test_drawn_plans_are_in_order_and_of_the_set() -> None:
     plans, source = PlanSet((0, 3, 5), (1, 4, 8)), random.Random(0)
     drawn = [plans.draw(source) for _ in range(200)]
-    assert all(plan.first <= plan.second and plans.allows(plan) for plan in drawn)
-    assert {plan.first for plan in drawn} == {0, 3, 5} and {plan.second for plan in drawn} == {1, 4, 8}
+    assert all(plan.start_block <= plan.end_block and plans.allows(plan) for plan in drawn)
+    assert {plan.start_block for plan in drawn} == {0, 3, 5} and {plan.end_block for plan in drawn} == {1, 4, 8}

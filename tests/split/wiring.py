@@ -1,4 +1,4 @@
-"""A tiny model cut in three, its cloud on an event loop of its own, and links that break where a test wants it."""
+"""Tiny model cut in three, its cloud on a separate event loop, and links that break where a test wants."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 from transformers import PreTrainedModel
 
 from raycloud.link.channel import Channel, Connection, LinkDown, Loopback
-from raycloud.link.frames import Frame, Kind, Refusal
+from raycloud.link.frames import ErrorReply, Frame, SessionKind
 from raycloud.models.segments import Segment
-from raycloud.split.cloud.engine import Engine
-from raycloud.split.cloud.host import Host
-from raycloud.split.cloud.limits import Limits
-from raycloud.split.generation import SplitModel
+from raycloud.split.cut_codecs import CutCodecs
+from raycloud.split.inference.client import RemoteBlocks, SessionConfig
+from raycloud.split.inference.engine import InferenceEngine
+from raycloud.split.inference.generation import SplitTokenSource
+from raycloud.split.inference.limits import InferenceLimits
+from raycloud.split.inference.server import InferenceServer
 from raycloud.split.parts import CloudPart
 from raycloud.split.plan import PlanSet
-from raycloud.split.remote import RemoteMiddle, Terms
-from raycloud.split.terms import Codecs
 from tests.models.families import tiny
 
 WIDTH, BLOCKS = 32, 6
@@ -43,53 +43,53 @@ Connect = Callable[[str], Channel]
 
 @dataclass
 class Cloud:
-    """The middle of a model, and everything its host let slip."""
+    """Cloud with the middle of a model, which records unhandled errors."""
 
     model: PreTrainedModel
-    codecs: Codecs
-    host: Host
+    codecs: CutCodecs
+    host: InferenceServer
     loopback: Loopback
-    engine: Engine
+    engine: InferenceEngine
     failures: list[BaseException] = field(default_factory=list)
 
     def connect(self, session: str = "") -> Channel:
         return self.loopback.connect()
 
     def forget(self) -> None:
-        """Lose all sessions at once, as a replica that is replaced does."""
+        """Lose all sessions at once, as a replaced replica does."""
 
         async def forget() -> None:
             for session in self.host.held():
                 self.host._free(session)
 
-        asyncio.run_coroutine_threadsafe(forget(), self.loopback.loop).result(20)
+        asyncio.run_coroutine_threadsafe(forget(), self.loopback.loop).result(240)
 
     def settled(self) -> int:
-        """Sessions left once what is under way has been read."""
+        """Return the number of sessions after all pending messages have been read."""
 
         async def sessions() -> int:
-            for _ in range(200):
+            for _ in range(6_000):
                 if not self.host.sessions:
                     break
                 await asyncio.sleep(0.01)
             return self.host.sessions
 
-        return asyncio.run_coroutine_threadsafe(sessions(), self.loopback.loop).result(20)
+        return asyncio.run_coroutine_threadsafe(sessions(), self.loopback.loop).result(240)
 
-    def terms(self, plans: PlanSet, **changes: Any) -> Terms:
-        given: dict[str, Any] = {"codec": "float32", "max_tokens": 128, "patience_s": 20.0, **changes}
-        return Terms("model", plans, self.codecs, **given)
+    def terms(self, plans: PlanSet, **changes: Any) -> SessionConfig:
+        given: dict[str, Any] = {"codec": "float32", "max_tokens": 128, "patience_s": 120.0, **changes}
+        return SessionConfig("model", plans, self.codecs, **given)
 
     def edge(
         self, plans: PlanSet, connect: Connect | None = None, *, chunk: int = 8, seed: int = 0, **terms: Any
-    ) -> SplitModel:
-        """A model whose middle is here."""
+    ) -> SplitTokenSource:
+        """Make a split model whose middle runs in this process."""
         ahead, behind = plans.edge(BLOCKS)
         asked, reach = self.terms(plans, **terms), connect or self.connect
-        return SplitModel(
+        return SplitTokenSource(
             Segment(self.model, 0, ahead.stop, head=False),
             Segment(self.model, behind.start, BLOCKS, embed=False),
-            lambda: RemoteMiddle(reach, asked),
+            lambda: RemoteBlocks(reach, asked),
             plans,
             chunk=chunk,
             seed=seed,
@@ -97,11 +97,11 @@ class Cloud:
 
 
 @contextmanager
-def cloud(family: str = "llama", codecs: Codecs | None = None, **limits: Any) -> Iterator[Cloud]:
+def cloud(family: str = "llama", codecs: CutCodecs | None = None, **limits: Any) -> Iterator[Cloud]:
     model = tiny(family, dtype=torch.float32, seed=4)
     part = CloudPart(Segment(model, 0, BLOCKS, embed=False, head=False), PlanSet((0,), (BLOCKS,)), "model")
-    engine, agreed, failures = Engine(part, threads=1), codecs or Codecs(WIDTH), list[BaseException]()
-    host = Host(engine, agreed, Limits(**{"rows": 16, **limits}))
+    engine, agreed, failures = InferenceEngine(part, threads=1), codecs or CutCodecs(WIDTH), list[BaseException]()
+    host = InferenceServer(engine, agreed, InferenceLimits(**{"step_tokens": 16, **limits}))
 
     async def serve(connection: Connection) -> None:
         try:
@@ -121,12 +121,12 @@ def cloud(family: str = "llama", codecs: Codecs | None = None, **limits: Any) ->
 
 
 def name(plans: PlanSet) -> str:
-    return f"{plans.firsts}-{plans.seconds}".replace(" ", "")
+    return f"{plans.start_blocks}-{plans.end_blocks}".replace(" ", "")
 
 
 @cache
 def stock(family: str = "llama", length: int = 33, new: int = NEW) -> list[int]:
-    """What the unsplit model says."""
+    """Generate with the unsplit model."""
     model = tiny(family, dtype=torch.float32, seed=4)
     ids = torch.tensor([PROMPT[:length]])
     made = model.generate(ids, do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0)
@@ -134,7 +134,7 @@ def stock(family: str = "llama", length: int = 33, new: int = NEW) -> list[int]:
 
 
 def refusal(code: str, seq: int = 0) -> Frame:
-    return Frame(Kind.ERROR, seq=seq, payload=Refusal(code=code, message=f"because of {code}").pack())
+    return Frame(SessionKind.ERROR, seq=seq, body=ErrorReply(code=code, message=f"because of {code}").pack())
 
 
 class Script:

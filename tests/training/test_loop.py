@@ -1,4 +1,4 @@
-"""The training loop against plain PyTorch, and exact resume."""
+"""Training loop against plain PyTorch, and exact resume."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from raycloud.errors import TrainingError
-from raycloud.training.loop import Loss, Trainer, TrainingRecipe
+from raycloud.training.loop import Loss, Trainer
+from raycloud.training.recipe import TrainingRecipe
 from raycloud.training.schedule import lr_factor
 
-RECIPE = TrainingRecipe(lr=1e-2, warmup_steps=3, weight_decay=0.1, clip=0.5, lr_floor=0.1)
+RECIPE = TrainingRecipe(lr=1e-2, warmup_steps=3, weight_decay=0.1, max_grad_norm=0.5, lr_floor=0.1)
 STEPS = 12
 
 
@@ -150,7 +151,7 @@ def test_a_step_without_labels_is_refused() -> None:
 def test_the_state_of_another_model_is_refused() -> None:
     state = trained(network(), range(1)).state()
     other = nn.Linear(6, 4).double()
-    with pytest.raises(TrainingError, match="which this model has not"):
+    with pytest.raises(TrainingError, match="which this model does not have"):
         Trainer({"model": other}, RECIPE, total_steps=STEPS, seed=0).load_state(state)
 
 

@@ -1,9 +1,10 @@
-"""Adapters: they begin as nothing, they alone are trained, and PEFT reads what is saved."""
+"""Adapters: they change nothing at first, only they are trained, and PEFT reads the saved files."""
 
 from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,14 @@ from raycloud.models.segments import Segment
 from raycloud.models.weights import weights_of
 from raycloud.training.lora import (
     LoraRecipe,
-    adapt,
-    adapter_of,
-    attach,
-    learnt_weights,
+    adapter_weights,
+    add_adapters,
+    add_segment_adapters,
     load_adapter,
-    load_learnt,
-    merge,
+    load_trainable_weights,
+    merge_adapters,
     save_adapter,
+    trainable_weights,
 )
 from tests.models.families import tiny
 
@@ -40,9 +41,9 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 def trained(model: PreTrainedModel) -> PreTrainedModel:
-    """With adapters that do something."""
+    """Model with adapters that are not zero."""
     generator = torch.Generator().manual_seed(1)
-    for tensor in adapter_of(model).values():
+    for tensor in adapter_weights(model).values():
         tensor.copy_(0.2 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
     return model
 
@@ -55,18 +56,18 @@ def close(one: Tensor, other: Tensor) -> bool:
 def test_fresh_adapters_change_nothing_and_are_all_that_learns(family: str) -> None:
     plain = tiny(family)
     before, own = logits(plain), {name: one.clone() for name, one in weights_of(plain).items()}
-    model = attach(plain, RECIPE, seed=3)
+    model = add_adapters(plain, RECIPE, seed=3)
     assert torch.equal(logits(model), before)
     Segment(model.train())(IDS).square().mean().backward()
     learns = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert learns == adapter_of(model).keys() == learnt_weights(model).keys()
+    assert learns == adapter_weights(model).keys() == trainable_weights(model).keys()
     assert len(learns) == 2 * FAMILIES[family] * 6
     assert {name.replace(".base_layer", "") for name in weights_of(model)} - learns == own.keys()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_the_first_block_also_when_it_is_computed_twice(checkpointing: bool) -> None:
-    model = attach(tiny("llama"), LoraRecipe(dropout=0.0), seed=0).train()
+    model = add_adapters(tiny("llama"), LoraRecipe(dropout=0.0), seed=0).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
     Segment(model)(IDS).square().mean().backward()
@@ -76,7 +77,7 @@ def test_gradients_reach_the_first_block_also_when_it_is_computed_twice(checkpoi
 
 def test_adapters_are_a_function_of_the_seed_and_leave_the_generator_alone() -> None:
     state = torch.random.get_rng_state()
-    one, same, other = (adapter_of(attach(tiny("llama"), RECIPE, seed)) for seed in (1, 1, 2))
+    one, same, other = (adapter_weights(add_adapters(tiny("llama"), RECIPE, seed)) for seed in (1, 1, 2))
     torch.manual_seed(0)
     tiny("llama")
     assert all(torch.equal(one[name], same[name]) for name in one)
@@ -84,14 +85,14 @@ def test_adapters_are_a_function_of_the_seed_and_leave_the_generator_alone() -> 
     torch.random.set_rng_state(state)
     plain = tiny("llama")
     state = torch.random.get_rng_state()
-    attach(plain, RECIPE, 1)
+    add_adapters(plain, RECIPE, 1)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_adapter_is_peft_s_and_a_merged_model_is_plain(family: str, tmp_path: Path) -> None:
     plain = tiny(family)
-    model = trained(attach(copy.deepcopy(plain), RECIPE, seed=0))
+    model = trained(add_adapters(copy.deepcopy(plain), RECIPE, seed=0))
     wanted = logits(model)
     assert not close(logits(plain), wanted)
     save_adapter(model, tmp_path, "org/base")
@@ -100,7 +101,7 @@ def test_a_saved_adapter_is_peft_s_and_a_merged_model_is_plain(family: str, tmp_
     theirs = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
     assert close(logits(theirs.get_base_model()), wanted)
     assert close(logits(load_adapter(copy.deepcopy(plain), tmp_path)), wanted)
-    whole = merge(model)
+    whole = merge_adapters(model)
     assert close(logits(whole), wanted)
     assert {name: one.shape for name, one in weights_of(whole).items()} == {
         name: one.shape for name, one in weights_of(plain).items()
@@ -114,18 +115,18 @@ def test_a_saved_adapter_is_peft_s_and_a_merged_model_is_plain(family: str, tmp_
 def test_parts_in_different_places_have_the_adapters_of_the_whole_model(family: str) -> None:
     model, *copies = (tiny(family) for _ in range(4))
     before = logits(model)
-    adapt(Segment(model), RECIPE, seed=3)
+    add_segment_adapters(Segment(model), RECIPE, seed=3)
     assert torch.equal(logits(model), before)
     learns = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    assert learns.keys() == adapter_of(model).keys()
+    assert learns.keys() == adapter_weights(model).keys()
     parts = [
         Segment(copies[0], 0, 1, head=False),
         Segment(copies[1], 1, 4, embed=False, head=False),
         Segment(copies[2], 4, embed=False),
     ]
     for part in parts:
-        adapt(part, RECIPE, seed=3)
-    found = {name: tensor for one in copies for name, tensor in adapter_of(one).items()}
+        add_segment_adapters(part, RECIPE, seed=3)
+    found = {name: tensor for one in copies for name, tensor in adapter_weights(one).items()}
     assert found.keys() == learns.keys()
     assert all(torch.equal(found[name], learns[name]) for name in learns)
     halves = [name for name in learns if "lora_A" in name and ".0." not in name]
@@ -133,25 +134,74 @@ def test_parts_in_different_places_have_the_adapters_of_the_whole_model(family: 
 
 
 def test_targets_say_which_maps_are_adapted() -> None:
-    model = attach(tiny("llama"), LoraRecipe(targets=["q_proj", "v_proj"]), seed=0)
-    assert {name.split(".")[4] for name in adapter_of(model)} == {"q_proj", "v_proj"}
+    model = add_adapters(tiny("llama"), LoraRecipe(target_modules=["q_proj", "v_proj"]), seed=0)
+    assert {name.split(".")[4] for name in adapter_weights(model)} == {"q_proj", "v_proj"}
     with pytest.raises(ModelError, match="no linear map 'c_attn' in the blocks; allowed: q_proj, k_proj"):
-        attach(tiny("llama"), LoraRecipe(targets=["c_attn"]), seed=0)
+        add_adapters(tiny("llama"), LoraRecipe(target_modules=["c_attn"]), seed=0)
 
 
 def test_what_was_learnt_moves_from_model_to_model() -> None:
-    source, target = trained(attach(tiny("llama"), RECIPE, 0)), attach(tiny("llama"), RECIPE, 1)
-    load_learnt(target, learnt_weights(source))
+    source, target = trained(add_adapters(tiny("llama"), RECIPE, 0)), add_adapters(tiny("llama"), RECIPE, 1)
+    load_trainable_weights(target, trainable_weights(source))
     assert torch.equal(logits(target), logits(source))
     with pytest.raises(ModelError, match="weights do not fit the model"):
-        load_learnt(target, learnt_weights(tiny("llama")))
-    assert learnt_weights(tiny("llama")).keys() == weights_of(tiny("llama")).keys()
+        load_trainable_weights(target, trainable_weights(tiny("llama")))
+    assert trainable_weights(tiny("llama")).keys() == weights_of(tiny("llama")).keys()
 
 
 def test_an_adapter_that_is_not_there_or_not_whole_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"holds no adapter_config\.json"):
         load_adapter(tiny("llama"), tmp_path)
-    save_adapter(attach(tiny("llama"), RECIPE, 0), tmp_path)
+    save_adapter(add_adapters(tiny("llama"), RECIPE, 0), tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
     with pytest.raises(ModelError, match="cannot load the adapter"):
         load_adapter(tiny("llama"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("megatron_core", "evil"),
+        ("megatron_config", {"init_method": "evil"}),
+        ("auto_mapping", {"base_model_class": "Evil", "parent_library": "evil"}),
+        ("auto_mapping", "evil"),
+        ("peft_type", "PROMPT_TUNING"),
+    ],
+)
+def test_an_adapter_that_names_code_is_refused_before_it_is_read(
+    field: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, ran = tmp_path / "adapter", tmp_path / "ran"
+    folder.mkdir()
+    save_adapter(add_adapters(tiny("llama"), RECIPE, 0), folder)
+    (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"megatron_config": {}, field: value} if field == "megatron_core" else {field: value}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=rf"{field} is .*; allowed: ") as caught:
+        load_adapter(tiny("llama"), folder)
+    assert "\n" not in str(caught.value)
+    assert not ran.exists() and "evil" not in sys.modules
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000])
+def test_a_damaged_adapter_configuration_is_one_line(content: str, tmp_path: Path) -> None:
+    save_adapter(add_adapters(tiny("llama"), RECIPE, 0), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"has a damaged adapter_config\.json") as caught:
+        load_adapter(tiny("llama"), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_that_names_a_class_of_transformers_is_read(tmp_path: Path) -> None:
+    """PEFT writes such names if no task type is given."""
+    source = trained(add_adapters(tiny("llama"), RECIPE, 0))
+    wanted = logits(source)
+    save_adapter(source, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    library = "transformers.models.llama.modeling_llama"
+    config["auto_mapping"] = {"base_model_class": "LlamaForCausalLM", "parent_library": library}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    plain = tiny("llama")
+    assert close(logits(load_adapter(plain, tmp_path)), wanted)

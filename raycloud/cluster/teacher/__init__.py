@@ -1,1 +1,1 @@
-"""The cloud teacher's supervised fine-tuning: Ray Train runs the workers, DeepSpeed shards what they hold."""
+"""Supervised fine-tuning of the cloud teacher: Ray Train runs the workers, DeepSpeed shards their state."""

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration from a recipe, and whether a given one agrees with it."""
+"""DeepSpeed configuration made from a recipe, and the check that a given JSON agrees with the recipe."""
 
 from __future__ import annotations
 
@@ -10,31 +10,39 @@ import torch
 
 from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
 from raycloud.errors import RecipeError
-from raycloud.training.precision import compute_type
+from raycloud.training.precision import compute_dtype
 
 _AUTO = "auto"
 _OPTIMIZERS = ("Adam", "AdamW")
 
 
 def weights_type(recipe: TuneTeacherRecipe, device: torch.device) -> torch.dtype:
-    """The type of the weights that are computed with; stage 0 has but one copy of them, in float32."""
+    """Return the dtype of the weights used in computation; stage 0 has only one copy of them, in float32."""
     if recipe.deepspeed.stage == 0:
         return torch.float32
-    return compute_type(recipe.dtype, device) or torch.float32
+    return compute_dtype(recipe.dtype, device) or torch.float32
+
+
+def autocast_type(recipe: TuneTeacherRecipe, device: torch.device) -> torch.dtype | None:
+    """Return the autocast dtype of stage 0, which has float32 weights but multiplies in the recipe's dtype.
+
+    None where products are computed in the weights' own dtype.
+    """
+    return compute_dtype(recipe.dtype, device) if recipe.deepspeed.stage == 0 else None
 
 
 def deepspeed_config(recipe: TuneTeacherRecipe, device: torch.device) -> dict[str, Any]:
-    """What ``deepspeed.initialize`` is given.
+    """Return the configuration for ``deepspeed.initialize``.
 
     Raises:
-        RecipeError: the JSON that the recipe names cannot be read or says something else than the recipe.
+        RecipeError: the JSON that the recipe names cannot be read or contradicts the recipe.
     """
     kind, zero = weights_type(recipe, device), recipe.deepspeed
     settings: dict[str, Any] = {
-        "train_batch_size": recipe.training.batch_size * recipe.training.accumulate,
+        "train_batch_size": recipe.training.batch_size * recipe.training.gradient_accumulation_steps,
         "train_micro_batch_size_per_gpu": recipe.training.batch_size // recipe.workers.count,
-        "gradient_accumulation_steps": recipe.training.accumulate,
-        "gradient_clipping": recipe.training.clip,
+        "gradient_accumulation_steps": recipe.training.gradient_accumulation_steps,
+        "gradient_clipping": recipe.training.max_grad_norm,
         "bf16": {"enabled": kind == torch.bfloat16},
         "fp16": {"enabled": kind == torch.float16},
         "zero_optimization": {
@@ -48,7 +56,7 @@ def deepspeed_config(recipe: TuneTeacherRecipe, device: torch.device) -> dict[st
     _check_optimizer(given.pop("optimizer", {}), recipe, source)
     _check_scheduler(given.pop("scheduler", {}), source)
     merged = _merged(given, settings, source)
-    # Ours is one optimiser for every stage and device, torch's own fused one.
+    # The optimizer is torch's own fused AdamW for every stage and device.
     merged |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     if kind == torch.bfloat16:
         merged.setdefault("data_types", {"grad_accum_dtype": "fp32"})
@@ -57,10 +65,10 @@ def deepspeed_config(recipe: TuneTeacherRecipe, device: torch.device) -> dict[st
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """A DeepSpeed configuration.
+    """Read a DeepSpeed configuration.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: the file cannot be read, or is not a JSON object.
     """
     try:
         found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
@@ -74,7 +82,10 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def _merged(given: dict[str, Any], ours: dict[str, Any], source: str, under: str = "") -> dict[str, Any]:
-    """What is given, and ours; both may say the same, and "auto" leaves it to the recipe or to DeepSpeed."""
+    """Merge a given configuration with that of the recipe.
+
+    Equal values may be in both, and "auto" leaves the value to the recipe or to DeepSpeed.
+    """
     merged = {
         key: _merged(value, {}, source, f"{under}{key}.") if isinstance(value, dict) else value
         for key, value in given.items()
@@ -88,7 +99,7 @@ def _merged(given: dict[str, Any], ours: dict[str, Any], source: str, under: str
             merged[key] = _merged(below, wanted, source, f"{under}{key}.")
         elif merged.setdefault(key, wanted) != wanted:
             raise RecipeError(
-                f'{source}: {under}{key} is {merged[key]!r}; allowed: what the recipe says, {wanted!r}, or "auto"'
+                f'{source}: {under}{key} is {merged[key]!r}; allowed: the value of the recipe, {wanted!r}, or "auto"'
             )
     return merged
 
@@ -112,7 +123,7 @@ def _check_optimizer(given: dict[str, Any], recipe: TuneTeacherRecipe, source: s
             raise RecipeError(f"{source}: unknown optimizer.params.{key}; allowed: {', '.join(wanted)}")
         if value not in (_AUTO, wanted[key]):
             raise RecipeError(
-                f"{source}: optimizer.params.{key} is {value!r}; allowed: what the recipe says, {wanted[key]!r}, "
+                f"{source}: optimizer.params.{key} is {value!r}; allowed: the value of the recipe, {wanted[key]!r}, "
                 'or "auto"'
             )
 
@@ -122,5 +133,5 @@ def _check_scheduler(given: dict[str, Any], source: str) -> None:
     if said:
         raise RecipeError(
             f'{source}: scheduler.params.{said[0]} is {given["params"][said[0]]!r}; allowed: no scheduler or "auto", '
-            "training.schedule says it"
+            "training.schedule sets it"
         )

@@ -1,4 +1,4 @@
-"""A model in a DeepSpeed engine: loading, the loss it computes, the optimiser it steps."""
+"""Model in a DeepSpeed engine: its loading, loss and optimizer."""
 
 from __future__ import annotations
 
@@ -11,41 +11,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from raycloud.cluster.teacher.config import deepspeed_config, weights_type
+from raycloud.cluster.teacher.config import autocast_type, deepspeed_config, weights_type
 from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
-from raycloud.cluster.teacher.shards import Shards
+from raycloud.cluster.teacher.shards import ShardedCheckpoint
 from raycloud.data.batches import IGNORE, Batch
-from raycloud.models.loading import load, pick_device
+from raycloud.models.checkpoint import Checkpoint
+from raycloud.models.loading import load, pick_device, pick_dtype, quiet_transformers, resolve
 from raycloud.models.segments import Segment
-from raycloud.training.lora import attach
+from raycloud.training.lora import add_adapters
+from raycloud.training.precision import autocast_to
 
 LOGITS_CHUNK = 1024
-"""Tokens whose logits exist at a time."""
+"""Number of tokens whose logits are in memory at a time."""
 
 
 def deepspeed() -> Any:
-    """The library, told which accelerator there is before it looks for itself."""
+    """Import DeepSpeed and set its accelerator before it detects one itself."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     import deepspeed as library
 
     library.logger.setLevel("ERROR")
-    # An op for inference that whoever comes first compiles: a minute, and a worker that is killed meanwhile leaves a
-    # lock that all later ones wait at for ever.
+    # The first process that needs this inference op compiles it, which takes a minute. A worker killed meanwhile leaves
+    # a lock for which all later ones wait forever.
     library.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return library
 
 
 class ResponseLoss(nn.Module):
-    """−log p of the labelled tokens of a batch, as a sum in float32.
+    """Sum of −log p of the labelled tokens of a batch, in float32.
 
-    The head sees the rows of labelled tokens only, and no more than a chunk of them at a time.
+    The head gets the hidden states of labelled tokens only, at most ``LOGITS_CHUNK`` at a time.
 
     Args:
-        model: with its head.
+        model: causal language model with its head.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -53,45 +55,51 @@ class ResponseLoss(nn.Module):
         self.segment = Segment(model)
 
     def forward(self, ids: Tensor, valid: Tensor, labels: Tensor) -> Tensor:
-        """Of token ids (B, T), which of them are real (B, T), and the next-token labels (B, T)."""
+        """Return the loss of token ids (B, T), ``valid`` (B, T; False is padding) and next-token labels (B, T)."""
         wanted = labels != IGNORE
-        rows = self.segment.rows(ids, valid=None if bool(valid.all()) else valid)[wanted]
-        chunks = list(zip(rows.split(LOGITS_CHUNK), labels[wanted].split(LOGITS_CHUNK), strict=True))
+        hidden = self.segment.hidden(ids, valid=None if bool(valid.all()) else valid)[wanted]
+        chunks = list(zip(hidden.split(LOGITS_CHUNK), labels[wanted].split(LOGITS_CHUNK), strict=True))
         if len(chunks) == 1 or not torch.is_grad_enabled():
             return torch.stack([self._nll(some, which) for some, which in chunks]).sum()
         return torch.stack([checkpoint(self._nll, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
-    def _nll(self, rows: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(self.segment.logits(rows).float(), labels, reduction="sum")
+    def _nll(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.segment.logits(hidden).float(), labels, reduction="sum")
 
 
 @dataclass(frozen=True)
-class Engine:
-    """What a worker trains with."""
+class TeacherEngine:
+    """Engine, trained parameters and device of one worker."""
 
     engine: Any
-    """DeepSpeed's."""
+    """DeepSpeed engine."""
     named: dict[str, nn.Parameter]
-    """The trained parameters, by their name in the model."""
+    """Trained parameters by their name in the model."""
     device: torch.device
+    autocast: torch.dtype | None
+    """See :func:`~raycloud.cluster.teacher.config.autocast_type`."""
 
     @classmethod
-    def of(cls, recipe: TuneTeacherRecipe, begun: Shards | None) -> Engine:
-        """Load the model and initialise, from a checkpoint where there is one.
+    def of(cls, recipe: TuneTeacherRecipe, begun: ShardedCheckpoint | None) -> TeacherEngine:
+        """Load the model and initialise the engine, from a checkpoint where there is one.
 
         Raises:
             RecipeError: a given DeepSpeed configuration contradicts the recipe.
             ResultError: the checkpoint cannot be read or is of another model.
         """
         library, device = deepspeed(), pick_device(recipe.device)
-        # Partitioning asks how many workers there are before anything else would have told the library.
+        # Partitioning needs the number of workers before anything else has set it in the library.
         library.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
         settings = deepspeed_config(recipe, device)
         with _partitioned(recipe, settings):
-            model = load(recipe.model, device="cpu" if recipe.deepspeed.stage == 3 else recipe.device).model
+            model = (
+                _load_partitioned(recipe.model)
+                if recipe.deepspeed.stage == 3
+                else load(recipe.model, device=recipe.device).model
+            )
             model.to(weights_type(recipe, device))  # type: ignore[arg-type]
             if recipe.lora is not None:
-                model = attach(model, recipe.lora, recipe.seed)
+                model = add_adapters(model, recipe.lora, recipe.seed)
         model.train()
         if recipe.training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -103,24 +111,25 @@ class Engine:
         )
         if begun is not None:
             begun.restore(engine, named)
-        return cls(engine, named, device)
+        return cls(engine, named, device, autocast_type(recipe, device))
 
     def nll(self, batch: Batch) -> Tensor:
-        """The sum over its labelled tokens; see :class:`ResponseLoss`."""
+        """Return the sum of −log p over the batch's labelled tokens; see :class:`ResponseLoss`."""
         batch = batch.to(self.device)
-        total: Tensor = self.engine(batch.ids, batch.valid, batch.labels)
+        with autocast_to(self.autocast, self.device):
+            total: Tensor = self.engine(batch.ids, batch.valid, batch.labels)
         return total
 
     def step(self) -> float | None:
-        """Count a micro-batch and, at an optimiser step's last one, update.
+        """Count a micro-batch; update the weights after the last one of an optimizer step.
 
         Returns:
-            The norm of all gradients before they were clipped; None between updates and where one was skipped.
+            Norm of all gradients before clipping; None between updates and where an update was skipped.
         """
         engine, norm = self.engine, None
         boundary = engine.is_gradient_accumulation_boundary()
         if boundary and engine.zero_optimization_stage() == 0:
-            # DeepSpeed clips plain float32 gradients and forgets what their norm was.
+            # DeepSpeed clips plain float32 gradients and does not store their norm.
             norm = float(nn.utils.get_total_norm([one.grad for one in self.named.values() if one.grad is not None]))
         engine.step()
         if not boundary or not engine.was_step_applied():
@@ -128,13 +137,13 @@ class Engine:
         return norm if norm is not None else float(engine.get_global_grad_norm())
 
     def set_lr(self, lr: float) -> None:
-        """For the next step."""
+        """Set the learning rate of the next step."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
 
 
 def _optimizer(named: Mapping[str, nn.Parameter], recipe: TuneTeacherRecipe) -> torch.optim.AdamW:
-    """As :class:`~raycloud.training.loop.Trainer` has it: matrices decay, biases and norms do not."""
+    """Return AdamW as in :class:`~raycloud.training.loop.Trainer`: weight decay on matrices, not biases and norms."""
     training = recipe.training
     matrices = [one for one in named.values() if len(getattr(one, "ds_shape", one.shape)) > 1]
     known = {id(one) for one in matrices}
@@ -148,7 +157,7 @@ def _optimizer(named: Mapping[str, nn.Parameter], recipe: TuneTeacherRecipe) -> 
 
 @contextlib.contextmanager
 def _partitioned(recipe: TuneTeacherRecipe, settings: dict[str, Any]) -> Iterator[None]:
-    """Under stage 3 no worker ever holds the whole model: ``transformers`` spreads tensors as it reads them."""
+    """Partition the model while ``transformers`` reads it (stage 3 only): no worker ever holds all of it."""
     if recipe.deepspeed.stage != 3:
         yield
         return
@@ -162,8 +171,19 @@ def _partitioned(recipe: TuneTeacherRecipe, settings: dict[str, Any]) -> Iterato
         del kept
 
 
-def _fill(library: Any, named: Mapping[str, nn.Parameter], begun: Shards) -> None:
-    """The checkpoint's weights, in whatever type the model computes in."""
+def _load_partitioned(source: str) -> PreTrainedModel:
+    """Load a model whose tensors are spread over the workers while they are read; our own loader cannot do that."""
+    where = resolve(source)
+    Checkpoint(where)  # compares the files with their checksums
+    with quiet_transformers():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            where, dtype=pick_dtype("auto", torch.device("cpu")), use_safetensors=True, trust_remote_code=False
+        )
+    return model
+
+
+def _fill(library: Any, named: Mapping[str, nn.Parameter], begun: ShardedCheckpoint) -> None:
+    """Copy the checkpoint's weights into the parameters, in the dtype of the model."""
     for name, parameter in named.items():
         gathered = (
             library.zero.GatheredParameters([parameter], modifier_rank=0) if hasattr(parameter, "ds_id") else None

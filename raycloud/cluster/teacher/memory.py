@@ -1,4 +1,4 @@
-"""What a teacher's fine-tuning will take of every worker's memory, before anything is loaded."""
+"""Estimate of the memory of each worker of a teacher's fine-tuning, made before anything is loaded."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from raycloud.cluster.teacher.engine import LOGITS_CHUNK, deepspeed
 from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
-from raycloud.models.anatomy import blocks_of
-from raycloud.training.lora import attach
+from raycloud.models.structure import blocks_of
+from raycloud.training.lora import add_adapters
 
 _KEPT_PER_TOKEN = 34
-"""Bytes that a block in half precision keeps of a token and hidden unit for its backward pass, without the scores of
-attention, which sdpa does not keep (Korthikanti et al. 2022, arXiv 2205.05198, equation 2)."""
+"""Bytes per token and hidden unit that a block in half precision keeps for its backward pass, without attention scores,
+which sdpa does not keep (Korthikanti et al. 2022, arXiv 2205.05198, equation 2)."""
 _MASTER, _AVERAGES = 4, 8
-"""Bytes of a trained parameter's float32 copy, and of Adam's two averages."""
+"""Bytes per trained parameter of its float32 copy, and of Adam's two averages."""
 
 
 @dataclass(frozen=True)
-class Parameters:
-    """How many a model has."""
+class ParameterCounts:
+    """Numbers of parameters of a model."""
 
     total: int
     trained: int
     largest_block: int
-    """Of the blocks, the embedding and the head, whichever is largest."""
+    """Parameters of the largest of the blocks, the embedding and the head."""
 
     @classmethod
-    def of(cls, config: PretrainedConfig, recipe: TuneTeacherRecipe) -> Parameters:
-        """Counted on a model without storage."""
+    def of(cls, config: PretrainedConfig, recipe: TuneTeacherRecipe) -> ParameterCounts:
+        """Count the parameters on a model without storage."""
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             if recipe.lora is not None:
-                model = attach(model, recipe.lora, recipe.seed)
+                model = add_adapters(model, recipe.lora, recipe.seed)
         parts: list[nn.Module] = [*blocks_of(model), model.get_input_embeddings(), model.get_output_embeddings()]
         return cls(
             sum(one.numel() for one in model.parameters()),
@@ -47,31 +47,34 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of one worker by what they hold, on its device and in the host's memory."""
+class MemoryEstimate:
+    """Bytes of one worker by purpose, on its device and in the host's memory."""
 
     device: dict[str, int]
     host: dict[str, int]
 
     @property
     def rows(self) -> Iterator[tuple[str, int, int]]:
-        """What, on the device, on the host; the sums last."""
+        """Yield (purpose, bytes on the device, bytes on the host); the sums come last."""
         for what in self.device:
             yield what, self.device[what], self.host.get(what, 0)
         yield "in all", sum(self.device.values()), sum(self.host.values())
 
 
-def estimate(config: PretrainedConfig, parameters: Parameters, recipe: TuneTeacherRecipe, kind: torch.dtype) -> Memory:
-    """The memory of one worker at its largest.
+def estimate(
+    config: PretrainedConfig, parameters: ParameterCounts, recipe: TuneTeacherRecipe, kind: torch.dtype
+) -> MemoryEstimate:
+    """Estimate the peak memory of one worker.
 
-    Mixed precision takes 2 bytes of weights, 4 of gradients and 12 of float32 weights and averages a trained parameter
-    (ZeRO, section 3.1, with gradients summed in float32); what stage and offloading spread or move is divided or moved.
+    Mixed precision takes, per trained parameter, 2 bytes for the weight, 4 for the gradient and 12 for the float32
+    weight and averages (ZeRO, section 3.1, with gradients summed in float32). State that the stage spreads is divided
+    by the number of workers; state that is offloaded counts for the host.
 
     Args:
-        config: of the model.
-        parameters: how many it has.
-        recipe: how it is trained.
-        kind: the weights' type.
+        config: config of the model.
+        parameters: its numbers of parameters.
+        recipe: recipe of the fine-tuning.
+        kind: dtype of the weights.
     """
     zero, workers = recipe.deepspeed, recipe.workers.count
     width = torch.finfo(kind).bits // 8
@@ -90,7 +93,7 @@ def estimate(config: PretrainedConfig, parameters: Parameters, recipe: TuneTeach
         * parameters.trained
         // (workers if zero.stage >= 1 else 1),
         "activations": activations,
-        # Logits in float32, their gradient, and the softmax between them.
+        # Logits in float32, their gradient, and the softmax as an intermediate.
         "logits": 3 * 4 * min(tokens, LOGITS_CHUNK) * text.vocab_size,
     }
     moved = [
@@ -98,13 +101,13 @@ def estimate(config: PretrainedConfig, parameters: Parameters, recipe: TuneTeach
         *(["weights"] if zero.offload_parameters else []),
     ]
     host = {what: found[what] for what in moved}
-    return Memory({what: 0 if what in host else size for what, size in found.items()}, host)
+    return MemoryEstimate({what: 0 if what in host else size for what, size in found.items()}, host)
 
 
-def library_estimate(parameters: Parameters, recipe: TuneTeacherRecipe) -> tuple[int, int] | None:
-    """DeepSpeed's own estimate of weights, gradients and optimiser: bytes of one worker, and of its node's host.
+def library_estimate(parameters: ParameterCounts, recipe: TuneTeacherRecipe) -> tuple[int, int] | None:
+    """Return DeepSpeed's own estimate of weights, gradients and optimizer: bytes of one worker, and of its node's host.
 
-    It knows stages 2 and 3 of a model that is trained as a whole, in half precision; None for anything else.
+    It covers stages 2 and 3 of full fine-tuning in half precision; None for anything else.
     """
     zero = recipe.deepspeed
     if parameters.trained < parameters.total or zero.stage < 2:

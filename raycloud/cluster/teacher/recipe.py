@@ -1,30 +1,29 @@
-"""The recipe of a teacher's supervised fine-tuning."""
+"""Recipe of a teacher's supervised fine-tuning."""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from raycloud.data.recipe import DataRecipe
-from raycloud.models.loading import Device, DType
-from raycloud.recipe import Placement, Recipe
-from raycloud.training.loop import TrainingRecipe
-from raycloud.training.lora import LoraRecipe
+from raycloud.models.devices import Device, DType
+from raycloud.recipe import Bundle, Placement, Recipe
+from raycloud.training.recipe import LoraRecipe, TrainingRecipe
 
 
 class DeepSpeedRecipe(Recipe):
-    """What DeepSpeed spreads over the workers (ZeRO, Rajbhandari et al. 2020, arXiv 1910.02054), and what it moves to
-    the host's memory."""
+    """DeepSpeed settings: state that is spread over the workers (ZeRO, Rajbhandari et al. 2020, arXiv 1910.02054), and
+    state that is moved to the host's memory."""
 
     stage: Literal[0, 1, 2, 3] = 2
-    """0 spreads nothing, 1 the optimiser's state, 2 gradients too, 3 also the weights."""
+    """ZeRO stage: 0 spreads nothing, 1 the optimizer state, 2 also gradients, 3 also weights."""
     offload_optimizer: bool = False
-    """The optimiser's state lives and is updated in the host's memory."""
+    """Keep and update the optimizer state in the host's memory; stage 1, 2 or 3."""
     offload_parameters: bool = False
-    """Weights wait in the host's memory until they are computed with; stage 3 only."""
+    """Keep weights in the host's memory until they are used; stage 3 only."""
     config: str | None = None
-    """A DeepSpeed JSON for everything else; where it speaks of what the recipe says, both must agree."""
+    """Path of a DeepSpeed JSON for all other settings; settings that the recipe has as well must agree with it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -36,64 +35,74 @@ class DeepSpeedRecipe(Recipe):
 
 
 class WorkersRecipe(Recipe):
-    """Processes that train together; each takes one ``cloud`` of its node."""
+    """Processes that train together; each takes one ``cloud`` resource of its node."""
 
     count: int = Field(1, gt=0)
     placement: Placement = Placement()
     failures: int = Field(3, ge=0)
-    """So many times they are started again from the last checkpoint when one of them dies."""
+    """Number of restarts from the last checkpoint after a worker dies."""
 
 
 class CheckpointsRecipe(Recipe):
-    """What a run goes on from."""
+    """Checkpoints from which a run resumes."""
 
     every: int = Field(50, gt=0)
-    """Optimiser steps; the held-out loss is measured with each."""
+    """Optimizer steps between checkpoints; the held-out loss is measured with each."""
     keep: int = Field(2, gt=0)
-    """The best ones by held-out loss, beside the latest."""
+    """Number of best checkpoints by held-out loss to keep, in addition to the latest."""
 
 
-class HeldOutRecipe(Recipe):
-    """Text that is never trained on."""
+class TuneTeacherEvaluationRecipe(Recipe):
+    """Text that is never used for training."""
+
+    renamed: ClassVar[dict[str, str]] = {"samples": "held_out_samples"}
 
     split: Literal["valid", "test"] = "valid"
-    samples: int = Field(256, gt=0)
-    """Evenly spread over the split."""
+    held_out_samples: int = Field(256, gt=0)
+    """Number of samples, evenly spread over the split."""
 
 
 class TuneTeacherRecipe(Recipe):
-    """Fine-tune a causal language model on responses, all of it or low-rank adapters."""
+    """Fine-tune a causal language model on responses, fully or with low-rank adapters."""
+
+    renamed: ClassVar[dict[str, str]] = {"held_out": "evaluation"}
+    may_change: ClassVar[frozenset[str]] = Recipe.may_change | {"deepspeed", "workers", "threads"}
 
     job: Literal["tune_teacher"] = "tune_teacher"
     output: str = "results/teacher"
-    """The result directory; on several nodes a folder that all of them share."""
+    """Result directory; on several nodes a folder that all of them share."""
     seed: int = Field(10, ge=0)
     device: Device = "auto"
     dtype: DType = "auto"
-    """Of the weights that are computed with; the optimiser keeps float32 ones. ``auto`` is bfloat16 where the device
-    multiplies it natively."""
+    """Dtype of the weights used in computation; the optimizer keeps float32 ones. ``auto`` is bfloat16 where the device
+    multiplies it natively. Stage 0 keeps float32 weights only and multiplies them in this dtype."""
     threads: int = Field(0, ge=0)
-    """CPU threads of each worker; 0 divides the node's cores among them."""
+    """CPU threads of each worker; 0 divides the node's cores among the workers."""
     model: str = "builtin:smollm2-135m-instruct"
-    """A hub id, a directory, a GGUF file or a built-in name."""
+    """Hub id, directory, GGUF file or built-in name of the model."""
     lora: LoraRecipe | None = None
-    """Train adapters only; None trains everything."""
+    """Low-rank adapters to train; None trains all weights."""
     data: DataRecipe = DataRecipe(source="builtin:instruct", format="alpaca")
     training: TrainingRecipe = TrainingRecipe(lr=2e-5)
-    """``batch_size`` is that of all workers together: how many there are changes nothing but the time."""
+    """Training settings. ``batch_size`` is that of all workers together, so their number changes only the time."""
     epochs: int = Field(1, gt=0)
     steps: int | None = Field(None, gt=0)
-    """Optimiser steps in all; None for whole epochs."""
+    """Optimizer steps in total; None for whole epochs."""
     deepspeed: DeepSpeedRecipe = DeepSpeedRecipe()
     workers: WorkersRecipe = WorkersRecipe()
     checkpoints: CheckpointsRecipe = CheckpointsRecipe()
-    held_out: HeldOutRecipe = HeldOutRecipe()
+    evaluation: TuneTeacherEvaluationRecipe = TuneTeacherEvaluationRecipe()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         batch, workers = self.training.batch_size, self.workers.count
         if batch % workers:
             raise ValueError(f"training.batch_size is {batch}; allowed: a multiple of workers.count, {workers}")
-        if self.dtype in ("bfloat16", "float16") and self.deepspeed.stage == 0:
-            raise ValueError(f"dtype {self.dtype} needs deepspeed.stage 1, 2 or 3; stage 0 computes in float32")
+        if self.dtype == "float16" and self.deepspeed.stage == 0:
+            raise ValueError("dtype float16 needs deepspeed.stage 1, 2 or 3, which scale the loss; it is 0")
         return self
+
+
+def bundles(recipe: TuneTeacherRecipe) -> list[Bundle]:
+    """Return the resources of each worker."""
+    return [recipe.workers.placement.bundle("cloud")] * recipe.workers.count

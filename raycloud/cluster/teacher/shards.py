@@ -1,14 +1,15 @@
-"""Checkpoints of a DeepSpeed engine as plain tensors: every worker writes what it holds, any number of them reads.
+"""Checkpoints of a DeepSpeed engine as plain tensors: each worker writes its part, any number of workers reads.
 
-DeepSpeed's own checkpoints are pickles, tied to the stage and, mostly, to the number of workers. Here each worker
-writes the pieces of the float32 weights and of Adam's two averages that it holds, each with the parameter's name and
-where in it the piece begins. Whoever reads puts together what it needs, so stage and workers may change between runs.
+DeepSpeed's own checkpoints are pickles that depend on the stage and, mostly, on the number of workers. Here each worker
+writes its pieces of the float32 weights and of Adam's two averages, each with the parameter's name and the piece's
+offset in it. A reader assembles the pieces that it needs, so stage and workers may change between runs.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,95 +19,163 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from raycloud.errors import ResultError
+from raycloud.checksums import CHECKSUMS, verify, write_checksums
+from raycloud.durable import sync, write_atomically, writing
+from raycloud.errors import ChecksumError, ResultError, TrainingError
+from raycloud.report.console import print_and_log
 
 WEIGHT = "weight"
 _AVERAGES = ("exp_avg", "exp_avg_sq")
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""Of float16's loss scale, where there is one."""
+"""Fields of float16's loss scaler that are saved, where there is one."""
 _STATE = "state.json"
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of a parameter that this worker updates: ``flat[offset : offset + count]`` is ``[start, start + count)``
-    of the parameter called ``name``."""
+class ParameterShard:
+    """Part of a parameter that this worker updates: ``flat[offset : offset + count]`` holds the elements
+    ``[start, start + count)`` of the parameter called ``name``."""
 
     name: str
     start: int
     count: int
     flat: Tensor
-    """What the optimiser knows: the parameter itself, or a buffer that holds pieces of many."""
+    """Tensor that the optimizer updates: the parameter itself, or a buffer with pieces of many parameters."""
     offset: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The view of the piece in ``flat`` or in a tensor of its shape."""
+        """Return the view of the piece in ``flat`` or in a tensor of its shape."""
         return tensor.view(-1)[self.offset : self.offset + self.count]
 
 
-def pieces(engine: Any, named: Mapping[str, nn.Parameter]) -> Iterator[Piece]:
-    """What this worker updates.
+def parameter_shards(engine: Any, named: Mapping[str, nn.Parameter]) -> Iterator[ParameterShard]:
+    """Yield the pieces that this worker updates.
 
     Args:
-        engine: of DeepSpeed.
-        named: the trained parameters by name.
+        engine: DeepSpeed engine.
+        named: trained parameters by name.
     """
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
-    parameter: Any  # DeepSpeed hangs what it knows on the parameters themselves
+    parameter: Any  # DeepSpeed stores its data as attributes of the parameters
     for name, parameter in named.items():
         if stage == 0:
             if engine.global_rank == 0:  # all workers hold the same
-                yield Piece(name, 0, parameter.numel(), parameter, 0)
+                yield ParameterShard(name, 0, parameter.numel(), parameter, 0)
         elif stage == 3:
             group, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = torch.distributed.get_rank(parameter.ds_process_group) * count
-            count = min(count, parameter.ds_numel - start)  # the last ones are padded
+            count = min(count, parameter.ds_numel - start)  # the last pieces are padded
             if count > 0:
-                yield Piece(name, start, count, optimizer.fp32_partitioned_groups_flat[group], offset)
+                yield ParameterShard(name, start, count, optimizer.fp32_partitioned_groups_flat[group], offset)
         elif (found := parameter._hp_mapping) is not None:
             (flat,) = engine.basic_optimizer.param_groups[found.param_group_index]["params"]
             start, offset = found.lp_fragment_address.start, found.hp_fragment_address.start
-            yield Piece(name, start, found.lp_fragment_address.numel, flat, offset)
+            yield ParameterShard(name, start, found.lp_fragment_address.numel, flat, offset)
 
 
 def save(folder: Path, engine: Any, named: Mapping[str, nn.Parameter], facts: Mapping[str, Any]) -> None:
-    """Write this worker's part of a checkpoint; the first worker's holds the facts as well.
+    """Write this worker's part of a checkpoint; the first worker also writes the facts.
 
     Args:
-        folder: exists already.
-        engine: of DeepSpeed, after at least one step.
-        named: the trained parameters by name.
-        facts: plain JSON for :attr:`Shards.facts`.
+        folder: existing folder of the checkpoint.
+        engine: DeepSpeed engine after at least one step.
+        named: trained parameters by name.
+        facts: plain JSON for :attr:`ShardedCheckpoint.facts`.
+
+    Raises:
+        TrainingError: a number of the state is not finite, so no run could resume from it.
     """
     tensors: dict[str, Tensor] = {}
-    for piece in pieces(engine, named):
+    for piece in parameter_shards(engine, named):
         state = engine.basic_optimizer.state[piece.flat]
         for kind, tensor in ((WEIGHT, piece.flat), *((key, state[key]) for key in _AVERAGES)):
             tensors[f"{kind}/{piece.start}/{piece.name}"] = piece.of(tensor.detach()).float().cpu().clone()
-    save_file(tensors, folder / f"worker-{engine.global_rank:05d}.safetensors")
+    mine = folder / f"worker-{engine.global_rank:05d}.safetensors"
+    with writing(mine):
+        save_file(tensors, mine)
+        sync(mine)
     if engine.global_rank == 0:
         shapes = {name: list(getattr(one, "ds_shape", one.shape)) for name, one in named.items()}
         scaler = getattr(engine.optimizer, "loss_scaler", None)
         scale = {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)}
         state = {**facts, "shapes": shapes, "loss_scale": scale}
-        (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
+        try:
+            text = json.dumps(state, allow_nan=False)
+        except ValueError:
+            raise TrainingError(f"the checkpoint's state is not all finite: {facts}, loss scale {scale}") from None
+        write_atomically(folder / _STATE, text)
 
 
-class Shards:
-    """A checkpoint that :func:`save` wrote, by however many workers.
+def write_shard_checksums(folder: Path) -> None:
+    """Complete a checkpoint after every worker has written its part; one worker calls this."""
+    with writing(folder):
+        write_checksums(folder)
+        sync(folder)
+        sync(folder.parent)
 
-    Args:
-        folder: with the files of all of them.
+
+def check(folder: Path) -> None:
+    """Check that a checkpoint is complete and undamaged.
 
     Raises:
-        ResultError: it cannot be read.
+        ResultError: it is incomplete or damaged.
+    """
+    try:
+        if not (folder / CHECKSUMS).is_file():
+            raise ChecksumError(f"'{folder}' is not complete: it holds no {CHECKSUMS}")
+        verify(folder)
+    except ChecksumError as error:
+        raise ResultError(f"cannot read the checkpoint '{folder.name}': {error}") from None
+
+
+def latest_undamaged(newest: Path) -> Path:
+    """Return a checkpoint or, if it is damaged, the newest undamaged one before it; log a warning for damaged ones.
+
+    Raises:
+        ResultError: all checkpoints are damaged.
+    """
+    before = [path for path in newest.parent.glob("checkpoint_*") if path.name < newest.name]
+    return first_undamaged([newest, *sorted(before, reverse=True)])
+
+
+def first_undamaged(folders: Iterable[Path]) -> Path:
+    """Return the first undamaged checkpoint.
+
+    Args:
+        folders: checkpoint folders, at least one.
+
+    Raises:
+        ResultError: all checkpoints are damaged.
+    """
+    first: ResultError | None = None
+    for folder in folders:
+        try:
+            check(folder)
+        except ResultError as error:
+            print_and_log(_LOG, f"warning: {error}; trying another checkpoint", logging.WARNING)
+            first = first or error
+            continue
+        return folder
+    assert first is not None
+    raise first
+
+
+class ShardedCheckpoint:
+    """Checkpoint written by :func:`save` with any number of workers.
+
+    Args:
+        folder: folder with the files of all workers.
+
+    Raises:
+        ResultError: the checkpoint cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._found: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
         try:
-            self._state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+            self._state = json.loads((folder / _STATE).read_text(encoding="utf-8"), parse_constant=_no_number)
             for path in sorted(folder.glob("worker-*.safetensors")):
                 file = safe_open(path, framework="pt")
                 for key in file.keys():  # noqa: SIM118  # no mapping
@@ -117,19 +186,19 @@ class Shards:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What :func:`save` was given, and more."""
+        """Facts that :func:`save` was given, and its own."""
         return self._state
 
     @property
     def names(self) -> list[str]:
-        """The parameters."""
+        """Names of the trained parameters."""
         return list(self._state["shapes"])
 
     def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
-        """The elements ``[start, start + count)`` (count,) of a parameter, or of one of its averages, in float32.
+        """Read the elements ``[start, start + count)`` (count,) of a parameter or of one of its averages, in float32.
 
         Raises:
-            ResultError: they are not all there.
+            ResultError: the files lack some of the elements.
         """
         parts, at = [], start
         for begin, file, key in sorted(self._found.get((kind, name), ()), key=lambda one: one[0]):
@@ -143,20 +212,20 @@ class Shards:
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def weight(self, name: str) -> Tensor:
-        """A whole parameter in float32, in its shape."""
+        """Return a whole parameter in float32, in its shape."""
         shape = self._state["shapes"][name]
         return self.read(WEIGHT, name, 0, torch.Size(shape).numel()).reshape(shape)
 
     def restore(self, engine: Any, named: Mapping[str, nn.Parameter]) -> None:
-        """Put weights, averages, step count and loss scale into an engine whose model has these weights already.
+        """Restore weights, averages, step count and loss scale of an engine whose model already has these weights.
 
         Raises:
-            ResultError: it is a checkpoint of other parameters.
+            ResultError: the checkpoint is of other parameters.
         """
         if set(named) != set(self.names):
-            raise ResultError(f"the checkpoint '{self._folder}' is of other parameters")
+            raise ResultError(f"the checkpoint '{self._folder}' belongs to other parameters")
         optimizer, step = engine.basic_optimizer, float(self._state["updates"])
-        for piece in pieces(engine, named) if engine.zero_optimization_stage() else _everything(named):
+        for piece in parameter_shards(engine, named) if engine.zero_optimization_stage() else _everything(named):
             state = optimizer.state[piece.flat]
             if not state:
                 state["step"] = torch.tensor(step, device=piece.flat.device)
@@ -170,5 +239,9 @@ class Shards:
                 setattr(scaler, key, value)
 
 
-def _everything(named: Mapping[str, nn.Parameter]) -> Iterator[Piece]:
-    return (Piece(name, 0, one.numel(), one, 0) for name, one in named.items())
+def _no_number(name: str) -> float:
+    raise ValueError(f"{_STATE} holds {name}; allowed: finite numbers")
+
+
+def _everything(named: Mapping[str, nn.Parameter]) -> Iterator[ParameterShard]:
+    return (ParameterShard(name, 0, one.numel(), one, 0) for name, one in named.items())

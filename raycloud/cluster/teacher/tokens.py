@@ -1,4 +1,4 @@
-"""Rows to tokens, by ``ray.data`` on the whole cluster."""
+"""Tokenisation of rows by ``ray.data`` on the whole cluster."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from raycloud.data.tokens import token_table, write_tokens
 from raycloud.errors import DataError
 
 _BLOCK = 2048
-"""Rows that are tokenised together."""
+"""Number of rows that are tokenised together."""
 
 
 def tokenise(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: DataRecipe, path: Path) -> int:
-    """Write the samples of some rows, in the rows' order; how many there are.
+    """Write the samples of some rows, in the order of the rows, and return the number of samples.
 
     The work is spread over the cluster by ``ray.data``.
 
     Raises:
-        DataError: no row leaves a token to predict.
+        DataError: no row has a token to predict.
     """
     blocks = [rows[at : at + _BLOCK] for at in range(0, len(rows), _BLOCK)]
-    # A data set keeps the options that hold when it is made: what is set later leaves blocks in the order they end in.
+    # A data set uses the options that are set when it is created: set later, blocks come in the order of completion.
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.execution_options.preserve_order = False, True
-    # Their numbers and not their columns, which may hold anything.
+    # Pass block numbers, not the rows' columns, which may hold any type.
     work = ray.data.from_items([{"block": number} for number in range(len(blocks))], override_num_blocks=len(blocks))
     shared = [ray.put(block) for block in blocks]
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its own bars are off
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its own progress bars are off
 
     def samples(some: dict[str, Any]) -> pa.Table:
         (number,) = some["block"]
@@ -48,10 +48,11 @@ def tokenise(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: Data
                     tokenizer,
                     data.format,
                     max_length=data.max_length,
-                    max_prompt=data.max_prompt,
+                    max_prompt_length=data.max_prompt_length,
+                    bos=data.bos,
                 )
             )
-        except DataError:  # none in this block; that there are none in any is found below
+        except DataError:  # none in this block; the case that no block has any is checked below
             return token_table([])
 
     found = work.map_batches(samples, batch_size=1, num_cpus=0.25)

@@ -1,4 +1,4 @@
-"""Cross-entropy with the data's own next token."""
+"""Cross-entropy with the next token of the text."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from raycloud.distill.objective import TeacherAt, TokenObjective
+from raycloud.distill.objective import TeacherAtTokens, TokenObjective
 
 
-class _Surprise(torch.autograd.Function):
-    """−log q(label). Its gradient, q minus one at the label, is written into one tensor; autograd makes four."""
+class _NegativeLogLikelihood(torch.autograd.Function):
+    """−log q(label). Its gradient, q minus one at the label, is written into one tensor; autograd would make four."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
@@ -31,11 +31,11 @@ class CrossEntropy(TokenObjective):
 
     name: Literal["cross_entropy"] = "cross_entropy"
 
-    def per_token(self, logits: Tensor, labels: Tensor, teacher: TeacherAt) -> Tensor:
-        """The negative log-likelihood of each label (c,)."""
-        return _Surprise.apply(logits, labels)
+    def per_token(self, logits: Tensor, labels: Tensor, teacher: TeacherAtTokens) -> Tensor:
+        """Negative log-likelihood of each label (c,)."""
+        return _NegativeLogLikelihood.apply(logits, labels)
 
     @property
-    def needs_partner(self) -> bool:
-        """It asks no teacher."""
+    def requires_partner(self) -> bool:
+        """False, because no teacher is involved."""
         return False

@@ -1,25 +1,35 @@
 """Dual-space distillation (DSKD, Zhang et al. 2024, arXiv 2406.17328, and DSKDv2, 2025, arXiv 2504.11426).
 
-Distributions made by two heads live in two spaces. Here they are compared under one head, twice: the teacher's rows are
-projected to the student's width and go through the student's head, the student's rows through the teacher's.
+Distributions from two different heads are in two output spaces. Here they are compared under one head, twice: the
+teacher's hidden states are projected to the student's hidden size and go through the student's head, and the student's
+hidden states are projected and go through the teacher's head.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from raycloud.distill.head_loss import Lane, head_loss
-from raycloud.distill.objective import Objective, Sizes, StudentOutput, TeacherOutput, Terms, Vocabularies
-from raycloud.distill.objectives.forward_kl import forward_kl
-from raycloud.distill.objectives.plain import AnyDivergence
+from raycloud.distill.divergence import Divergence, build_divergence
+from raycloud.distill.head_loss import LogitsView, head_loss
+from raycloud.distill.head_top_k import head_top_k
+from raycloud.distill.objective import (
+    LossTerms,
+    ModelSizes,
+    Objective,
+    SharedVocabulary,
+    StudentOutput,
+    TeacherOutput,
+    register,
+)
+from raycloud.distill.objective_options import DSKDOptions
+from raycloud.distill.objectives.forward_kl import ForwardKL
 
 
 class Projectors(nn.Module):
-    """Teacher to student and back: (…, D) to (…, d) and (…, d) to (…, D), both trained."""
+    """Linear maps teacher to student, (…, D) to (…, d), and student to teacher, (…, d) to (…, D), both trained."""
 
     def __init__(self, student: int, teacher: int) -> None:
         super().__init__()
@@ -28,16 +38,16 @@ class Projectors(nn.Module):
 
 
 class FittedProjectors(nn.Module):
-    """As :class:`Projectors`, begun where logits survive the way, without biases; only ``t2s`` is trained.
+    """:class:`Projectors` without biases, initialised so that logits are preserved; only ``t2s`` is trained.
 
-    ``t2s`` maps the teacher's rows so that the student's head makes of them what the teacher's head does, as well as
-    least squares can over the shared words; ``s2t`` the other way round. It follows the student's head as that learns,
-    at every ``refresh``-th use: fitting it costs as much as a head's product with a batch.
+    ``t2s`` maps the teacher's hidden states so that the student's head gives the teacher's logits, as well as least
+    squares over the shared vocabulary can; ``s2t`` does the opposite. ``s2t`` follows the student's head as that is
+    trained, at every ``refresh``-th use: a fit costs as much as the head's product with a batch.
 
     Args:
-        student_head: (s, d), of the shared words.
-        teacher_head: (s, D), of the same words.
-        refresh: see above.
+        student_head: (s, d), rows of the shared vocabulary.
+        teacher_head: (s, D), the same vocabulary entries.
+        refresh: uses between two fits.
     """
 
     inverse: Tensor
@@ -50,163 +60,223 @@ class FittedProjectors(nn.Module):
         self.t2s = nn.Linear(teacher_head.shape[1], student_head.shape[1], bias=False)
         with torch.no_grad():
             self.t2s.weight.copy_(fitted(teacher_head, student_head).T)
-        # What s2t depends on is saved with the rest: a resumed run refreshes when the other would have.
+        # The state of s2t is saved as buffers, so that a resumed run refreshes at the same steps.
         self.register_buffer("inverse", inverse_gram(teacher_head).to(torch.float32))
         self.register_buffer("matrix", torch.zeros(student_head.shape[1], teacher_head.shape[1]))
         self.register_buffer("uses", torch.tensor(0))
 
     @torch.no_grad()
     def follow(self, student_head: Tensor, teacher_head: Tensor) -> None:
-        """Fit ``s2t`` to the heads (s, d) and (s, D) as they are now, if it is time to."""
+        """Fit ``s2t`` to the current heads (s, d) and (s, D) if it is due."""
         if int(self.uses) % self.refresh == 0:
             kind = self.inverse.dtype
             self.matrix.copy_(student_head.to(kind).T @ teacher_head.to(kind) @ self.inverse)
         self.uses += 1
 
-    def s2t(self, rows: Tensor) -> Tensor:
-        """The student's rows (c, d) in the teacher's width (c, D)."""
-        return rows @ self.matrix.to(rows.dtype)
+    def s2t(self, hidden: Tensor) -> Tensor:
+        """Project student hidden states (c, d) to the teacher's hidden size (c, D)."""
+        return hidden @ self.matrix.to(hidden.dtype)
 
 
 def inverse_gram(head: Tensor) -> Tensor:
-    """(HᵀH)⁻¹ (d, d) of a head (s, d) in float64; as a pseudo-inverse where the words do not span the width."""
+    """(HᵀH)⁻¹ (d, d) of a head (s, d) in float64; a pseudo-inverse if the vocabulary rows do not span the hidden
+    size."""
     head = head.double()
     return torch.linalg.pinv(head.T @ head, hermitian=True)
 
 
 def fitted(source: Tensor, target: Tensor) -> Tensor:
-    """The matrix (D, d) that takes rows for the head ``source`` (s, D) to rows for the head ``target`` (s, d).
+    """Matrix (D, d) that maps hidden states for the head ``source`` (s, D) to hidden states for the head ``target`` (s,
+    d).
 
-    It minimises ‖g·source ᵀ − g·X·targetᵀ‖ over the s words for every row g: X = sourceᵀ·target·(targetᵀ·target)⁻¹.
+    It minimises ‖g·sourceᵀ − g·X·targetᵀ‖ over the s vocabulary entries for every vector g: X =
+    sourceᵀ·target·(targetᵀ·target)⁻¹.
     """
     return (source.double().T @ target.double()) @ inverse_gram(target)
 
 
-class DSKD(Objective):
-    """Both spaces, at tokens that both tokenizers have; with one tokenizer at all of them.
+@register
+class DSKD(DSKDOptions, Objective):
+    """Distillation in both spaces, at tokens that both tokenizers have; with one tokenizer at all tokens.
 
-    Both versions are as published, with ``refresh: 1`` for version 2. Not reproduced: tokens paired by text
-    without spaces, so that " a" is "a", and a threshold of agreement above which wrong choices are taught, too.
+    Version 1 is the published program (songmzhang/DSKD 077337a, ``code/criterions/dual_space_kd.py``), whatever
+    ``compat`` is. Version 2 with ``compat: published`` is the program of DSKDv2 (songmzhang/DSKDv2 5025279,
+    ``code/criterions/dual_space_kd_v2.py``, and ``dual_space_kd_v2_with_exact_token_alignment.py`` with two
+    tokenizers). ``ours`` differs from that in four ways:
+
+    - The student's divergence, at tokens where the projected teacher's choice is the teacher's own, is summed and
+      divided by all tokens. Published is the mean over these tokens, in which each weighs more the fewer there are.
+    - The teacher's space uses forward KL. Published is the chosen divergence.
+    - With two tokenizers all terms are divided by all student tokens. Published are means over the aligned tokens, and
+      only those are aligned at which the student's vocabulary has the teacher's choice.
+    - The projector to the teacher's space is fitted at every ``refresh``-th micro-batch. Published is at every one.
+
+    Not reproduced: tokens paired by text without spaces, so that " a" matches "a", and a threshold of agreement above
+    which wrong choices are used too, which is 1 in the scripts and so never exceeded. The published means are those of
+    a micro-batch; in a step of several they are weighted by their tokens and not equally.
     """
 
-    name: Literal["dskd"] = "dskd"
-    version: Literal[1, 2] = 2
-    """2 begins with fitted projectors and learns from the teacher's choice where it arrives; 1 begins at random and
-    teaches the projector the data's own next token."""
-    temperature: float = Field(2.0, gt=0)
-    divergence: AnyDivergence = Field(default={"name": "forward_kl"}, validate_default=True)
-    """In the student's space; its temperature is not used. The teacher's space has forward KL."""
-    refresh: int = Field(8, gt=0)
-    """Micro-batches between two fits of version 2's way to the teacher's space."""
-
-    def extras(self, sizes: Sizes) -> nn.Module:
-        """The projectors.
+    def extras(self, sizes: ModelSizes) -> nn.Module:
+        """Projectors between the hidden sizes.
 
         Raises:
             ValueError: version 2 without both heads.
         """
         if self.version == 1:
-            return Projectors(sizes.student, sizes.teacher)
+            return Projectors(sizes.student_hidden_size, sizes.teacher_hidden_size)
         if sizes.student_head is None or sizes.teacher_head is None:
             raise ValueError("version 2 of 'dskd' needs both heads to begin with")
-        return FittedProjectors(*_shared(sizes.student_head, sizes.teacher_head, sizes.words), self.refresh)
+        refresh = 1 if self.compat == "published" else self.refresh
+        return FittedProjectors(*_shared(sizes.student_head, sizes.teacher_head, sizes.vocabulary), refresh)
 
     def loss(
         self, student: StudentOutput, teacher: TeacherOutput, extras: nn.Module | None, *, chunk: int = 64
-    ) -> Terms:
-        """``student_space`` and ``teacher_space`` are divergences, ``projected`` is the projector's cross-entropy."""
-        mine, theirs = paired(student, teacher)
-        h, labels, g = student.rows[mine], student.labels[mine], teacher.rows(theirs)
+    ) -> LossTerms:
+        """Sum of ``student_space`` and ``teacher_space`` (divergences) and ``projected`` (cross-entropy of the
+        projector)."""
+        student_index, teacher_index = paired_tokens(student, teacher)
+        h, labels, g = student.hidden[student_index], student.labels[student_index], teacher.hidden(teacher_index)
         assert isinstance(extras, Projectors | FittedProjectors)
         kind = extras.t2s.weight.dtype
         if isinstance(extras, FittedProjectors):
-            extras.follow(*_shared(student.head.weight.detach(), teacher.frozen.weight, teacher.words))
-        back = extras.s2t(h.to(kind))
-        best = torch.empty(len(g), dtype=torch.long, device=g.device)
-        far = teacher_space(back, g, teacher, self.temperature, best, chunk)
-        targets = labels if self.version == 1 else named(best, teacher, len(student.head.weight))
-        near = student_space(
-            Lane.of(h, student.head, student.softcap),
-            Lane.of(extras.t2s(g.to(kind)).to(student.head.weight.dtype), student.head, student.softcap, frozen=True),
+            extras.follow(*_shared(student.head.weight.detach(), teacher.frozen_head.weight, teacher.vocabulary))
+        published = self.compat == "published" and self.version == 2
+        aligned = published and teacher.partner is not None
+        student_ids = student_id_of_teacher_ids(teacher, len(student.head.weight))
+        projected_student, teacher_choice = (
+            extras.s2t(h.to(kind)),
+            torch.empty(len(g), dtype=torch.long, device=g.device),
+        )
+        in_teacher_space = teacher_space(
+            projected_student,
+            g,
+            teacher,
+            build_divergence(self.divergence) if published else ForwardKL(),
+            self.temperature,
+            teacher_choice,
+            chunk,
+            counted_ids=student_ids if aligned else None,
+        )
+        targets = labels if self.version == 1 else student_ids[teacher_choice]
+        student_view = LogitsView.of(h, student.head, student.softcap)
+        projected = LogitsView.of(
+            extras.t2s(g.to(kind)).to(student.head.weight.dtype), student.head, student.softcap, frozen=True
+        )
+        count, weights = len(student.labels), [1.0, 1.0]
+        if published:
+            right = head_top_k(projected, 1, chunk=chunk)[1][:, 0] == targets
+            weights[0] = count / max(1, int(right.sum()))
+        if aligned:
+            weights[1] = count / max(1, int((targets >= 0).sum()))
+            in_teacher_space = in_teacher_space.scaled(weights[1])
+        in_student_space = student_space(
+            student_view,
+            projected,
             targets,
-            self.divergence,
+            build_divergence(self.divergence),
             self.temperature,
             only_right=self.version == 2,
+            weights=weights,
             chunk=chunk,
         )
-        return Terms(far.sum + near.sum, {**near.parts, **far.parts})
+        return LossTerms(
+            in_teacher_space.sum + in_student_space.sum, {**in_student_space.parts, **in_teacher_space.parts}
+        )
 
 
-def paired(student: StudentOutput, teacher: TeacherOutput) -> tuple[Tensor, Tensor]:
+def paired_tokens(student: StudentOutput, teacher: TeacherOutput) -> tuple[Tensor, Tensor]:
     """Flat indices (P,), (P,) of the student's tokens that have a partner, and of their partners."""
     if teacher.partner is None:
-        every = torch.arange(len(student.labels), device=student.rows.device)
+        every = torch.arange(len(student.labels), device=student.hidden.device)
         return every, every
-    mine = (teacher.partner >= 0).nonzero()[:, 0]
-    return mine, teacher.partner[mine]
+    student_index = (teacher.partner >= 0).nonzero()[:, 0]
+    return student_index, teacher.partner[student_index]
 
 
-def named(ids: Tensor, teacher: TeacherOutput, words: int) -> Tensor:
-    """The student's ids (c,) for the teacher's, -1 where the student has no such word."""
-    if teacher.words is None:
-        return torch.where(ids < words, ids, -1)
-    mine, theirs = teacher.words.shared
-    table = torch.full((len(teacher.frozen.weight),), -1, device=ids.device)
-    table[theirs] = mine
-    return table[ids]
+def student_id_of_teacher_ids(teacher: TeacherOutput, student_vocabulary_size: int) -> Tensor:
+    """Student id (W,) of every teacher id, -1 if the student's vocabulary has no such entry."""
+    ids = torch.arange(len(teacher.frozen_head.weight), device=teacher.frozen_head.weight.device)
+    if teacher.vocabulary is None:
+        return torch.where(ids < student_vocabulary_size, ids, -1)
+    student_ids, teacher_ids = teacher.vocabulary.shared
+    return torch.full_like(ids, -1).index_copy_(0, teacher_ids, student_ids)
 
 
-def _shared(student: Tensor, teacher: Tensor, words: Vocabularies | None) -> tuple[Tensor, Tensor]:
-    if words is None:
+def _shared(student: Tensor, teacher: Tensor, vocabulary: SharedVocabulary | None) -> tuple[Tensor, Tensor]:
+    if vocabulary is None:
         both = min(len(student), len(teacher))
         return student[:both], teacher[:both]
-    mine, theirs = words.shared
-    return student[mine], teacher[theirs]
+    student_ids, teacher_ids = vocabulary.shared
+    return student[student_ids], teacher[teacher_ids]
 
 
 def teacher_space(
-    back: Tensor, g: Tensor, teacher: TeacherOutput, temperature: float, best: Tensor, chunk: int
-) -> Terms:
-    """Forward KL of projected student rows (c, D) from the teacher's own (c, D), under the teacher's head.
+    projected_student: Tensor,
+    teacher_hidden: Tensor,
+    teacher: TeacherOutput,
+    divergence: Divergence,
+    temperature: float,
+    teacher_choice: Tensor,
+    chunk: int,
+    counted_ids: Tensor | None = None,
+) -> LossTerms:
+    """Divergence of projected student states from the teacher's own, under the teacher's head.
 
-    The teacher's most likely word of each token is written to ``best`` (c,) on the way.
+    Args:
+        projected_student: projected student states (c, D).
+        teacher_hidden: the teacher's hidden states (c, D).
+        teacher: outputs of the teacher, with its head.
+        divergence: its temperature is not used.
+        temperature: divides the logits of both.
+        teacher_choice: output (c,), filled with the teacher's most likely id of each token.
+        chunk: number of tokens whose logits exist at a time.
+        counted_ids: (W,) for every teacher id; only tokens whose choice has a value of 0 or more count. None for all.
     """
-    frozen = teacher.frozen
+    frozen = teacher.frozen_head
 
-    def terms(ours: Tensor, theirs: Tensor, at: slice) -> Tensor:
-        best[at] = theirs.argmax(dim=-1)
-        log_p, log_q = ((one / temperature).log_softmax(dim=-1) for one in (theirs, ours))
-        return forward_kl(log_p, log_q).sum()[None]
+    def terms(student_logits: Tensor, teacher_logits: Tensor, at: slice) -> Tensor:
+        teacher_choice[at] = teacher_logits.argmax(dim=-1)
+        log_p, log_q = ((one / temperature).log_softmax(dim=-1) for one in (teacher_logits, student_logits))
+        values = divergence.between(log_p, log_q)
+        return (values if counted_ids is None else values[counted_ids[teacher_choice[at]] >= 0]).sum()[None]
 
-    def lane(rows: Tensor) -> Lane:
-        return Lane(rows, frozen.weight.to(rows.dtype), frozen.bias, frozen.softcap)
+    def view(hidden: Tensor) -> LogitsView:
+        return LogitsView(hidden, frozen.weight.to(hidden.dtype), frozen.bias, frozen.softcap)
 
-    total, sums = head_loss([lane(back), lane(g.to(back.dtype))], terms, torch.ones(1, device=back.device), chunk=chunk)
-    return Terms(total, {"teacher_space": sums[0]})
+    total, sums = head_loss(
+        [view(projected_student), view(teacher_hidden.to(projected_student.dtype))],
+        terms,
+        torch.ones(1, device=projected_student.device),
+        chunk=chunk,
+    )
+    return LossTerms(total, {"teacher_space": sums[0]})
 
 
 def student_space(
-    own: Lane,
-    projected: Lane,
+    student_view: LogitsView,
+    projected: LogitsView,
     targets: Tensor,
-    divergence: AnyDivergence,
+    divergence: Divergence,
     temperature: float,
     *,
     only_right: bool,
     chunk: int,
     teacher_temperature: float = 1.0,
-) -> Terms:
-    """The student learns from the projected teacher, and the projector to say ``targets`` (c,), -1 for nothing.
+    weights: Sequence[float] = (1.0, 1.0),
+) -> LossTerms:
+    """Divergence of the student from the projected teacher, and cross-entropy of the projector with ``targets`` (c,),
+    -1 for none.
 
     Args:
-        own: the student's rows.
-        projected: the teacher's rows in the student's width.
-        targets: words that the projected rows should lead to.
-        divergence: of the student from the projected teacher, which is a constant for it.
-        temperature: of both.
-        only_right: teach the student only where the projected teacher's first choice is the target.
-        chunk: tokens whose logits exist at a time.
-        teacher_temperature: divides the projected teacher's logits once more.
+        student_view: the student's hidden states and head.
+        projected: the teacher's hidden states in the student's hidden size, and the student's head.
+        targets: token ids that the projected states should predict.
+        divergence: divergence from the projected teacher, which gets no gradient from it.
+        temperature: divides the logits of both.
+        only_right: include only tokens where the projected teacher's first choice is the target.
+        chunk: number of tokens whose logits exist at a time.
+        teacher_temperature: additional divisor of the projected teacher's logits.
+        weights: weights of the divergence and of the projector's cross-entropy.
     """
 
     def terms(z: Tensor, aim: Tensor, at: slice) -> Tensor:
@@ -219,6 +289,7 @@ def student_space(
         log_q = (z[right] / temperature).log_softmax(dim=-1)
         return torch.stack([divergence.between(log_p, log_q).sum(), entropy, right.sum().to(z.dtype)])
 
-    weights = torch.tensor([1.0, 1.0, 0.0], device=own.rows.device)
-    total, sums = head_loss([own, projected], terms, weights, chunk=chunk)
-    return Terms(total, {"student_space": sums[0], "projected": sums[1], "taught": sums[2]})
+    factors = torch.tensor([*weights, 0.0], dtype=torch.float64, device=student_view.hidden.device)
+    total, sums = head_loss([student_view, projected], terms, factors, chunk=chunk)
+    divergence_sum, entropy, taught = sums[0] * weights[0], sums[1] * weights[1], sums[2]
+    return LossTerms(total, {"student_space": divergence_sum, "projected": entropy, "taught": taught})

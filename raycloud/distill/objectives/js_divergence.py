@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from raycloud.distill.divergence import Divergence
+from raycloud.distill.objective import register
+from raycloud.distill.objective_options import JSDivergenceOptions
 from raycloud.distill.objectives.forward_kl import forward_kl
 from raycloud.distill.objectives.reverse_kl import reverse_kl
 
 
 def js_divergence(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
-    """β·KL(p‖m) + (1−β)·KL(q‖m) with m = β·p + (1−β)·q, (c, S) to (c,); at β = ½ at most log 2.
+    """β·KL(p‖m) + (1−β)·KL(q‖m) with m = β·p + (1−β)·q, (c, S) to (c,); at most log 2 for β = ½.
 
-    At the ends, where that is nought, it stands for what it is in proportion to near them: forward KL at β = 0 and
-    reverse KL at β = 1, as in TRL. The mixture is formed from logarithms: a probability that underflows on both sides
-    costs nothing instead of NaN. (Published code adds 1e-9 to probabilities instead, which is not reproduced.)
+    At β = 0 and β = 1 this formula is zero. There the function returns what it is proportional to near these values:
+    forward KL at β = 0 and reverse KL at β = 1, as in TRL. The mixture is computed from logarithms, so that a
+    probability that underflows on both sides costs nothing instead of NaN. (Published code adds 1e-9 to probabilities,
+    which is not reproduced.)
     """
     if beta in (0.0, 1.0):
         return reverse_kl(log_p, log_q) if beta else forward_kl(log_p, log_q)
@@ -27,13 +28,10 @@ def js_divergence(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
     return beta * forward_kl(log_p, log_m) + (1.0 - beta) * forward_kl(log_q, log_m)
 
 
-class JSDivergence(Divergence):
-    """Jensen–Shannon, generalised: from forward KL at β = 0 to reverse KL at β = 1."""
-
-    name: Literal["js_divergence"] = "js_divergence"
-    beta: float = Field(0.5, ge=0, le=1)
-    """Share of the teacher in the mixture."""
+@register
+class JSDivergence(JSDivergenceOptions, Divergence):
+    """Generalised Jensen–Shannon divergence: from forward KL at β = 0 to reverse KL at β = 1."""
 
     def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """D (c,); see :func:`js_divergence`."""
+        """Divergence D (c,); see :func:`js_divergence`."""
         return js_divergence(log_p, log_q, self.beta)

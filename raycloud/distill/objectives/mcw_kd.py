@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from raycloud.distill.costs import (
-    cost_weights,
-    information_marginal,
-    largest,
-    rank_distance,
-    rank_kl,
-    salience_cost,
-    state_cosine,
-    state_distance,
-    window_mean,
-)
-from raycloud.distill.head_top import head_log_p, head_top
-from raycloud.distill.objective import Sizes, StudentOutput, TeacherOutput, Terms, both_ids
-from raycloud.distill.objectives.dskd_cma import DSKDCMA, CrossProjectors, byte_cost
-from raycloud.distill.ragged import mask_of, padded
-from raycloud.distill.transport import (
+from raycloud.distill.head_top_k import head_log_p, head_top_k
+from raycloud.distill.objective import LossTerms, ModelSizes, StudentOutput, TeacherOutput, both_ids, register
+from raycloud.distill.objective_options import MCWKDOptions
+from raycloud.distill.objectives.dskd_cma import DSKDCMA, CrossAttentionProjectors, byte_cost
+from raycloud.distill.optimal_transport import (
     Potential,
     at_least_float32,
     relative_epsilon,
@@ -32,6 +19,19 @@ from raycloud.distill.transport import (
     sinkhorn,
     transport_loss,
     uniform_marginal,
+)
+from raycloud.distill.ragged import mask_of, padded
+from raycloud.distill.transport_costs import (
+    cost_weights,
+    information_marginal,
+    largest_cost,
+    rank_distance,
+    rank_kl,
+    rank_kl_published,
+    salience_cost,
+    state_cosine,
+    state_distance,
+    window_mean,
 )
 
 Weights = tuple[float, float, float]
@@ -41,12 +41,12 @@ _LOGIT_COSTS = ("distance", "divergence", "salience")
 _STATE_COSTS = ("bytes", "distance", "cosine")
 
 
-class Costs(nn.Module):
-    """Weights of several costs, and how large each cost has been, so that they mean the same.
+class LearnedCostWeights(nn.Module):
+    """Weights of several costs, and a running mean of each cost that serves as its unit.
 
     Args:
-        begin: weights to begin with.
-        relative: give costs in units of what they have been.
+        begin: initial weights.
+        relative: divide each cost by its running mean.
     """
 
     scale: Tensor
@@ -66,10 +66,10 @@ class Costs(nn.Module):
         """(K,), summing to 1; learned as a softmax."""
         return self.logits.softmax(dim=0)
 
-    def weighed(self, costs: Sequence[Tensor], mu: Tensor, nu: Tensor) -> tuple[Tensor, Tensor]:
-        """The costs (K, B, M, N) in their units, and their weights (K,); this batch counts from the next one on.
+    def scaled_costs(self, costs: Sequence[Tensor], mu: Tensor, nu: Tensor) -> tuple[Tensor, Tensor]:
+        """The costs (K, B, M, N) in their units, and their weights (K,). This batch enters the running mean afterwards.
 
-        A text's loss so does not depend on its company.
+        So a text's loss does not depend on the other texts of its batch.
         """
         found = torch.stack([at_least_float32(cost) for cost in costs])
         weights = self.weights
@@ -82,7 +82,7 @@ class Costs(nn.Module):
         return found, weights
 
     def note(self, mean: Tensor) -> None:
-        """Take the mean of each cost (K,), as it was given, into account."""
+        """Update the running means with the mean of each cost (K,), given in current units."""
         if self.relative:
             mean = mean * self.scale
             self.scale.copy_(torch.where(self.seen, _MOMENTUM * self.scale + (1 - _MOMENTUM) * mean, mean))  # type: ignore[arg-type]
@@ -90,8 +90,8 @@ class Costs(nn.Module):
             self.seen.fill_(True)  # type: ignore[operator]
 
 
-class FixedCosts(Costs):
-    """Weights that stay."""
+class FixedCostWeights(LearnedCostWeights):
+    """Weights that do not change."""
 
     given: Tensor
 
@@ -104,10 +104,10 @@ class FixedCosts(Costs):
         return self.given
 
 
-class ProjectedCosts(FixedCosts):
-    """Weights that every ``period`` micro-batches become those of :func:`~raycloud.distill.costs.cost_weights`.
+class ProjectedCostWeights(FixedCostWeights):
+    """Weights that are set to ``transport_costs.cost_weights`` every ``period`` micro-batches.
 
-    They move to the costs that were the smallest.
+    They move to the costs that were smallest.
     """
 
     total: Tensor
@@ -120,7 +120,7 @@ class ProjectedCosts(FixedCosts):
         self.register_buffer("count", torch.tensor(0))
 
     def note(self, mean: Tensor) -> None:
-        """Likewise; the mean of those since the last time decides."""
+        """Update the running means, and set the weights from the mean since their last update if it is time."""
         super().note(mean)
         self.total, self.count = self.total + mean, self.count + 1
         if int(self.count) == self.period:
@@ -128,10 +128,12 @@ class ProjectedCosts(FixedCosts):
             self.total, self.count = torch.zeros_like(self.total), torch.zeros_like(self.count)
 
 
-class Extras(CrossProjectors):
-    """The projectors of cross-model attention, one more for transport, and the weights of the costs."""
+class MCWKDExtras(CrossAttentionProjectors):
+    """Projectors of cross-model attention, a projector for transport, and the weights and potentials of the costs."""
 
-    def __init__(self, student: int, teacher: int, logit_costs: Costs, state_costs: Costs, ranks: int) -> None:
+    def __init__(
+        self, student: int, teacher: int, logit_costs: LearnedCostWeights, state_costs: LearnedCostWeights, ranks: int
+    ) -> None:
         super().__init__(student, teacher)
         self.ot = nn.Linear(teacher, student)
         self.salience = nn.Linear(student, 1)
@@ -139,85 +141,74 @@ class Extras(CrossProjectors):
         self.logit_potential, self.state_potential = Potential(ranks), Potential(student)
 
 
-class MCWKD(DSKDCMA):
-    """:class:`DSKDCMA`, and two transports of the teacher's tokens to the student's.
+@register
+class MCWKD(MCWKDOptions, DSKDCMA):
+    """:class:`DSKDCMA` and two optimal transports between the teacher's and the student's tokens.
 
-    One goes by what the tokens predict (distance and divergence of ranked probabilities, and a learned salience), one
-    by what they stand for (their bytes, and distance and cosine of states averaged over a window). Each is a text's
-    transport cost times its tokens, so that it weighs like the other terms.
+    One transport uses what the tokens predict (distance and divergence of ranked probabilities, and a learned
+    salience), the other what they represent (their bytes, and distance and cosine of hidden states averaged over a
+    window). Each is a text's transport cost times its number of tokens, so that it is weighted like the other terms.
 
-    ``compat: published`` is DSKD-CMA's, and also takes costs as they come (distances of states over a text's largest)
-    and makes plans of ``exp(−sinkhorn_alpha · cost)``: with the published 0.1 they are all but uniform, and transport a
-    mean cost. Not reproduced of the published programs: edit distances along a warping path, which are zero off it; a
-    salience head and weights that nobody trains; transports a few hundred times too light; a plan that is a function
-    for the gradient; targets blended with the student's own; prompts among the tokens.
+    ``compat: published`` is that of DSKD-CMA, and follows the program (HoangTran223/MCW-KD 70ceb2d,
+    ``code/criterions/MCW_KD.py`` and ``ETP.py``) in three more ways:
+
+    - Ranked probabilities are a softmax of the most likely ids' logits alone and sum to 1; their divergence is a plain
+      sum. Ours are probabilities over the whole vocabulary, of which 400 ids hold a part.
+    - Costs are not scaled, and distances of states are divided by the largest of a text, which passes a gradient. Ours
+      are in units of their running means.
+    - Plans are computed from ``exp(−sinkhorn_alpha · cost)``: with the published 0.1 they are nearly uniform, and the
+      transport is a mean cost. Ours have an ε that is a share of the median cost.
+
+    Not reproduced: edit distances along a warping path, which are zero off it; a salience head and weights that are
+    never trained; transports a few hundred times too small; a plan that is a function for the gradient; targets mixed
+    with the student's own; prompts among the tokens. Of the second program (``MCW_KD_Dual.py``) the solver
+    ``semi_dual`` has the idea, and neither its inner steps nor its network.
     """
 
-    name: Literal["mcw_kd"] = "mcw_kd"  # type: ignore[assignment]
-    temperature: float = Field(3.0, gt=0)
-    rank_temperature: float = Field(2.0, gt=0)
-    """Divides logits before their probabilities are ranked."""
-    words: int = Field(400, gt=0)
-    """Ranks compared."""
-    radius: int = Field(4, ge=0)
-    """Tokens to either side of a window."""
-    logit_weights: Weights = (0.2, 0.5, 0.3)
-    """Of distance, divergence and salience to begin with."""
-    state_weights: Weights = (0.3, 0.5, 0.2)
-    """Of bytes, distance and cosine to begin with."""
-    weighting: Literal["learned", "projected", "fixed"] = "learned"
-    """``learned`` with the rest; ``projected`` moves them to the smallest costs, as the first published program does;
-    ``fixed`` leaves them."""
-    period: int = Field(1000, gt=0)
-    """Micro-batches between two projections of the weights."""
-    importance: Literal["salience", "information"] = "salience"
-    """What makes a token count: ``salience`` is a cost, learned; ``information`` gives the teacher's tokens mass by how
-    little it foresaw them, without that cost."""
-    transport: float = Field(1.0, ge=0)
-    """Weight of both transports beside cross-model attention."""
-    solver: Literal["sinkhorn", "semi_dual"] = "sinkhorn"
-    """``semi_dual`` trains a potential against the student, as the published second program means to."""
-    share: float = Field(0.1, gt=0)
-    """ε as a share of the median cost."""
-    sweeps: int = Field(30, gt=0)
-    sinkhorn_alpha: float = Field(0.1, gt=0)
-    """The inverse of ε where ``compat`` is ``published``, which does not use ``share``."""
-
-    def extras(self, sizes: Sizes) -> nn.Module:
+    def extras(self, sizes: ModelSizes) -> nn.Module:
         """Projectors, cost weights and potentials."""
         used = self.logit_weights if self.importance == "salience" else self.logit_weights[:2]
-        return Extras(sizes.student, sizes.teacher, self._costs(used), self._costs(self.state_weights), self.words)
+        return MCWKDExtras(
+            sizes.student_hidden_size,
+            sizes.teacher_hidden_size,
+            self._costs(used),
+            self._costs(self.state_weights),
+            self.k,
+        )
 
-    def _costs(self, begin: Sequence[float]) -> Costs:
+    def _costs(self, begin: Sequence[float]) -> LearnedCostWeights:
         relative = self.compat == "ours"
         if self.weighting == "projected":
-            return ProjectedCosts(begin, self.period, relative=relative)
-        return (Costs if self.weighting == "learned" else FixedCosts)(begin, relative=relative)
+            return ProjectedCostWeights(begin, self.period, relative=relative)
+        return (LearnedCostWeights if self.weighting == "learned" else FixedCostWeights)(begin, relative=relative)
 
     def loss(
         self, student: StudentOutput, teacher: TeacherOutput, extras: nn.Module | None, *, chunk: int = 64
-    ) -> Terms:
-        """Terms of cross-model attention, ``logit_transport`` and ``state_transport``, and the weights of costs."""
-        assert isinstance(extras, Extras)
+    ) -> LossTerms:
+        """Sum of the terms of cross-model attention, ``logit_transport`` and ``state_transport``; reports the cost
+        weights too."""
+        assert isinstance(extras, MCWKDExtras)
         attention = super().loss(student, teacher, extras, chunk=chunk)
         ours, theirs = both_ids(student, teacher)
-        mask, other = mask_of(ours.offsets), mask_of(theirs.offsets)
-        h = padded(student.rows, ours.offsets)
-        g = padded(extras.ot(teacher.rows().to(extras.ot.weight.dtype)), theirs.offsets)
-        log_q, _ = head_top(student.lane(), self.words, self.rank_temperature, chunk=chunk)
+        student_mask, teacher_mask = mask_of(ours.offsets), mask_of(theirs.offsets)
+        h = padded(student.hidden, ours.offsets)
+        g = padded(extras.ot(teacher.hidden().to(extras.ot.weight.dtype)), theirs.offsets)
+        log_q, _ = head_top_k(student.logits_view(), self.k, self.rank_temperature, chunk=chunk)
         with torch.no_grad():
-            log_p, _ = head_top(teacher.lane(), self.words, self.rank_temperature, chunk=chunk)
-        # A vocabulary may have fewer words than are compared.
+            log_p, _ = head_top_k(teacher.logits_view(), self.k, self.rank_temperature, chunk=chunk)
+        if self.compat == "published":
+            log_q, log_p = (one.log_softmax(dim=-1) for one in (log_q, log_p))
+        # A vocabulary may have fewer ids than the number of ranks compared.
         q, p = (
-            padded(nn.functional.pad(one.exp(), (0, self.words - one.shape[-1])), side.offsets)
+            padded(nn.functional.pad(one.exp(), (0, self.k - one.shape[-1])), side.offsets)
             for one, side in ((log_q, ours), (log_p, theirs))
         )
         mass = None
         if self.importance == "information":
             mass = information_marginal(
-                padded(head_log_p(teacher.lane(), theirs.labels, chunk=chunk), theirs.offsets), other
+                padded(head_log_p(teacher.logits_view(), theirs.labels, chunk=chunk), theirs.offsets), teacher_mask
             )
-        # Logs divide by the number of tokens: of a weight that leaves itself.
+        # The metrics log divides by the number of tokens, so a weight is multiplied by it here.
         weights = {
             f"{which}_weight/{name}": weight * len(ours)
             for which, names, how in (
@@ -226,50 +217,58 @@ class MCWKD(DSKDCMA):
             )
             for name, weight in zip(names, how.weights.detach(), strict=False)
         }
-        far, near = self.transports(extras, (g, p, other), (h, q, mask), byte_cost(student, teacher), mass)
-        total = attention.sum + self.transport * (far + near)
-        transports = {"logit_transport": far.detach(), "state_transport": near.detach()}
-        return Terms(total, {**attention.parts, **transports, **weights})
+        logit_transport, state_transport = self.transports(
+            extras, (g, p, teacher_mask), (h, q, student_mask), byte_cost(student, teacher), mass
+        )
+        total = attention.sum + self.transport * (logit_transport + state_transport)
+        transports = {"logit_transport": logit_transport.detach(), "state_transport": state_transport.detach()}
+        return LossTerms(total, {**attention.parts, **transports, **weights})
 
     def transports(
-        self, extras: Extras, teacher: Side, student: Side, covered: Tensor, mass: Tensor | None = None
+        self, extras: MCWKDExtras, teacher: Side, student: Side, covered: Tensor, mass: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Both transports, summed over the student's tokens.
 
         Args:
-            extras: of this objective.
-            teacher: states in the student's width (B, M, d), ranked probabilities (B, M, k), and mask (B, M).
+            extras: module of this objective.
+            teacher: states in the student's hidden size (B, M, d), ranked probabilities (B, M, k), and mask (B, M).
             student: likewise, (B, N, …).
-            covered: what both sides' bytes cost (B, M, N).
-            mass: of the teacher's tokens (B, M); uniform where not given.
+            covered: cost of both sides' bytes (B, M, N).
+            mass: mass of the teacher's tokens (B, M); uniform if not given.
         """
-        (g, p, rows), (h, q, columns) = teacher, student
-        mu = uniform_marginal(rows, at_least_float32(h).dtype) if mass is None else mass
-        predicted = [rank_distance(p, q), rank_kl(p, q)]
+        (g, p, teacher_mask), (h, q, student_mask) = teacher, student
+        mu = uniform_marginal(teacher_mask, at_least_float32(h).dtype) if mass is None else mass
+        published = self.compat == "published"
+        predicted = [rank_distance(p, q), (rank_kl_published if published else rank_kl)(p, q)]
         if self.importance == "salience":
             predicted.append(salience_cost(g, h, extras.salience))
-        its, mine = window_mean(g, rows, self.radius), window_mean(h, columns, self.radius)
-        distance = state_distance(its, mine, 1.0)
-        if self.compat == "published":
-            distance = distance / largest(distance, rows, columns)
-        states = [covered, distance, state_cosine(its, mine)]
+        teacher_means, student_means = (
+            window_mean(g, teacher_mask, self.radius),
+            window_mean(h, student_mask, self.radius),
+        )
+        distance = state_distance(teacher_means, student_means, 1.0)
+        if published:
+            distance = distance / largest_cost(distance, teacher_mask, student_mask)
+        states = [covered, distance, state_cosine(teacher_means, student_means)]
         return (
-            self._transport(predicted, extras.logit_costs, extras.logit_potential, p, rows, columns, mu),
-            self._transport(states, extras.state_costs, extras.state_potential, its, rows, columns, mu),
+            self._transport(predicted, extras.logit_costs, extras.logit_potential, p, teacher_mask, student_mask, mu),
+            self._transport(
+                states, extras.state_costs, extras.state_potential, teacher_means, teacher_mask, student_mask, mu
+            ),
         )
 
     def _transport(
         self,
         costs: Sequence[Tensor],
-        how: Costs,
+        how: LearnedCostWeights,
         potential: Potential,
         tokens: Tensor,
-        rows: Tensor,
-        columns: Tensor,
+        teacher_mask: Tensor,
+        student_mask: Tensor,
         mu: Tensor,
     ) -> Tensor:
-        nu, count = uniform_marginal(columns, mu.dtype), columns.sum(dim=1)
-        scaled, weights = how.weighed(costs, mu, nu)
+        nu, count = uniform_marginal(student_mask, mu.dtype), student_mask.sum(dim=1)
+        scaled, weights = how.scaled_costs(costs, mu, nu)
         cost = (weights[:, None, None, None] * scaled).sum(dim=0)
         if self.compat == "published":
             epsilon = cost.new_full((len(cost),), 1 / self.sinkhorn_alpha)
@@ -278,8 +277,8 @@ class MCWKD(DSKDCMA):
         if self.solver == "sinkhorn":
             return (transport_loss(cost, sinkhorn(cost, mu, nu, epsilon, self.sweeps)) * count).sum()
         each = epsilon.expand(len(costs), -1)
-        phi = potential(tokens.detach(), rows)
+        phi = potential(tokens.detach(), teacher_mask)
         bound = semi_dual(phi.detach(), scaled, mu, nu, each, weights)
-        # The potential climbs while the models descend: its gradient is turned round, and the value stays the bound's.
+        # The potential ascends while the models descend: its gradient is negated, its value is the bound.
         climbing = semi_dual(phi, scaled.detach(), mu, nu, each, weights.detach())
         return ((bound + climbing.detach() - climbing) * count).sum()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from raycloud.distill.divergence import Divergence
+from raycloud.distill.objective import register
+from raycloud.distill.objective_options import SkewedForwardKLOptions
 from raycloud.distill.objectives.forward_kl import forward_kl
 
 
@@ -18,13 +18,10 @@ def skewed_forward_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor
     return forward_kl(log_p, torch.logaddexp(log_p + math.log(skew), log_q + math.log1p(-skew)))
 
 
-class SkewedForwardKL(Divergence):
-    """Forward KL to a mixture that holds a little of the teacher, so that it stays finite."""
-
-    name: Literal["skewed_forward_kl"] = "skewed_forward_kl"
-    skew_lambda: float = Field(0.1, gt=0, lt=1)
-    """Share of the teacher in the mixture."""
+@register
+class SkewedForwardKL(SkewedForwardKLOptions, Divergence):
+    """Forward KL to a mixture that contains a small share of the teacher, so that it stays finite."""
 
     def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """D (c,); see :func:`skewed_forward_kl`."""
+        """Divergence D (c,); see :func:`skewed_forward_kl`."""
         return skewed_forward_kl(log_p, log_q, self.skew_lambda)

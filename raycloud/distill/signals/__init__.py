@@ -1,14 +1,14 @@
-"""Signals: what a teacher says about a batch, compacted to response tokens and coded for the link.
+"""Signals: a teacher's outputs for a batch, reduced to response tokens and encoded for the link.
 
-A signal is valid for exact token ids only and carries a key that says which; a student refuses any other.
+A signal is valid for exact token ids only and carries a key that identifies them; a student refuses any other.
 """
 
 from __future__ import annotations
 
+from raycloud.distill.signal_recipe import SignalCodec, SignalKind, SignalRecipe
+from raycloud.distill.signals.compute import compute_signal
 from raycloud.distill.signals.head import FrozenHead, frozen_head
 from raycloud.distill.signals.keys import sample_keys, signal_key
-from raycloud.distill.signals.observe import observe
-from raycloud.distill.signals.recipe import SignalCodec, SignalKind, SignalRecipe
 from raycloud.distill.signals.signal import Signal, SignalStore
 from raycloud.distill.signals.targets import Targets
 
@@ -20,8 +20,8 @@ __all__ = [
     "SignalRecipe",
     "SignalStore",
     "Targets",
+    "compute_signal",
     "frozen_head",
-    "observe",
     "sample_keys",
     "signal_key",
 ]

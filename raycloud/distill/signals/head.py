@@ -1,4 +1,4 @@
-"""The teacher's head at the edge, where hidden rows become logits."""
+"""Copy of the teacher's head at the edge, which maps hidden states to logits."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from raycloud.distill.head_product import head_product
-from raycloud.distill.signals.recipe import SignalCodec
+from raycloud.distill.signal_recipe import SignalCodec
 from raycloud.models.segments import Segment
 
 
 @dataclass(frozen=True)
 class FrozenHead:
-    """A copy of the teacher's head that stays at the edge, for ``hidden`` signals."""
+    """Copy of the teacher's head that stays at the edge, for ``hidden`` signals."""
 
     weight: Tensor
     """(W, D)"""
@@ -22,28 +22,28 @@ class FrozenHead:
     softcap: float | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> FrozenHead:
-        """The same head where and in the type it is computed with."""
+        """The same head on another device and in another dtype."""
         bias = None if self.bias is None else self.bias.to(device, dtype)
         return replace(self, weight=self.weight.to(device, dtype), bias=bias)
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """Logits (c, W) of final rows (c, D)."""
-        logits = head_product(rows, self.weight, self.bias)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (c, W) of final hidden states (c, D)."""
+        logits = head_product(hidden, self.weight, self.bias)
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes to send."""
+        """Number of bytes sent."""
         return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
 
 
 def frozen_head(teacher: Segment, codec: SignalCodec) -> FrozenHead:
-    """A copy of a teacher's head as it arrives at the edge after crossing the link in ``codec``'s type.
+    """Copy a teacher's head as it arrives at the edge, in the dtype of ``codec``.
 
-    It crosses once: where rows are ``int8`` it is bfloat16.
+    It crosses the link once; with ``int8`` hidden states it is bfloat16.
 
     Raises:
-        ValueError: the head is more than one linear map.
+        ValueError: the head is not one linear layer.
     """
     if not isinstance(teacher.head, nn.Linear):
         raise ValueError("hidden signals need a teacher whose head is one linear map; use kind: topk")

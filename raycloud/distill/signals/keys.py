@@ -1,7 +1,7 @@
-"""Keys: what a signal is valid for.
+"""Keys that identify what a signal is valid for.
 
-A sample's key depends on its own tokens alone, not on the batch it is in: a store can put signals together sample by
-sample, and draws that are seeded from it are the same in every batch.
+A sample's key depends on its own tokens alone, not on its batch: a store can combine signals sample by sample, and
+draws seeded from the key are the same in every batch.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import hashlib
 from collections.abc import Sequence
 
 from raycloud.data.batches import Batch
-from raycloud.distill.signals.recipe import SignalRecipe
+from raycloud.distill.signal_recipe import SignalRecipe
 
 
 def sample_keys(teacher: str, batch: Batch, recipe: SignalRecipe, temperatures: Sequence[float]) -> list[str]:
-    """One for each sample of a batch: teacher, exact ids and labels without padding, recipe and temperatures."""
+    """Key of each sample of a batch: hash of teacher, exact ids and labels without padding, recipe and temperatures."""
     asked = hashlib.sha256(f"{teacher}|{recipe.model_dump_json()}|{sorted(set(temperatures))}|".encode())
     keys = []
     tensors = (batch.ids.cpu().long(), batch.labels.cpu().long(), batch.valid.cpu())
@@ -26,10 +26,10 @@ def sample_keys(teacher: str, batch: Batch, recipe: SignalRecipe, temperatures: 
 
 
 def signal_key(teacher: str, batch: Batch, recipe: SignalRecipe, temperatures: Sequence[float]) -> str:
-    """What a batch's signal is valid for: its samples' keys, in order."""
-    return joined(sample_keys(teacher, batch, recipe, temperatures))
+    """Key of a batch's signal: its samples' keys combined in order."""
+    return combine_keys(sample_keys(teacher, batch, recipe, temperatures))
 
 
-def joined(keys: Sequence[str]) -> str:
-    """One key of several."""
+def combine_keys(keys: Sequence[str]) -> str:
+    """Combine several keys into one."""
     return hashlib.sha256("".join(keys).encode()).hexdigest()

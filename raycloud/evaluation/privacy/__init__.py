@@ -1,1 +1,1 @@
-"""What the cloud of a split model can read: attacks on the rows it sees, each with its measured recovery."""
+"""Privacy of a split model: attacks on the hidden states that the cloud sees, each with its measured recovery."""

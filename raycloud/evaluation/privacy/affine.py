@@ -1,4 +1,4 @@
-"""Affine maps between rows, fitted in closed form."""
+"""Affine maps between hidden states, fitted in closed form."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Affine:
-    """``(x - mean) / scale @ weight + bias``: (n, d) -> (n, m)."""
+    """Affine map ``(x - mean) / scale @ weight + bias``: (n, d) -> (n, m)."""
 
     mean: Tensor
     scale: Tensor
     weight: Tensor
     bias: Tensor
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """The image (n, m) of rows (n, d)."""
-        return self.standard(rows) @ self.weight + self.bias
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Map hidden states (n, d) to (n, m)."""
+        return self.standard(hidden) @ self.weight + self.bias
 
-    def standard(self, rows: Tensor) -> Tensor:
-        """Rows with mean 0 and variance 1 in every coordinate, as far as they are like those it was fitted on."""
-        return (rows - self.mean) / self.scale
+    def standard(self, hidden: Tensor) -> Tensor:
+        """Standardise hidden states (n, d) with the mean and deviation of the data that the map was fitted on."""
+        return (hidden - self.mean) / self.scale
 
 
 def ridge(inputs: Tensor, targets: Tensor, penalty: float = 1e-3, chunk: int = 4096) -> Affine:
-    """The affine map with the least squared error, its weight held back by ``penalty`` per sample.
+    """Fit the affine map with the least squared error by ridge regression.
 
-    Coordinates are standardised first: a few of a transformer's are hundreds of times larger than the others and would
-    hide them from the penalty.
+    Coordinates are standardised first: a few of a transformer's are hundreds of times larger than the others, so the
+    penalty would not act on them equally.
 
     Args:
         inputs: (n, d).
         targets: (n, m).
-        penalty: added to the diagonal of the inputs' correlation.
+        penalty: added to the diagonal of the inputs' correlation, per sample.
         chunk: samples whose products are summed at a time, in float64.
     """
     mean, bias = inputs.double().mean(0), targets.double().mean(0)

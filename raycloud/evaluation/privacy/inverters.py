@@ -1,7 +1,7 @@
-"""Learned inverters: from a row back to its token, linear (A2) or with one hidden layer (A3).
+"""Learned inverters from a hidden state to its token: linear (A2), or with one hidden layer (A3).
 
-Both end in the embedding space and are read off against the whole vocabulary, so they can name tokens that the
-attacker's text never held.
+Both map to the embedding space and compare with the whole vocabulary, so they can guess tokens that the attacker's
+text does not contain.
 """
 
 from __future__ import annotations
@@ -13,80 +13,80 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from raycloud.evaluation.privacy.affine import Affine, ridge
-from raycloud.evaluation.privacy.vocabulary import Vocabulary
+from raycloud.evaluation.privacy.token_directions import TokenDirections
 
 _SHARPNESS = 10.0
-"""What the affine start is multiplied by: a cosine of one is then a logit that can win."""
+"""Factor of the initial affine map, so that a cosine of 1 becomes a logit large enough for the softmax."""
 
 _OTHERS = 2048
-"""Random words beside those of a batch."""
+"""Number of random tokens in a step's softmax, in addition to the batch's own."""
 
 
 @dataclass(frozen=True)
 class RidgeInverter:
-    """A2: an affine map to the embedding space, then the nearest embedding."""
+    """Attack A2: an affine map to the embedding space, then the nearest embedding."""
 
     affine: Affine
-    vocabulary: Vocabulary
+    vocabulary: TokenDirections
 
     @classmethod
-    def fit(cls, rows: Tensor, ids: Tensor, vocabulary: Vocabulary) -> RidgeInverter:
-        """From public rows (n, d) and the tokens (n,) they belong to."""
-        return cls(ridge(rows, vocabulary.directions[ids]), vocabulary)
+    def fit(cls, hidden: Tensor, ids: Tensor, vocabulary: TokenDirections) -> RidgeInverter:
+        """Fit on public hidden states (n, d) and their tokens (n,)."""
+        return cls(ridge(hidden, vocabulary.directions[ids]), vocabulary)
 
-    def guess(self, rows: Tensor, count: int) -> Tensor:
-        """Tokens (T, count), best first, of the rows (T, d) of one text."""
-        return self.vocabulary.nearest(self.affine(rows), count)
+    def guess(self, hidden: Tensor, count: int) -> Tensor:
+        """Tokens (T, count), best first, of the hidden states (T, d) of one text."""
+        return self.vocabulary.nearest(self.affine(hidden), count)
 
 
 class MlpInverter(nn.Module):
-    """A3: a layer of ``hidden`` units between a row and its token's logits, beside an affine path.
+    """Attack A3: a layer of ``hidden_units`` from a hidden state to its token's logits, parallel to an affine path.
 
     Args:
-        affine: where training starts, and what standardises the rows.
-        vocabulary: what the output is read off against.
-        hidden: width of the layer.
+        affine: initial value of the affine path, which also standardises the input.
+        vocabulary: directions that the output is compared with.
+        hidden_units: width of the layer.
     """
 
-    def __init__(self, affine: Affine, vocabulary: Vocabulary, hidden: int = 1024) -> None:
+    def __init__(self, affine: Affine, vocabulary: TokenDirections, hidden_units: int = 1024) -> None:
         super().__init__()
         self.affine, self.vocabulary = affine, vocabulary
         width, out = affine.weight.shape
         self.straight = nn.Linear(width, out)
-        self.inner = nn.Linear(width, hidden)
-        self.outer = nn.Linear(hidden, out)
+        self.inner = nn.Linear(width, hidden_units)
+        self.outer = nn.Linear(hidden_units, out)
         nn.init.zeros_(self.outer.weight)
         with torch.no_grad():
             self.straight.weight.copy_(_SHARPNESS * affine.weight.T)
             self.straight.bias.copy_(_SHARPNESS * affine.bias)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Points (n, d) whose products with the vocabulary's directions are logits."""
-        rows = self.affine.standard(rows)
-        return self.straight(rows) + self.outer(nn.functional.gelu(self.inner(rows)))
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map hidden states (n, d) to points (n, m) whose products with the vocabulary's directions are logits."""
+        hidden = self.affine.standard(hidden)
+        return self.straight(hidden) + self.outer(nn.functional.gelu(self.inner(hidden)))
 
     @classmethod
     def fit(
-        cls, rows: Tensor, ids: Tensor, start: RidgeInverter, *, steps: int = 200, batch: int = 512, seed: int = 0
+        cls, hidden: Tensor, ids: Tensor, start: RidgeInverter, *, steps: int = 200, batch: int = 512, seed: int = 0
     ) -> MlpInverter:
-        """From public rows (n, d) and their tokens (n,).
+        """Train on public hidden states (n, d) and their tokens (n,).
 
-        Every step weighs a batch's tokens against each other and against random words of the whole vocabulary, since
-        logits of all of it for every row would cost far more and teach little.
+        Every step takes the softmax over the batch's own tokens and random tokens of the vocabulary, because logits of
+        the whole vocabulary would cost far more and improve the result little.
         """
-        device, vocabulary = rows.device, start.vocabulary
+        device, vocabulary = hidden.device, start.vocabulary
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(start.affine, vocabulary).to(device)
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps)
-        words = len(vocabulary.directions)
+        vocab_size = len(vocabulary.directions)
         for _ in range(steps):
-            some = torch.randint(len(rows), (batch,), generator=generator).to(device)
-            others = torch.randint(words, (_OTHERS,), generator=generator).to(device)
-            known, places = torch.cat([ids[some], others]).unique(return_inverse=True)
-            loss = cross_entropy(model(rows[some]) @ vocabulary.directions[known].T, places[:batch])
+            some = torch.randint(len(hidden), (batch,), generator=generator).to(device)
+            others = torch.randint(vocab_size, (_OTHERS,), generator=generator).to(device)
+            known, targets = torch.cat([ids[some], others]).unique(return_inverse=True)
+            loss = cross_entropy(model(hidden[some]) @ vocabulary.directions[known].T, targets[:batch])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -94,6 +94,6 @@ class MlpInverter(nn.Module):
         return model.eval()
 
     @torch.no_grad()
-    def guess(self, rows: Tensor, count: int) -> Tensor:
-        """Tokens (T, count), best first, of the rows (T, d) of one text."""
-        return self.vocabulary.nearest(self(rows), count)
+    def guess(self, hidden: Tensor, count: int) -> Tensor:
+        """Tokens (T, count), best first, of the hidden states (T, d) of one text."""
+        return self.vocabulary.nearest(self(hidden), count)

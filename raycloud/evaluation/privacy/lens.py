@@ -1,4 +1,4 @@
-"""The output lens (A1): read what the model is about to say off the rows that come down to the edge."""
+"""Output lens (A1): predict the model's next tokens from the downlink hidden states."""
 
 from __future__ import annotations
 
@@ -9,32 +9,35 @@ import torch
 from torch import Tensor
 
 from raycloud.evaluation.privacy.affine import Affine, ridge
-from raycloud.evaluation.privacy.vocabulary import CHUNK
+from raycloud.evaluation.privacy.token_directions import CHUNK
 from raycloud.models.segments import Segment
 
 
 @dataclass(frozen=True)
 class Lens:
-    """A1: rows to final rows by a shortcut past the edge's last blocks, then the public head."""
+    """Attack A1: a shortcut that replaces the edge's last blocks, then the public head.
+
+    ``shortcut`` maps hidden states (n, d) to those that enter the head; ``last`` is the segment with the head.
+    """
 
     shortcut: Callable[[Tensor], Tensor]
     last: Segment
 
     @classmethod
     def plain(cls, last: Segment) -> Lens:
-        """Only the final norm, as if no block were left; exact where none is. Needs no training."""
+        """Lens with the final norm as its shortcut; needs no training, exact if the last part has no blocks."""
         dtype = next(last.parameters()).dtype
-        return cls(lambda rows: last.finish(rows.to(dtype)), last)
+        return cls(lambda hidden: last.finish(hidden.to(dtype)), last)
 
     @classmethod
-    def tuned(cls, last: Segment, down: Tensor, final: Tensor) -> Lens:
-        """The affine map from public rows (n, d) to the final rows (n, m) that the whole model makes of them."""
-        fitted: Affine = ridge(down, final)
+    def tuned(cls, last: Segment, downlink: Tensor, final: Tensor) -> Lens:
+        """Lens with an affine shortcut, fitted from public hidden states (n, d) to the final ones (n, m)."""
+        fitted: Affine = ridge(downlink, final)
         dtype = next(last.parameters()).dtype
-        return cls(lambda rows: fitted(rows).to(dtype), last)
+        return cls(lambda hidden: fitted(hidden).to(dtype), last)
 
     @torch.no_grad()
-    def guess(self, rows: Tensor, count: int) -> Tensor:
-        """The next tokens (T, count), best first, after each of the rows (T, d)."""
-        final = self.shortcut(rows)
+    def guess(self, hidden: Tensor, count: int) -> Tensor:
+        """Guess the next tokens (T, count), best first, after each of the hidden states (T, d)."""
+        final = self.shortcut(hidden)
         return torch.cat([self.last.logits(some).topk(count).indices for some in final.split(CHUNK)])

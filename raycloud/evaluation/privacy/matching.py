@@ -1,8 +1,8 @@
-"""Token-by-token matching (A5), the honest worst case.
+"""Token-by-token matching (A5), the worst case of the attacks.
 
-Part 1 is public and deterministic, so a guessed prefix and a guessed token either reproduce the row that was observed
-or do not. The cost is linear in the text's length, and depth does not help. The idea is that of "Hidden No More" (arXiv
-2505.18332) and SipIt (arXiv 2510.15511).
+Part 1 is public and deterministic, so a guessed prefix and a guessed token either reproduce the observed hidden state
+or do not. The cost is linear in the text's length, and a deeper cut does not protect. The idea is that of "Hidden No
+More" (arXiv 2505.18332) and SipIt (arXiv 2510.15511).
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raycloud.evaluation.privacy.cut import CutModel
+from raycloud.evaluation.privacy.split_decoder import SplitDecoder
 from raycloud.models.cache import KVCache
 
 Propose = Callable[[Tensor, int], Tensor]
-"""Rows (n, d), count -> tokens (n, count), best first: the ``guess`` of an attack that asks for no positions."""
+"""Function from hidden states (n, d) and a count to tokens (n, count), best first: an attack's ``guess`` that does not
+depend on positions."""
 
 _AHEAD = 32
-"""Tokens that are checked in one go while the proposals are right."""
+"""Number of proposed tokens that are checked in one forward pass."""
 
 _ROUNDING = 1e-6
-"""What a right token misses by at least, where the calibration finds nothing."""
+"""Lower bound of the distance of a right token, for a calibration that measures less."""
 
 _FEW, _MANY = 16, 1024
-"""Candidates that run through part 1 at a time: the first few, then ever more."""
+"""First and largest number of candidates that run through part 1 at a time."""
 
 
-class Branches(KVCache):
-    """One-token continuations of one text, side by side; the text's keys and values are read and never copied."""
+class BranchedCache(KVCache):
+    """KV cache of many one-token continuations of one text; the text's own keys and values are shared, not changed."""
 
     def __init__(self, trunk: KVCache, count: int) -> None:
         super().__init__()
@@ -38,70 +39,79 @@ class Branches(KVCache):
         self.extend(count, trunk.length, None, trunk.positions(0, trunk.length).device)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """The trunk's keys and values, the same for every branch, with each branch's own (B, H, 1, d_head) behind."""
+        """Keys and values of the trunk, expanded to every branch, followed by each branch's own (B, H, 1, d_head)."""
         before = self._trunk.update(keys[:1, :, :0], values[:1, :, :0], layer_idx)
         old_keys, old_values = (one.expand(len(keys), -1, -1, -1) for one in before)
         return torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
 
 
 class Matching:
-    """A5. Distances are root mean squares in units of ``scale`` (d,), how much each coordinate varies.
+    """Attack A5: matching of hidden states. Distances are root mean squares in units of ``scale`` (d,), the deviation
+    of each coordinate.
 
-    A row counts as found within ``tolerance``; where no candidate comes that close, the nearest of all is taken.
+    A token is accepted within ``tolerance``; if no candidate is that close, the nearest one is taken.
     """
 
-    def __init__(self, cut: CutModel, propose: Propose, scale: Tensor, tolerance: float) -> None:
+    def __init__(self, cut: SplitDecoder, propose: Propose, scale: Tensor, tolerance: float) -> None:
         self._cut, self._propose, self._scale = cut, propose, scale
         self.tolerance = tolerance
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, cut: CutModel, propose: Propose, scale: Tensor, public: Sequence[tuple[Tensor, Tensor]]) -> Matching:
-        """With the tolerance that public texts call for: pairs of token ids (T,) and their observed rows (T, d).
+    def fit(
+        cls, cut: SplitDecoder, propose: Propose, scale: Tensor, public: Sequence[tuple[Tensor, Tensor]]
+    ) -> Matching:
+        """Calibrate the tolerance on public texts: pairs of token ids (T,) and their observed hidden states (T, d).
 
-        What a codec does is known and done again, so a right token misses only by rounding that depends on how a text
-        was batched, a wrong one by orders of magnitude more: the tolerance is the geometric middle of the two.
+        The attack applies the same codec, so a right token differs only by rounding that depends on the batching, and a
+        wrong one by orders of magnitude more: the tolerance is the geometric mean of the two distances.
         """
         attack = cls(cut, propose, scale, tolerance=0.0)
         right, wrong = _ROUNDING, float("inf")
-        for ids, rows in public:
+        for ids, hidden in public:
             trunk = KVCache()
             if len(ids) > 1:
-                right = max(right, float(attack._distance(cut.send(ids[None, :-1], cache=trunk)[0], rows[:-1]).max()))
-            others = propose(rows[-1:], _FEW)[0]
+                right = max(right, float(attack._distance(cut.send(ids[None, :-1], cache=trunk)[0], hidden[:-1]).max()))
+            others = propose(hidden[-1:], _FEW)[0]
             others = others[others != ids[-1]]
-            apart = attack._distance(cut.send(others[:, None], cache=Branches(trunk, len(others)))[:, 0], rows[-1])
-            wrong = min(wrong, float(apart.min()))
+            distances = attack._distance(
+                cut.send(others[:, None], cache=BranchedCache(trunk, len(others)))[:, 0], hidden[-1]
+            )
+            wrong = min(wrong, float(distances.min()))
         attack.tolerance = (right * wrong) ** 0.5
         return attack
 
     @torch.no_grad()
-    def guess(self, rows: Tensor, count: int = 1) -> Tensor:
-        """Tokens (T, 1) of the rows (T, d) of one text; ``count`` is 1, a match has no runner-up."""
-        found = self._propose(rows, 1)[:, 0].clone()
+    def guess(self, hidden: Tensor, count: int = 1) -> Tensor:
+        """Guess the tokens (T, 1) of the hidden states (T, d) of one text; a match has one candidate, whatever
+        ``count`` is."""
+        found = self._propose(hidden, 1)[:, 0].clone()
         trunk, at = KVCache(), 0
         while at < len(found):
             ahead = slice(at, at + _AHEAD)
-            apart = self._distance(self._cut.send(found[None, ahead], cache=trunk)[0], rows[ahead])
-            right = int((apart <= self.tolerance).long().cumprod(0).sum())
+            distances = self._distance(self._cut.send(found[None, ahead], cache=trunk)[0], hidden[ahead])
+            right = int((distances <= self.tolerance).long().cumprod(0).sum())
             trunk.crop(at + right)
             at += right
-            if right < len(apart):
-                found[at] = self._nearest(rows[at], trunk)
+            if right < len(distances):
+                found[at] = self._nearest(hidden[at], trunk)
                 self._cut.send(found[None, at : at + 1], cache=trunk)
                 at += 1
         return found[:, None]
 
-    def _nearest(self, row: Tensor, trunk: KVCache) -> Tensor:
-        """The token after ``trunk`` whose row is ``row``; the whole vocabulary is tried, the likeliest tokens first."""
-        candidates = self._propose(row[None], self._cut.words)[0]
+    def _nearest(self, hidden: Tensor, trunk: KVCache) -> Tensor:
+        """Token after ``trunk`` whose hidden state is nearest to ``hidden`` (d,); the whole vocabulary is tried, the
+        likeliest tokens first, until one is within the tolerance."""
+        candidates = self._propose(hidden[None], self._cut.vocab_size)[0]
         best, nearest, size = candidates[0], float("inf"), _FEW
         while len(candidates) and nearest > self.tolerance:
             some, candidates = candidates[:size], candidates[size:]
-            apart = self._distance(self._cut.send(some[:, None], cache=Branches(trunk, len(some)))[:, 0], row)
-            least = int(apart.argmin())
-            if apart[least] < nearest:
-                best, nearest = some[least], float(apart[least])
+            distances = self._distance(
+                self._cut.send(some[:, None], cache=BranchedCache(trunk, len(some)))[:, 0], hidden
+            )
+            least = int(distances.argmin())
+            if distances[least] < nearest:
+                best, nearest = some[least], float(distances[least])
             size = min(4 * size, _MANY)
         return best
 

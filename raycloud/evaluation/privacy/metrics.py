@@ -1,4 +1,4 @@
-"""How much of a text an attack recovered."""
+"""Metrics of the share of a text that an attack recovers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 
 Decode = Callable[[list[int]], str]
-"""Token ids to text."""
+"""Function from token ids to text."""
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """What one attack recovered of one side, all shares from 0 to 1.
+    """Recovery by one attack of either prompts or answers; all shares are from 0 to 1.
 
-    ``top1`` and ``top5`` of all tokens, ``exact`` of the texts from end to end; ``rouge_l`` is the mean F-measure of
-    the decoded texts; ``secrets`` of the planted names and numbers stand in them word for word (None where none were
-    planted); ``seconds`` went into training and running the attack.
+    ``top1`` and ``top5`` are shares of all tokens, ``exact`` is the share of texts recovered completely, ``rouge_l``
+    the mean F-measure of the decoded texts, ``secrets`` the share of the planted names and numbers that the decoded
+    texts contain word for word (None if none were planted), and ``seconds`` the time to fit and run the attack.
     """
 
     top1: float
@@ -37,14 +37,14 @@ def recovery(
     seconds: float,
     secrets: Sequence[Sequence[str]] | None = None,
 ) -> Recovery:
-    """Compare text by text.
+    """Compare the guesses of an attack with the true tokens, text by text.
 
     Args:
-        guesses: (n, k) tokens, best first; of an attack that names fewer than five, ``top5`` counts those it names.
-        truths: (n,) tokens; empty texts are left out.
-        decode: makes texts of both.
-        seconds: what the attack took.
-        secrets: what was planted in each text.
+        guesses: (n, k) tokens per text, best first; with k below 5, ``top5`` counts the k.
+        truths: (n,) tokens per text; empty texts are left out.
+        decode: decodes both to text.
+        seconds: time that the attack took.
+        secrets: strings planted in each text.
 
     Raises:
         ValueError: all texts are empty.

@@ -1,6 +1,6 @@
-"""The codecs of one cut, fitted to rows of a real model.
+"""Codecs of one cut, fitted to hidden states of a real model.
 
-Both ends build their codecs from the same :class:`Fitted`: nothing is drawn or computed twice.
+Both ends build their codecs from the same :class:`CutFit`; nothing is sampled or computed a second time.
 """
 
 from __future__ import annotations
@@ -14,34 +14,31 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import pad
 
+from raycloud.link.codecs.centred import CentredCodec, CutStatistics
 from raycloud.link.codecs.codec import Codec
-from raycloud.link.codecs.floats import CODECS
 from raycloud.link.codecs.quantised import Int4, Int8, extremes, grouped
-from raycloud.link.codecs.relative import Baseline, Relative
-from raycloud.link.codecs.transforms import Project, Rotate, keep_all_but
+from raycloud.link.codecs.transforms import Rotate, without_coordinates
 
-FittedName = Literal["int8", "int4", "low-rank", "low-rank-int8"]
+FittedName = Literal["int8", "int4"]
 FITTED: tuple[FittedName, ...] = get_args(FittedName)
-"""The codecs that need a calibration."""
+"""Names of the codecs that need a calibration."""
 
 OUTLIERS = (0, 2, 4, 8, 16)
-"""How many coordinates may be sent apart."""
+"""Allowed numbers of outlier coordinates sent separately."""
 GROUPS = (32, 64)
-"""How many neighbours may share a scale in int4."""
+"""Allowed numbers of neighbouring coordinates that share a scale in int4."""
 LEVELS = 16
-_COEFFICIENT_GROUP = 32
 _SAMPLES = 2**18
 _ROUNDS = 100
 
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class Choices(BaseModel):
-    """What calibration chose for one cut, and how well it did.
+class FitChoices(BaseModel):
+    """Choices of the calibration for one cut, and the errors measured with them.
 
-    ``unit`` is the root mean square of the centred rows, ``first`` the number of positions at the beginning of a text
-    that are sent as bfloat16. ``int8_outliers`` are also those of the low-rank codecs. ``errors`` are those of
-    :func:`relative_error` on rows that nothing was fitted to.
+    ``unit`` is the root mean square of the centred hidden states, ``first`` the number of positions at the beginning of
+    a text that are sent as bfloat16. ``errors`` are the values of :func:`relative_error` on held-out hidden states.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,33 +52,29 @@ class Choices(BaseModel):
 
 
 @dataclass(frozen=True, eq=False)
-class Fitted:
-    """The choices and the tensors of one cut.
+class CutFit:
+    """Choices and tensors of one cut.
 
     Args:
-        choices: what calibration chose.
-        mean: (d,) of the rows.
-        outliers: coordinates in order of their largest magnitude, at least as many as are sent apart.
-        levels: (16,) of int4, ascending.
-        basis: (d, rank) orthonormal, main direction first.
+        choices: choices of the calibration.
+        mean: (d,) mean of the hidden states.
+        outliers: coordinates in descending order of their largest magnitude, at least as many as are sent separately.
+        levels: (16,) levels of int4, ascending.
 
     Raises:
-        ValueError: these do not fit each other.
+        ValueError: the tensors do not fit each other.
     """
 
-    choices: Choices
+    choices: FitChoices
     mean: Tensor
     outliers: Tensor
     levels: Tensor
-    basis: Tensor
 
     def __post_init__(self) -> None:
         chosen, width = self.choices, len(self.mean)
-        floats = (self.mean, self.levels, self.basis)
         if not (
-            all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in floats)
-            and (self.mean.ndim, self.levels.shape, self.basis.ndim) == (1, (LEVELS,), 2)
-            and 1 <= self.basis.shape[1] <= self.basis.shape[0] == width
+            all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in (self.mean, self.levels))
+            and (self.mean.ndim, self.levels.shape) == (1, (LEVELS,))
             and self.outliers.dtype == torch.int64
             and max(chosen.int8_outliers, chosen.int4_outliers) <= len(self.outliers) < width
             and set(self.outliers.tolist()) <= set(range(width))
@@ -89,34 +82,32 @@ class Fitted:
             raise ValueError("the tensors of a cut do not fit each other")
 
     def codec(self, name: FittedName, rotation: Rotate) -> Codec:
-        """One codec of this cut; ``rotation`` is the calibration's, shared by its cuts."""
+        """Codec of this cut by its name; ``rotation`` is the calibration's, shared by its cuts."""
         chosen = self.choices
         if name == "int4":
             return _int4(self._baseline(chosen.int4_outliers), rotation, chosen.int4_group, self.levels)
-        baseline = self._baseline(chosen.int8_outliers)
-        return _int8(baseline) if name == "int8" else _low_rank(baseline, self.basis, name)
+        return _int8(self._baseline(chosen.int8_outliers))
 
-    def _baseline(self, outliers: int) -> Baseline:
-        return Baseline(self.mean, self.choices.unit, self.outliers[:outliers])
+    def _baseline(self, outliers: int) -> CutStatistics:
+        return CutStatistics(self.mean, self.choices.unit, self.outliers[:outliers])
 
 
-def fit(rows: Tensor, first: int, rotation: Rotate, rank: int) -> Fitted:
-    """Fit one cut to its rows.
+def fit_cut(hidden: Tensor, first: int, rotation: Rotate) -> CutFit:
+    """Fit the codecs of one cut to its hidden states.
 
-    Outliers and groups are those of the least error times 2 to the bits per number: at best one more bit halves the
-    error, so what costs bytes has to do as well. Every eighth row is kept aside to judge that.
+    Outliers and groups minimise the error times 2 to the power of the bits per number: at best one more bit halves the
+    error, so additional bytes must reduce the error as much. Every eighth hidden state is held out to measure it.
 
     Args:
-        rows: (n, d) float32, positions from ``first`` on.
-        first: see :class:`Choices`.
-        rotation: of rows of this width.
-        rank: of the low-rank codecs, at most d.
+        hidden: hidden states (n, d) float32, at positions from ``first`` on.
+        first: see :class:`FitChoices`.
+        rotation: rotation for width d.
     """
-    aside = torch.arange(len(rows)) % 8 == 0
-    unseen, rows = rows[aside], rows[~aside]
-    mean = rows.mean(dim=0)
-    centred = rows - mean
-    # Rows that never change would make it zero; any other unit does for them.
+    aside = torch.arange(len(hidden)) % 8 == 0
+    unseen, hidden = hidden[aside], hidden[~aside]
+    mean = hidden.mean(dim=0)
+    centred = hidden - mean
+    # Constant hidden states would make it zero; for them any other unit works.
     unit = float(centred.square().mean().sqrt()) or 1.0
     counts = [count for count in OUTLIERS if count <= len(mean) // 2]
     order = centred.abs().amax(dim=0).argsort(descending=True, stable=True)[: counts[-1]]
@@ -124,8 +115,8 @@ def fit(rows: Tensor, first: int, rotation: Rotate, rank: int) -> Fitted:
     def price(codec: Codec) -> float:
         return relative_error(codec, unseen) * 2 ** (8 * codec.bytes_per_row(len(mean)) / len(mean))
 
-    def baseline(outliers: int) -> Baseline:
-        return Baseline(mean, unit, order[:outliers])
+    def baseline(outliers: int) -> CutStatistics:
+        return CutStatistics(mean, unit, order[:outliers])
 
     int8_outliers = min(counts, key=lambda count: price(_int8(baseline(count))))
     rotated = rotation.forward((centred / unit).index_fill(1, order, 0.0))
@@ -133,8 +124,7 @@ def fit(rows: Tensor, first: int, rotation: Rotate, rank: int) -> Fitted:
     int4_outliers, int4_group = min(
         product(counts, GROUPS), key=lambda it: price(_int4(baseline(it[0]), rotation, it[1], levels[it[1]]))
     )
-    basis = principal_directions(centred.index_fill(1, order[:int8_outliers], 0.0), rank)
-    chosen = Choices(
+    chosen = FitChoices(
         unit=unit,
         first=first,
         int8_outliers=int8_outliers,
@@ -142,46 +132,40 @@ def fit(rows: Tensor, first: int, rotation: Rotate, rank: int) -> Fitted:
         int4_group=int4_group,
         errors={},
     )
-    fitted = Fitted(chosen, mean, order, levels[int4_group], basis)
+    fitted = CutFit(chosen, mean, order, levels[int4_group])
     errors = {name: relative_error(fitted.codec(name, rotation), unseen) for name in FITTED}
-    return Fitted(chosen.model_copy(update={"errors": errors}), mean, order, levels[int4_group], basis)
+    return CutFit(chosen.model_copy(update={"errors": errors}), mean, order, levels[int4_group])
 
 
-def relative_error(codec: Codec, rows: Tensor) -> float:
-    """Root mean square over rows of ‖decoded - row‖ / ‖row‖: the next norm makes all rows equally long."""
-    lost = (codec.decode(codec.encode(rows)) - rows).norm(dim=1)
-    return float((lost / rows.norm(dim=1).clamp_min(1e-30)).square().mean().sqrt())
+def relative_error(codec: Codec, hidden: Tensor) -> float:
+    """Root mean square over tokens of ‖decoded - h‖ / ‖h‖, since the next norm gives all hidden states one length."""
+    lost = (codec.decode(codec.encode(hidden)) - hidden).norm(dim=1)
+    return float((lost / hidden.norm(dim=1).clamp_min(1e-30)).square().mean().sqrt())
 
 
-def rotation_of(width: int, seed: int = 0) -> Rotate:
-    """A random rotation of rows of this width, as near to square factors as the width allows."""
+def random_rotation(width: int, seed: int = 0) -> Rotate:
+    """Random rotation for hidden states of this width, with factors as close to square as the width allows."""
     left = next(p for p in range(int(width**0.5), 0, -1) if width % p == 0)
     generator = torch.Generator().manual_seed(seed)
 
     def orthogonal(size: int) -> Tensor:
         drawn = torch.randn(size, size, dtype=torch.float64, generator=generator)
-        # In row-major order, as a file gives it back: products round differently in another.
+        # In row-major order, as when read from a file: products round differently in another order.
         return torch.linalg.qr(drawn)[0].float().contiguous()
 
     return Rotate(orthogonal(left), orthogonal(width // left))
 
 
-def principal_directions(centred: Tensor, rank: int) -> Tensor:
-    """The orthonormal basis (d, rank) in which centred rows (n, d) lose the least."""
-    rows = centred.double()
-    return torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)[:, :rank].float().contiguous()
-
-
 def fit_levels(groups: Tensor) -> Tensor:
-    """The 16 levels (in units of a group's extreme number) that lose the least squared error on (n, groups, group).
+    """Levels (16,), in units of a group's extreme number, with the least squared error on (n, groups, group).
 
-    Lloyd's algorithm; groups count by the square of their scale, as their errors do.
+    Found by Lloyd's algorithm; groups are weighted by the square of their scale, as their squared errors are.
     """
     groups = groups[:: max(1, groups.numel() // _SAMPLES)]
     scales = extremes(groups).expand_as(groups).flatten()
     numbers, order = (groups.flatten() / torch.where(scales == 0, 1.0, scales)).double().sort()
     weights = scales.double().square()[order]
-    # Sums over any cell are differences of two running sums, so that a round costs next to nothing.
+    # Sums over any cell are differences of two running sums, so that an iteration is cheap.
     mass, moment = (pad(sums.cumsum(dim=0), (1, 0)) for sums in (weights, weights * numbers))
     levels = torch.linspace(-1, 1, LEVELS, dtype=torch.float64)
     for _ in range(_ROUNDS):
@@ -192,16 +176,10 @@ def fit_levels(groups: Tensor) -> Tensor:
     return levels.float()
 
 
-def _int8(baseline: Baseline) -> Codec:
-    kept = keep_all_but(baseline.outliers, len(baseline.mean))
-    return Relative("int8", baseline, kept, Int8(kept.size, kept.size))
+def _int8(baseline: CutStatistics) -> Codec:
+    kept = without_coordinates(baseline.outliers, len(baseline.mean))
+    return CentredCodec("int8", baseline, kept, Int8(kept.size, kept.size))
 
 
-def _int4(baseline: Baseline, rotation: Rotate, group: int, levels: Tensor) -> Codec:
-    return Relative("int4", baseline, rotation, Int4(rotation.size, group, levels))
-
-
-def _low_rank(baseline: Baseline, basis: Tensor, name: FittedName) -> Codec:
-    rank = basis.shape[1]
-    inner = Int8(rank, _COEFFICIENT_GROUP) if name == "low-rank-int8" else CODECS["float16"]
-    return Relative(name, baseline, Project(basis), inner)
+def _int4(baseline: CutStatistics, rotation: Rotate, group: int, levels: Tensor) -> Codec:
+    return CentredCodec("int4", baseline, rotation, Int4(rotation.size, group, levels))

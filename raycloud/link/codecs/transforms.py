@@ -1,4 +1,4 @@
-"""What becomes of centred rows before they are coded: some coordinates dropped, all rotated, or the main ones kept."""
+"""Linear transforms of centred hidden states before coding: selected coordinates, or a rotation."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch import Tensor
 
 
 class Transform(Protocol):
-    """A linear map to the numbers that are coded, and the way back. Coordinates that are sent apart are zero here."""
+    """Linear map to the numbers that are coded, and its inverse. Outlier coordinates are zero in its input."""
 
     @property
     def size(self) -> int:
-        """Numbers that are coded."""
+        """Number of values coded per hidden state."""
         ...
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """(n, width) to (n, size)."""
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (n, width) to (n, size)."""
         ...
 
     def back(self, numbers: Tensor) -> Tensor:
-        """(n, size) to (n, width)."""
+        """Map (n, size) back to (n, width)."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
-class Keep:
-    """The coordinates of a row that are not sent apart.
+class SelectCoordinates:
+    """Selection of the coordinates that are not outliers.
 
     Args:
-        width: numbers of a row.
-        kept: which of them are coded, ascending.
+        width: width of a hidden state.
+        kept: indices of the coordinates that are coded, ascending.
     """
 
     width: int
@@ -40,31 +40,31 @@ class Keep:
 
     @property
     def size(self) -> int:
-        """Numbers that are coded."""
+        """Number of values coded per hidden state."""
         return len(self.kept)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """(n, width) to (n, size)."""
-        return rows[:, self.kept]
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (n, width) to (n, size)."""
+        return hidden[:, self.kept]
 
     def back(self, numbers: Tensor) -> Tensor:
-        """(n, size) to (n, width), zeros elsewhere."""
+        """Map (n, size) back to (n, width), with zeros elsewhere."""
         return numbers.new_zeros(len(numbers), self.width).index_copy_(1, self.kept, numbers)
 
 
 @dataclass(frozen=True, eq=False)
 class Rotate:
-    """A rotation that spreads every coordinate over all of them.
+    """Rotation that spreads every coordinate over all of them.
 
-    It is the Kronecker product of two orthogonal matrices of about √width each, which mixes as well as a full matrix
-    and costs about 2/√width of its time and almost none of its memory, at any width that is not prime.
+    The Kronecker product of two orthogonal matrices of about √width each mixes as well as a full matrix and costs about
+    2/√width of its time and almost none of its memory, at any width that is not prime.
 
     Args:
-        left: (p, p) orthogonal.
-        right: (q, q) orthogonal; rows have p · q numbers.
+        left: (p, p) orthogonal matrix.
+        right: (q, q) orthogonal matrix; the width is p · q.
 
     Raises:
-        ValueError: they are no square matrices.
+        ValueError: the factors are not square float32 matrices.
     """
 
     left: Tensor
@@ -77,47 +77,23 @@ class Rotate:
 
     @property
     def size(self) -> int:
-        """Numbers that are coded: the row's width."""
+        """Number of values coded per hidden state: its width."""
         return len(self.left) * len(self.right)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """(n, width) to (n, width)."""
-        return (self.left @ self._as_matrices(rows) @ self.right).flatten(1)
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Rotate hidden states (n, width)."""
+        return (self.left @ self._as_matrices(hidden) @ self.right).flatten(1)
 
     def back(self, numbers: Tensor) -> Tensor:
-        """(n, width) to (n, width)."""
+        """Invert the rotation of (n, width)."""
         return (self.left.T @ self._as_matrices(numbers) @ self.right.T).flatten(1)
 
-    def _as_matrices(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(1, (len(self.left), len(self.right)))
+    def _as_matrices(self, hidden: Tensor) -> Tensor:
+        return hidden.unflatten(1, (len(self.left), len(self.right)))
 
 
-@dataclass(frozen=True, eq=False)
-class Project:
-    """The coefficients of a row in an orthonormal basis.
-
-    Args:
-        basis: (width, rank) with orthonormal columns.
-    """
-
-    basis: Tensor
-
-    @property
-    def size(self) -> int:
-        """Numbers that are coded: the rank."""
-        return self.basis.shape[1]
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """(n, width) to (n, rank)."""
-        return rows @ self.basis
-
-    def back(self, numbers: Tensor) -> Tensor:
-        """(n, rank) to (n, width)."""
-        return numbers @ self.basis.T
-
-
-def keep_all_but(coordinates: Tensor, width: int) -> Keep:
-    """The transform that only leaves out ``coordinates``."""
+def without_coordinates(coordinates: Tensor, width: int) -> SelectCoordinates:
+    """Transform that only leaves out ``coordinates``."""
     ordinary = torch.ones(width, dtype=torch.bool)
     ordinary[coordinates] = False
-    return Keep(width, ordinary.nonzero()[:, 0])
+    return SelectCoordinates(width, ordinary.nonzero()[:, 0])

@@ -1,1 +1,1 @@
-"""Surgery: which blocks matter, a smaller model from some of them, one model from several."""
+"""Surgery: importance of blocks, extraction of a smaller model from some of them."""

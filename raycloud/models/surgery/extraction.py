@@ -1,4 +1,4 @@
-"""A smaller model from chosen blocks of a larger one."""
+"""Extraction of a smaller model from chosen blocks of a larger one."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from raycloud.models.anatomy import blocks_of
+from raycloud.models.structure import blocks_of
 from raycloud.models.weights import build, weights_of
 
 
 def extract(model: PreTrainedModel, blocks: Sequence[int]) -> PreTrainedModel:
-    """A model of the same family that has only the given blocks, in the given order, with copied weights.
+    """Model of the same family with only the given blocks, in the given order, with copied weights.
 
-    Embedding, final norm and head come along; it saves and loads like any other ``transformers`` model.
+    Embedding, final norm and head are copied as well; it saves and loads like any other ``transformers`` model.
 
     Raises:
-        ValueError: no block, or one that the model has not.
+        ValueError: ``blocks`` is empty, or names a block that the model does not have.
     """
     total = len(blocks_of(model))
     if not blocks or any(not 0 <= index < total for index in blocks):

@@ -1,4 +1,4 @@
-"""Which blocks of a model to keep."""
+"""Choice of the blocks of a model to keep."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raycloud.models.anatomy import blocks_of
 from raycloud.models.segments import Segment
+from raycloud.models.structure import blocks_of
 
 
 def evenly_spaced(total: int, keep: int) -> list[int]:
-    """``keep`` of ``total`` blocks at even distances, the first and the last among them.
+    """Indices of ``keep`` of ``total`` blocks at even distances, the first and the last among them.
 
     Raises:
         ValueError: ``keep`` is not from 1 to ``total``.
@@ -25,8 +25,8 @@ def evenly_spaced(total: int, keep: int) -> list[int]:
     return [round(index * (total - 1) / (keep - 1)) for index in range(keep)]
 
 
-def largest(distances: Tensor, keep: int) -> list[int]:
-    """The ``keep`` blocks with the largest distances, in order.
+def most_important(distances: Tensor, keep: int) -> list[int]:
+    """Indices of the ``keep`` blocks with the largest distances, in order.
 
     Raises:
         ValueError: ``keep`` is not from 1 to the number of blocks.
@@ -42,14 +42,14 @@ def _check(total: int, keep: int) -> None:
 
 @torch.no_grad()
 def angular_distances(model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """How far each block turns the rows that pass through it, (blocks,), from 0 (not at all) to 1 (reversed).
+    """Angular distance between input and output of each block, (blocks,), from 0 (same direction) to 1 (opposite).
 
-    The mean over calibration tokens of arccos(cos(row in, row out)) / π (Gromov et al. 2024, arXiv 2403.17887, with
-    single blocks). A block that hardly turns its rows can be left out with little harm.
+    The mean over calibration tokens of arccos(cos(hidden state in, hidden state out)) / π (Gromov et al. 2024, arXiv
+    2403.17887, with single blocks). A block with a small distance can be removed with little harm.
 
     Args:
-        model: its blocks are compared.
-        batches: token ids (B, T) and which of them are real (B, T).
+        model: the model whose blocks are compared.
+        batches: token ids (B, T) and a mask (B, T), False for padding.
     """
     total = len(blocks_of(model))
     embedding = Segment(model, 0, 0, head=False)
@@ -57,10 +57,10 @@ def angular_distances(model: PreTrainedModel, batches: Iterable[tuple[Tensor, Te
     sums, count = torch.zeros(total, dtype=torch.float64), 0
     for ids, valid in batches:
         mask = None if bool(valid.all()) else valid
-        before = embedding.rows(ids, valid=mask)
+        before = embedding.hidden(ids, valid=mask)
         count += int(valid.sum())
         for index, part in enumerate(parts):
-            after = part.rows(before, valid=mask)
+            after = part.hidden(before, valid=mask)
             cosine = nn.functional.cosine_similarity(before[valid].float(), after[valid].float(), dim=-1)
             sums[index] += cosine.clamp(-1, 1).arccos().sum().double().cpu() / math.pi
             before = after

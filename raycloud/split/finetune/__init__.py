@@ -1,1 +1,1 @@
-"""Split fine-tuning: edge and cloud train one model together, and only rows and their gradients cross."""
+"""Split fine-tuning: edge and cloud train one model together and exchange only hidden states and their gradients."""

@@ -1,4 +1,4 @@
-"""Both sides of a split fine-tuning: what the edge has of a model, and the cloud's side beside it or over a link."""
+"""Assembly of both sides of split fine-tuning: the edge's parts, and the cloud in this process or over a link."""
 
 from __future__ import annotations
 
@@ -10,258 +10,264 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from raycloud.data.batches import Batch
+from raycloud.data.checks import check_positions
 from raycloud.errors import ModelError, RecipeError
-from raycloud.models.anatomy import pooler_of
 from raycloud.models.segments import Segment
-from raycloud.split.finetune.cloud import CloudSide
-from raycloud.split.finetune.code import Code, blank, check_sizes, narrow, plain, published
-from raycloud.split.finetune.crossing import check_frames
-from raycloud.split.finetune.edge import EdgeSide, LocalCloud
-from raycloud.split.finetune.front import Cloud, Front, Learning
-from raycloud.split.finetune.labelled import LabelledCloud, LabelledEdge
-from raycloud.split.finetune.messages import Agreed, Begin
-from raycloud.split.finetune.numbers import Packing, Packings
+from raycloud.models.structure import pooler_of
+from raycloud.split.finetune.bottleneck import (
+    Bottleneck,
+    check_sizes,
+    empty_bottleneck,
+    fit_low_rank,
+    identity_bottleneck,
+    sft_bottleneck,
+)
+from raycloud.split.finetune.checkpoints import CheckpointStore
+from raycloud.split.finetune.cloud import CloudTrainer
+from raycloud.split.finetune.edge import LocalCloudClient, UShapedEdge
+from raycloud.split.finetune.edge_trainer import CloudClient, EdgeTrainer, TrainableParts
+from raycloud.split.finetune.label_sharing import LabelSharingCloud, LabelSharingEdge
+from raycloud.split.finetune.messages import CutConfig, OpenTuning
 from raycloud.split.finetune.recipe import (
-    BackRecipe,
     ClassificationRecipe,
-    CutRecipe,
+    DownlinkRecipe,
     RegressionRecipe,
     SpanRecipe,
     SplitTuneRecipe,
+    UplinkRecipe,
 )
-from raycloud.split.finetune.state import Checkpoints
-from raycloud.split.finetune.tasks import Language, Pooling, Task, TaskTerms
+from raycloud.split.finetune.tasks import HeadConfig, LanguageModelling, Pooling, Task
+from raycloud.split.finetune.traffic import check_batch_size
+from raycloud.split.finetune.wire_format import WireFormat, WireFormats
 from raycloud.split.plan import SplitPlan
 from raycloud.training.loop import Trainer
-from raycloud.training.lora import adapt
+from raycloud.training.lora import add_segment_adapters
 
 
 def plan_of(recipe: SplitTuneRecipe, config: PretrainedConfig) -> SplitPlan:
-    """Where a model of this configuration is cut.
+    """Plan by which a model of this configuration is cut.
 
     Raises:
-        ModelError: it cannot be cut so.
+        ModelError: the model cannot be cut so.
     """
     blocks = int(config.num_hidden_layers)
-    plan = SplitPlan(recipe.split, blocks if recipe.second is None else recipe.second).check(blocks)
-    if plan.first == plan.second:
-        raise ModelError(f"split={plan.first} leaves the cloud none of the model's {blocks} blocks")
+    plan = SplitPlan(recipe.start_block, blocks if recipe.end_block is None else recipe.end_block).check(blocks)
+    if plan.start_block == plan.end_block:
+        raise ModelError(f"start_block={plan.start_block} leaves the cloud none of the model's {blocks} blocks")
     return plan
 
 
 def check_lengths(recipe: SplitTuneRecipe, config: PretrainedConfig) -> None:
-    """Whether a model of this configuration takes texts as long as a recipe allows.
+    """Check that a model of this configuration accepts texts as long as the recipe allows.
 
     Raises:
-        RecipeError: it does not.
+        RecipeError: the model has fewer positions.
     """
-    longest = int(config.max_position_embeddings)
-    if recipe.data.max_length > longest:
-        raise RecipeError(f"data.max_length={recipe.data.max_length}; allowed: up to the model's {longest} positions")
+    check_positions("data.max_length", recipe.data.max_length, config)
 
 
-def terms_of(recipe: SplitTuneRecipe, classes: int) -> TaskTerms | None:
-    """The head of a recipe's task; None if the model's own is one.
+def head_config(recipe: SplitTuneRecipe, classes: int) -> HeadConfig | None:
+    """Configuration of the head of a recipe's task; None if the model's own head is used.
 
     Args:
-        recipe: of the task.
-        classes: how many there are, for a classification.
+        recipe: recipe with the task.
+        classes: number of classes, for a classification.
     """
     match recipe.task:
         case ClassificationRecipe() as task:
-            return TaskTerms(kind=task.kind, outputs=classes, pooling=task.pooling, dropout=task.dropout)
+            return HeadConfig(kind=task.kind, outputs=classes, pooling=task.pooling, dropout=task.dropout)
         case RegressionRecipe() as task:
-            return TaskTerms(kind=task.kind, outputs=1, pooling=task.pooling, dropout=task.dropout)
+            return HeadConfig(kind=task.kind, outputs=1, pooling=task.pooling, dropout=task.dropout)
         case SpanRecipe() as task:
-            return TaskTerms(kind=task.kind, outputs=2, pooling="rows", dropout=0.0)  # BERT's has none
+            return HeadConfig(kind=task.kind, outputs=2, pooling="rows", dropout=0.0)  # BERT's has none
         case _:
             return None
 
 
 def task_of(recipe: SplitTuneRecipe, last: Segment, classes: int, pooler: nn.Module | None = None) -> Task:
-    """The head and loss that a recipe names.
+    """Task of a recipe: its head and loss.
 
     Args:
-        recipe: of the task.
+        recipe: recipe with the task.
         last: the model's last part.
-        classes: how many there are, for a classification.
-        pooler: the model's own, if it has one, for ``pooling: first``.
+        classes: number of classes, for a classification.
+        pooler: the model's own pooler, if it has one, for ``pooling: first``.
     """
-    terms = terms_of(recipe, classes)
-    return Language(last) if terms is None else terms.task(int(last.config.hidden_size), recipe.seed, pooler)
+    head = head_config(recipe, classes)
+    return LanguageModelling(last) if head is None else head.task(int(last.config.hidden_size), recipe.seed, pooler)
 
 
-def learning_of(recipe: SplitTuneRecipe) -> Learning:
-    """Which parts learn."""
-    return Learning(ahead=recipe.learning == "all", cloud=recipe.learning != "last")
+def trainable_parts(recipe: SplitTuneRecipe) -> TrainableParts:
+    """Parts of the model that a recipe trains."""
+    return TrainableParts(first_part=recipe.trainable == "all", cloud=recipe.trainable != "last")
 
 
-def back_of(task: Task, last: Segment) -> Pooling:
-    """What of a text's rows need leave the cloud."""
+def downlink_pooling(task: Task, last: Segment) -> Pooling:
+    """Pooling of a text's hidden states before they leave the cloud."""
     commutes = task.pooling == "first" or not last.anatomy.after
     return task.pooling if not len(last.blocks) and commutes else "rows"
 
 
 @torch.no_grad()
-def calibration_rows(first: Segment, batches: Sequence[Batch]) -> Tensor:
-    """The rows (n, d) that leave the edge's first part, dropout off."""
+def calibration_hidden(first: Segment, batches: Sequence[Batch]) -> Tensor:
+    """Hidden states (n, d) after the edge's first part for calibration texts, without dropout."""
     first.eval()
-    return torch.cat([first.rows(batch.ids, valid=batch.valid, types=batch.types)[batch.valid] for batch in batches])
+    return torch.cat([first.hidden(batch.ids, valid=batch.valid, types=batch.types)[batch.valid] for batch in batches])
 
 
-def code_of(cut: CutRecipe, first: Segment, batches: Sequence[Batch]) -> Code:
-    """The code of the first cut.
+def fit_uplink(cut: UplinkRecipe, first: Segment, batches: Sequence[Batch]) -> Bottleneck:
+    """Bottleneck of the first cut.
 
     Args:
-        cut: its recipe.
-        first: the edge's first part; the published cut takes half a block from it.
-        batches: to calibrate on.
+        cut: recipe of the cut.
+        first: the edge's first part; the published cut removes half a block from it.
+        batches: calibration texts.
 
     Raises:
         ModelError: the model has no such cut.
     """
     match cut.kind:
         case "plain":
-            return plain(int(first.config.hidden_size))
+            return identity_bottleneck(int(first.config.hidden_size))
         case "sft":
-            return published(first, cut.rank)
-        case "narrow":
-            rows = calibration_rows(first, batches).cpu()
-            return narrow(rows, cut.rank, cut.outliers, even=cut.form == "int4")
+            return sft_bottleneck(first, cut.rank)
+        case "low_rank":
+            hidden = calibration_hidden(first, batches).cpu()
+            return fit_low_rank(hidden, cut.rank, cut.num_outliers, even=cut.dtype == "int4")
 
 
-def code_back(back: BackRecipe, width: int) -> Code:
-    """The code of the second cut for rows of ``width`` numbers; a narrow one is still to be fitted by the cloud.
+def new_downlink(downlink: DownlinkRecipe, width: int) -> Bottleneck:
+    """Bottleneck of the second cut for hidden states of ``width`` numbers; a low-rank one is later fitted by the cloud.
 
     Raises:
-        ModelError: rows have no such code.
+        ModelError: rank or outliers do not fit the width.
     """
-    if back.kind == "plain":
-        return plain(width)
-    check_sizes(width, back.rank, back.outliers)
-    return blank(width, back.outliers + back.rank, back.outliers)
+    if downlink.kind == "plain":
+        return identity_bottleneck(width)
+    check_sizes(width, downlink.rank, downlink.num_outliers)
+    return empty_bottleneck(width, downlink.num_outliers + downlink.rank, downlink.num_outliers)
 
 
 @dataclass(frozen=True)
-class Ends:
-    """What the edge decides for both sides."""
+class EdgeSetup:
+    """Setup of a run, decided by the edge for both sides."""
 
     recipe: SplitTuneRecipe
     plan: SplitPlan
     first: Segment
     last: Segment
     task: Task
-    code: Code
-    """Of the first cut."""
-    code_back: Code
-    """Of the second one."""
-    packings: Packings
-    back: Pooling
-    learning: Learning
+    uplink_bottleneck: Bottleneck
+    """Bottleneck of the first cut."""
+    downlink_bottleneck: Bottleneck
+    """Bottleneck of the second cut."""
+    wire_formats: WireFormats
+    pooling: Pooling
+    trainable: TrainableParts
     total_steps: int
-    terms: TaskTerms | None = None
-    """Of the head, where it is the cloud's and labels are sent there."""
+    head: HeadConfig | None = None
+    """Configuration of the head, if head and labels are the cloud's; otherwise None."""
 
-    def edge(self, cloud: Cloud, depth: int = 1) -> Front:
-        """The edge's side of a run with a cloud; so many micro-batches may be on their way to it at once."""
-        recipe, decoder = self.recipe, self.code_back.decoder
-        if self.terms is not None:
-            return LabelledEdge(
+    def edge(self, cloud: CloudClient, max_in_flight: int = 1) -> EdgeTrainer:
+        """Edge trainer of a run with a cloud; up to ``max_in_flight`` micro-batches may be in flight."""
+        recipe, decoder = self.recipe, self.downlink_bottleneck.decoder
+        if self.head is not None:
+            return LabelSharingEdge(
                 self.first,
-                self.code.encoder,
-                self.terms,
-                self.packings,
+                self.uplink_bottleneck.encoder,
+                self.head,
+                self.wire_formats,
                 cloud,
-                self._trainer({"first": self.first, "encoder": self.code.encoder}),
+                self._trainer({"first": self.first, "encoder": self.uplink_bottleneck.encoder}),
                 seed=recipe.seed,
-                depth=depth,
+                max_in_flight=max_in_flight,
             )
         groups: dict[str, nn.Module] = {
             "first": self.first,
-            "encoder": self.code.encoder,
+            "encoder": self.uplink_bottleneck.encoder,
             "decoder": decoder,
             "last": self.last,
             "head": self.task.head,
         }
-        return EdgeSide(
+        return UShapedEdge(
             self.first,
-            self.code.encoder,
+            self.uplink_bottleneck.encoder,
             decoder,
             self.last,
             self.task,
-            self.packings,
-            self.back,
+            self.wire_formats,
+            self.pooling,
             cloud,
             self._trainer(groups),
-            learning=self.learning,
+            trainable=self.trainable,
             seed=recipe.seed,
-            depth=depth,
+            max_in_flight=max_in_flight,
         )
 
     def _trainer(self, groups: Mapping[str, nn.Module]) -> Trainer:
-        lr = code_rates(self.recipe, first="encoder", second="decoder")
+        lr = bottleneck_lrs(self.recipe, uplink="encoder", downlink="decoder")
         return Trainer(groups, self.recipe.training, total_steps=self.total_steps, seed=self.recipe.seed, lr=lr)
 
-    def check_frames(self, tokens: int, fitted_to: Sequence[Batch]) -> None:
-        """Whether a batch of so many tokens fits the frames of a link, and those that codes are fitted to.
+    def check_batch_size(self, tokens: int, fitted_to: Sequence[Batch]) -> None:
+        """Check that a cloud accepts a batch of ``tokens`` tokens and the calibration batches.
 
         Raises:
-            RecipeError: it does not.
+            RecipeError: a batch takes more bytes than a message may have.
         """
-        cross = fitted_to if self.recipe.back.kind == "narrow" else ()
+        cross = fitted_to if self.recipe.downlink.kind == "low_rank" else ()
         fitted = max((int(batch.valid.sum()) for batch in cross), default=0)
-        check_frames(tokens, self.packings, self.back if self.terms is None else "mean", fitted)
+        check_batch_size(tokens, self.wire_formats, self.pooling if self.head is None else "mean", fitted)
 
-    def begin(self, fingerprint: str, run: str) -> Begin:
-        """What a cloud at the other end of a link is asked for.
+    def begin(self, fingerprint: str, run: str) -> OpenTuning:
+        """OPEN message for a cloud at the other end of a link.
 
         Raises:
-            RecipeError: the recipe asks for what only one process can do.
+            RecipeError: the recipe needs both sides in one process.
         """
         recipe = self.recipe
-        if recipe.cut.kind == "sft":
-            raise RecipeError("cut.kind=sft: not over a link; allowed there: narrow or plain")
-        return Begin(
+        if recipe.uplink.kind == "sft":
+            raise RecipeError("uplink.kind=sft: not over a link; allowed there: low_rank or plain")
+        return OpenTuning(
             fingerprint=fingerprint,
-            first=self.plan.first,
-            second=self.plan.second,
+            start_block=self.plan.start_block,
+            end_block=self.plan.end_block,
             run=run,
             seed=recipe.seed,
             total_steps=self.total_steps,
             training=recipe.training,
             lora=recipe.lora,
-            cloud=self.learning.cloud,
-            back=self.back,
-            up=_agreed(recipe, recipe.cut, self.code),
-            down=_agreed(recipe, recipe.back, self.code_back),
-            task=self.terms,
+            train_cloud=self.trainable.cloud,
+            pooling=self.pooling,
+            uplink=_cut_config(recipe, recipe.uplink, self.uplink_bottleneck),
+            downlink=_cut_config(recipe, recipe.downlink, self.downlink_bottleneck),
+            head=self.head,
         )
 
 
-def code_rate(recipe: SplitTuneRecipe, cut: CutRecipe) -> float | None:
-    """The peak learning rate of a cut's code; None for the recipe's."""
+def bottleneck_lr(recipe: SplitTuneRecipe, cut: UplinkRecipe) -> float | None:
+    """Peak learning rate of a cut's bottleneck; None for the recipe's rate."""
     return 0.1 * recipe.training.lr if cut.lr is None and recipe.lora is not None else cut.lr
 
 
-def code_rates(recipe: SplitTuneRecipe, *, first: str, second: str) -> dict[str, float]:
-    """Those of one side's ends of both codes, by their names there."""
-    rates = {first: code_rate(recipe, recipe.cut), second: code_rate(recipe, recipe.back)}
+def bottleneck_lrs(recipe: SplitTuneRecipe, *, uplink: str, downlink: str) -> dict[str, float]:
+    """Peak learning rates of one side's ends of both bottlenecks, by their names on that side."""
+    rates = {uplink: bottleneck_lr(recipe, recipe.uplink), downlink: bottleneck_lr(recipe, recipe.downlink)}
     return {name: rate for name, rate in rates.items() if rate is not None}
 
 
-def _agreed(recipe: SplitTuneRecipe, cut: CutRecipe, code: Code) -> Agreed:
-    return Agreed(
-        form=cut.form,
-        width=code.width,
-        apart=code.apart,
-        narrow=cut.kind == "narrow",
+def _cut_config(recipe: SplitTuneRecipe, cut: UplinkRecipe, bottleneck: Bottleneck) -> CutConfig:
+    return CutConfig(
+        dtype=cut.dtype,
+        width=bottleneck.width,
+        num_outliers=bottleneck.num_outliers,
+        low_rank=cut.kind == "low_rank",
         trained=cut.trained,
-        lr=code_rate(recipe, cut),
-        changes=cut.changes,
+        lr=bottleneck_lr(recipe, cut),
+        activation_delta=cut.activation_delta,
     )
 
 
-def ends_of(
+def build_edge_setup(
     recipe: SplitTuneRecipe,
     first: Segment,
     last: Segment,
@@ -270,115 +276,123 @@ def ends_of(
     classes: int,
     total_steps: int,
     pooler: nn.Module | None = None,
-) -> Ends:
-    """Head, codes and packings for the edge's parts of a model.
+) -> EdgeSetup:
+    """Build head, bottlenecks and wire formats for the edge's parts of a model.
 
     Args:
-        recipe: how.
+        recipe: recipe of the run.
         first: blocks [0, split) with the embedding.
         last: blocks from the second cut on.
-        calibration: what the code of the first cut is fitted to; that of the second one, once a cloud is there, by
-            :meth:`~raycloud.split.finetune.edge.EdgeSide.fit`.
-        classes: of a classification.
-        total_steps: where the learning rate's schedule ends.
+        calibration: calibration texts for the bottleneck of the first cut; that of the second cut is fitted later, by
+            :meth:`~raycloud.split.finetune.edge.UShapedEdge.fit`.
+        classes: number of classes, for a classification.
+        total_steps: step at which the learning rate's schedule ends.
         pooler: see :func:`task_of`.
 
     Raises:
         ModelError: the model cannot be cut so.
-        RecipeError: the edge would have nothing to learn.
+        RecipeError: the edge would have nothing to train.
     """
     device, width = calibration[0].ids.device, int(first.config.hidden_size)
     plan = plan_of(recipe, first.config)
     if recipe.lora is not None:
         for segment in (first, last):
-            adapt(segment, recipe.lora, recipe.seed)
+            add_segment_adapters(segment, recipe.lora, recipe.seed)
     task = task_of(recipe, last, classes, pooler)
-    code, back = code_of(recipe.cut, first, calibration), code_back(recipe.back, width)
-    for module in (task.head, code.encoder, back.decoder):
+    uplink, downlink = fit_uplink(recipe.uplink, first, calibration), new_downlink(recipe.downlink, width)
+    for module in (task.head, uplink.encoder, downlink.decoder):
         module.to(device)
-    learning, labels_cross = learning_of(recipe), recipe.labels == "cloud"
-    if not learning.ahead:
+    trainable, labels_cross = trainable_parts(recipe), recipe.labels == "cloud"
+    if not trainable.first_part:
         first.requires_grad_(False)
-    # Each end of a code learns with the side that holds it.
+    # Each end of a bottleneck is trained with the side that holds it.
     holders = (
-        (code.encoder, recipe.cut, learning.ahead),
-        (code.decoder, recipe.cut, learning.cloud),
-        (back.encoder, recipe.back, learning.cloud),
-        (back.decoder, recipe.back, True),
+        (uplink.encoder, recipe.uplink, trainable.first_part),
+        (uplink.decoder, recipe.uplink, trainable.cloud),
+        (downlink.encoder, recipe.downlink, trainable.cloud),
+        (downlink.decoder, recipe.downlink, True),
     )
     for end, cut, learns in holders:
-        if not learns or (cut.kind == "narrow" and not cut.trained):
+        if not learns or (cut.kind == "low_rank" and not cut.trained):
             end.requires_grad_(False)
-    # Adapters of no block and a code that is fixed leave nothing to send a gradient back for.
-    learning = replace(learning, ahead=_learns(first, code.encoder))
-    if not learning.ahead and (labels_cross or not _learns(back.decoder, last, task.head)):
+    # Without adapters (no block) and with a fixed bottleneck no gradient needs to be sent back.
+    trainable = replace(trainable, first_part=_any_trainable(first, uplink.encoder))
+    if not trainable.first_part and (labels_cross or not _any_trainable(downlink.decoder, last, task.head)):
         raise RecipeError(
-            f"split={recipe.split}, learning={recipe.learning} and labels={recipe.labels} leave the edge nothing to "
-            "learn; allowed: more blocks at the edge, or a narrow cut that is trained"
+            f"start_block={recipe.start_block}, trainable={recipe.trainable} and labels={recipe.labels} "
+            "leave the edge nothing to train; allowed: more blocks at the edge, or a low-rank cut that is trained"
         )
-    packings = Packings(
-        Packing(recipe.cut.form, code.width, code.apart, recipe.cut.changes),
-        Packing(recipe.back.form, back.width, back.apart, recipe.back.changes),
+    wire_formats = WireFormats(
+        WireFormat(recipe.uplink.dtype, uplink.width, uplink.num_outliers, recipe.uplink.activation_delta),
+        WireFormat(recipe.downlink.dtype, downlink.width, downlink.num_outliers, recipe.downlink.activation_delta),
     )
-    return Ends(
+    return EdgeSetup(
         recipe,
         plan,
         first,
         last,
         task,
-        code,
-        back,
-        packings,
-        back_of(task, last),
-        learning,
+        uplink,
+        downlink,
+        wire_formats,
+        downlink_pooling(task, last),
+        trainable,
         total_steps,
-        terms_of(recipe, classes) if labels_cross else None,
+        head_config(recipe, classes) if labels_cross else None,
     )
 
 
-def _learns(*modules: nn.Module) -> bool:
+def _any_trainable(*modules: nn.Module) -> bool:
     return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
 
-def assemble(
+def build_local_edge(
     model: PreTrainedModel,
     recipe: SplitTuneRecipe,
     calibration: Sequence[Batch],
     *,
     classes: int = 0,
     total_steps: int,
-    kept: Checkpoints | None = None,
-) -> Front:
-    """The edge's side, with the cloud's beside it in this process.
+    kept: CheckpointStore | None = None,
+) -> EdgeTrainer:
+    """Build the edge trainer, with the cloud's side in this process.
 
     Args:
-        model: is cut; its weights are trained in place.
-        recipe: how.
-        calibration: what the codes are fitted to.
-        classes: of a classification.
-        total_steps: where the learning rate's schedule ends.
-        kept: the cloud's checkpoints.
+        model: model to be cut; its weights are trained in place.
+        recipe: recipe of the run.
+        calibration: calibration texts for the bottlenecks.
+        classes: number of classes, for a classification.
+        total_steps: step at which the learning rate's schedule ends.
+        kept: store of the cloud's checkpoints.
 
     Raises:
         ModelError: the model cannot be cut so.
     """
     plan = plan_of(recipe, model.config)
     pooler = pooler_of(model)
-    first, last = Segment(model, 0, plan.first, embed=True, head=False), Segment(model, plan.second, embed=False)
-    middle = Segment(model, plan.first, plan.second, embed=False, head=False)
+    first, last = (
+        Segment(model, 0, plan.start_block, embed=True, head=False),
+        Segment(model, plan.end_block, embed=False),
+    )
+    middle = Segment(model, plan.start_block, plan.end_block, embed=False, head=False)
     if recipe.lora is not None:
-        adapt(middle, recipe.lora, recipe.seed)
-    ends = ends_of(recipe, first, last, calibration, classes=classes, total_steps=total_steps, pooler=pooler)
-    if not ends.learning.cloud:
+        add_segment_adapters(middle, recipe.lora, recipe.seed)
+    setup = build_edge_setup(recipe, first, last, calibration, classes=classes, total_steps=total_steps, pooler=pooler)
+    if not setup.trainable.cloud:
         middle.requires_grad_(False)
-    decoder, encoder = ends.code.decoder.to(model.device), ends.code_back.encoder.to(model.device)
-    if ends.terms is None:
-        cloud = CloudSide(middle, decoder, encoder, ends.packings, ends.back, None, recipe.seed)
+    decoder, encoder = (
+        setup.uplink_bottleneck.decoder.to(model.device),
+        setup.downlink_bottleneck.encoder.to(model.device),
+    )
+    if setup.head is None:
+        cloud = CloudTrainer(middle, decoder, encoder, setup.wire_formats, setup.pooling, None, recipe.seed)
     else:
-        cloud = LabelledCloud(middle, decoder, last, ends.terms, ends.task, ends.packings, ends.back, None, recipe.seed)
-    if _learns(*cloud.modules.values()):
-        lr = code_rates(recipe, first="decoder", second="encoder")
+        cloud = LabelSharingCloud(
+            middle, decoder, last, setup.head, setup.task, setup.wire_formats, setup.pooling, None, recipe.seed
+        )
+    if _any_trainable(*cloud.modules.values()):
+        lr = bottleneck_lrs(recipe, uplink="decoder", downlink="encoder")
         cloud.trainer = Trainer(cloud.modules, recipe.training, total_steps=total_steps, seed=recipe.seed, lr=lr)
-    edge = ends.edge(LocalCloud(cloud, kept=kept))
+    edge = setup.edge(LocalCloudClient(cloud, kept=kept))
     edge.fit(calibration)
     return edge

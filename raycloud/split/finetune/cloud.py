@@ -1,4 +1,4 @@
-"""The cloud's side of split fine-tuning: the middle of a model that learns from rows and gradients alone."""
+"""Cloud's side of split fine-tuning: the middle of a model, trained from hidden states and gradients alone."""
 
 from __future__ import annotations
 
@@ -12,61 +12,59 @@ import torch
 from torch import Tensor, nn
 
 from raycloud.errors import LinkError
-from raycloud.link.frames import Frame, Kind, split_off, with_bytes
+from raycloud.link.frames import Frame, parse_body
 from raycloud.models.segments import Segment
-from raycloud.split.finetune.code import Encoder, load_decoder, narrow, tensors_of
-from raycloud.split.finetune.memory import ENTRY_BYTES, Memory
+from raycloud.split.finetune.activation_cache import ENTRY_BYTES, ActivationCache
+from raycloud.split.finetune.bottleneck import LowRankEncoder, decoder_to_bytes, fit_low_rank, load_decoder_bytes
+from raycloud.split.finetune.checkpoints import load_state, load_weights, state_of
 from raycloud.split.finetune.messages import (
-    PIECE_BYTES,
-    Backward,
-    Backwarded,
-    Fit,
-    Fitted,
-    Forward,
-    Forwarded,
-    Optimise,
-    Optimised,
-    Piece,
-    Rows,
+    BackwardReply,
+    BackwardRequest,
+    FitRequest,
+    ForwardReply,
+    ForwardRequest,
+    HiddenStates,
+    OptimiseReply,
+    OptimiseRequest,
+    TuneKind,
 )
-from raycloud.split.finetune.numbers import Coded, Packings
-from raycloud.split.finetune.state import load_state, put, state_of
 from raycloud.split.finetune.tasks import Pooling, pooled
-from raycloud.training.draws import drawing, seed_of
+from raycloud.split.finetune.wire_format import EncodedTensor, WireFormats
 from raycloud.training.loop import Trainer
+from raycloud.training.seeding import derive_seed, seeded
 
-CALIBRATION_ROWS = 2**15
-"""That the second cut's code is fitted to, at most: they are kept until all are there."""
+MAX_CALIBRATION_TOKENS = 2**15
+"""Largest number of tokens to fit the second cut's bottleneck to; they are kept in memory until all have arrived."""
 
 
-class OutOfStep(LinkError):
-    """A message that does not follow on those before it."""
+class OutOfOrder(LinkError):
+    """Error of a message that does not follow the previous ones."""
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """A micro-batch whose gradient is not there yet: the leaf its rows came in by, and what went out."""
+class _ForwardPass:
+    """Micro-batch whose gradient has not arrived: its input as a leaf tensor, and its output."""
 
     numbers: Tensor
     out: Tensor
 
 
-def valid_of(lengths: Tensor) -> Tensor:
-    """Which tokens (B, T) texts of some lengths (B,) have when they are padded on the right."""
+def valid_mask(lengths: Tensor) -> Tensor:
+    """Mask (B, T) of the valid tokens of right-padded texts with lengths (B,)."""
     return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
 
 
-class CloudSide:
-    """The blocks between the cuts with their ends of both codes, and the optimiser of what of them is trained.
+class CloudTrainer:
+    """Trainer of the blocks between the cuts and their ends of both bottlenecks.
 
     Args:
         middle: blocks [first, second).
-        decoder: of the first cut.
-        encoder: of the second one.
-        packings: of both.
-        pooling: what of a text's rows leaves the second cut.
-        trainer: of everything here that learns; None if nothing does.
-        seed: of dropout and of rounding, the edge's.
+        decoder: decoder of the first cut.
+        encoder: encoder of the second cut.
+        wire_formats: wire formats of both cuts.
+        pooling: pooling of a text's hidden states at the second cut.
+        trainer: trainer of all trainable parameters here; None if there are none.
+        seed: the edge's seed of dropout and rounding.
     """
 
     def __init__(
@@ -74,49 +72,47 @@ class CloudSide:
         middle: Segment,
         decoder: nn.Module,
         encoder: nn.Module,
-        packings: Packings,
+        wire_formats: WireFormats,
         pooling: Pooling,
         trainer: Trainer | None,
         seed: int,
     ) -> None:
         self.middle, self.decoder, self.encoder = middle, decoder, encoder
-        self.packings, self.pooling, self.trainer, self.seed = packings, pooling, trainer, seed
-        self._parts = {f"block {middle.lo + place}": block for place, block in enumerate(middle.blocks)}
+        self.wire_formats, self.pooling, self.trainer, self.seed = wire_formats, pooling, trainer, seed
+        self._parts = {f"block {middle.lo + index}": block for index, block in enumerate(middle.blocks)}
         self._parts["decoder"] = decoder
-        self.memory = Memory(packings)
-        self._passes: dict[int, _Pass] = {}
+        self.activation_cache = ActivationCache(wire_formats)
+        self._passes: dict[int, _ForwardPass] = {}
         self._calibration: list[Tensor] = []
-        self._brought = bytearray()
-        self._fitted = b""
         self._spoiled = False
         self.step = 0
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
-        """By the names that their parameters are saved under."""
+        """Modules by the names under which their parameters are saved."""
         return {"middle": self.middle, "decoder": self.decoder, "encoder": self.encoder}
 
     def state(self) -> dict[str, Tensor]:
-        """What the next step depends on, but for the edge's side of it."""
-        return {**state_of(self.modules, self.trainer), **self.memory.state()}
+        """State of the cloud's side on which the next step depends."""
+        return {**state_of(self.modules, self.trainer), **self.activation_cache.state()}
 
     def load(self, step: int, state: Mapping[str, Tensor]) -> None:
-        """Go on with a step where :meth:`state` was taken.
+        """Restore a result of :meth:`state` and continue with step ``step``.
 
         Raises:
-            TrainingError: it is of other parameters.
+            TrainingError: the state is of other parameters.
         """
-        self.memory.load(state)
+        self.activation_cache.load(state)
         load_state(self.modules, self.trainer, state)
         self.step = step
 
     def join(self, step: int, weights: Mapping[str, Tensor]) -> None:
-        """Go on with a step from weights that a group has made of its members', the optimiser's state its own.
+        """Continue with step ``step`` from a group's averaged weights, with this side's own optimiser state.
 
         Raises:
-            TrainingError: they are of other parameters.
+            TrainingError: the weights are of other parameters.
         """
-        put(self.modules, weights)
+        load_weights(self.modules, weights)
         self._passes.clear()
         self._spoiled = False
         self.step = step
@@ -124,139 +120,134 @@ class CloudSide:
             self.trainer.jump(step)
 
     def answer(self, request: Frame) -> Frame:
-        """What one message leads to.
+        """Process one request and return its reply.
 
         Raises:
-            OutOfStep: it does not follow on those before it.
-            FrameError: it does not fit its schema.
+            OutOfOrder: the request does not follow the previous ones.
+            FrameError: the request does not fit its schema.
             ValueError: its numbers are too few, too many or not finite.
-            ModelError: no code of the agreed size can be fitted.
+            ModelError: no bottleneck of the agreed size can be fitted.
         """
         started = time.perf_counter()
         match request.kind:
-            case Kind.FWD:
-                return self._forward(*split_off(request, Forward), started)
-            case Kind.BWD:
-                return self._backward(*split_off(request, Backward), started)
-            case Kind.OPT:
-                return self._optimise(split_off(request, Optimise)[0], started)
-            case Kind.FIT:
-                return self._fit(*split_off(request, Fit))
-            case Kind.CODE:
-                return self._code(*split_off(request, Piece))
+            case TuneKind.FWD:
+                return self._forward(parse_body(request, ForwardRequest), request.raw, started)
+            case TuneKind.BWD:
+                return self._backward(parse_body(request, BackwardRequest), request.raw, started)
+            case TuneKind.OPT:
+                return self._optimise(parse_body(request, OptimiseRequest), started)
+            case TuneKind.FIT:
+                return self._fit(parse_body(request, FitRequest), request.raw)
+            case TuneKind.CODE:
+                return self._code(request.raw)
             case _:
-                raise OutOfStep(f"{request.kind.name} has no place within a step")
+                raise OutOfOrder(f"{request.kind.name} has no place within a step")
 
-    def _fit(self, asked: Fit, payload: bytes) -> Frame:
-        """Rows that the second cut's code is to be fitted to; after the last of them, its decoder."""
-        if not isinstance(self.encoder, Encoder) or self.step or self._passes:
-            raise OutOfStep(f"rows to fit a code to came in step {self.step}, or to a cut that has none")
-        numbers = self.packings.first.unpack(Coded(asked.unit, payload), sum(asked.lengths)).to(self._device)
+    def _fit(self, request: FitRequest, raw: bytes) -> Frame:
+        """Collect hidden states for the second cut's bottleneck; after the last ones, fit it and return its decoder."""
+        if not isinstance(self.encoder, LowRankEncoder) or self.step or self._passes:
+            raise OutOfOrder(f"hidden states to fit a bottleneck to came in step {self.step}, or for a cut without one")
+        coded = EncodedTensor(request.scale, raw)
+        numbers = self.wire_formats.uplink.unpack(coded, sum(request.lengths)).to(self._device)
         with torch.no_grad(), self._mode(training=False):
-            rows = self._through(numbers, torch.tensor(asked.lengths, device=self._device))
-        if not bool(rows.isfinite().all()):
-            raise ValueError("the rows to fit a code to are not all finite")
-        self._calibration.append(rows[: CALIBRATION_ROWS - sum(map(len, self._calibration))].cpu())
-        if not asked.last:
-            return with_bytes(Kind.FIT_OK, Fitted())
-        packing = self.packings.second
-        rows, self._calibration = torch.cat(self._calibration), []
-        code = narrow(rows, packing.width - packing.apart, packing.apart, even=packing.form == "int4")
-        self.encoder.load_state_dict(code.encoder.state_dict())
-        self._fitted = tensors_of(code.decoder)
-        return with_bytes(Kind.FIT_OK, Fitted())
+            hidden = self._through(numbers, torch.tensor(request.lengths, device=self._device))
+        if not bool(hidden.isfinite().all()):
+            raise ValueError("the hidden states to fit a bottleneck to are not all finite")
+        self._calibration.append(hidden[: MAX_CALIBRATION_TOKENS - sum(map(len, self._calibration))].cpu())
+        if not request.last:
+            return Frame(TuneKind.FIT_OK)
+        wire_format = self.wire_formats.downlink
+        hidden, self._calibration = torch.cat(self._calibration), []
+        bottleneck = fit_low_rank(
+            hidden,
+            wire_format.width - wire_format.num_outliers,
+            wire_format.num_outliers,
+            even=wire_format.dtype == "int4",
+        )
+        self.encoder.load_state_dict(bottleneck.encoder.state_dict())
+        return Frame(TuneKind.FIT_OK, raw=decoder_to_bytes(bottleneck.decoder))
 
-    def _code(self, asked: Piece, raw: bytes) -> Frame:
-        """A piece of the first cut's decoder for this side, or of the second one's for the edge."""
-        if not asked.up:
-            told = asked.model_copy(update={"size": len(self._fitted)})
-            return with_bytes(Kind.CODE_OK, told, self._fitted[asked.at : asked.at + PIECE_BYTES])
-        wanted = len(tensors_of(self.decoder))
-        if asked.at != len(self._brought) or asked.size != wanted or asked.at + len(raw) > wanted:
-            raise ValueError(
-                f"bytes {asked.at} to {asked.at + len(raw)} of {asked.size} of a decoder came where "
-                f"those from {len(self._brought)} to {wanted} at most are wanted"
-            )
-        self._brought += raw
-        if len(self._brought) == wanted:
-            load_decoder(self.decoder, bytes(self._brought))
-            self._brought.clear()
-        return with_bytes(Kind.CODE_OK, asked)
+    def _code(self, decoder: bytes) -> Frame:
+        """Load the first cut's decoder."""
+        load_decoder_bytes(self.decoder, decoder)
+        return Frame(TuneKind.CODE_OK)
 
-    def _forward(self, asked: Forward, payload: bytes, started: float) -> Frame:
-        if asked.returns and (asked.step != self.step or asked.micro in self._passes):
-            raise OutOfStep(f"rows of step {asked.step}, micro-batch {asked.micro} came in step {self.step}")
-        places, payload = self._which(asked, payload) if asked.training else ([], payload)
-        coded = Coded(asked.unit, payload)
-        numbers = self.memory.unpack("first", coded, places, asked.lengths).to(self._device)
-        numbers.requires_grad_(asked.returns)
-        lengths = torch.tensor(asked.lengths, device=self._device)
-        with torch.set_grad_enabled(asked.returns), self._mode(asked.training, asked.step, asked.micro):
+    def _forward(self, request: ForwardRequest, raw: bytes, started: float) -> Frame:
+        if request.backward and (request.step != self.step or request.micro_batch in self._passes):
+            place = f"step {request.step}, micro-batch {request.micro_batch}"
+            raise OutOfOrder(f"hidden states of {place} came in step {self.step}")
+        sample_indices, raw = self._split_announcement(request, raw) if request.training else ([], raw)
+        coded = EncodedTensor(request.scale, raw)
+        numbers = self.activation_cache.unpack("first", coded, sample_indices, request.lengths).to(self._device)
+        numbers.requires_grad_(request.backward)
+        lengths = torch.tensor(request.lengths, device=self._device)
+        with torch.set_grad_enabled(request.backward), self._mode(request.training, request.step, request.micro_batch):
             out = self.encoder(self._through(numbers, lengths))
-        if asked.returns:
-            self._passes[asked.micro] = _Pass(numbers, out)
-        rows = asked.lengths if self.pooling == "rows" else [1] * len(asked.lengths)
-        coded = self.memory.pack("second", out, places, rows)
-        told = Forwarded(unit=coded.unit, seconds=time.perf_counter() - started)
-        return with_bytes(Kind.FWD_OK, told, coded.payload, rows=len(out))
+        if request.backward:
+            self._passes[request.micro_batch] = _ForwardPass(numbers, out)
+        counts = request.lengths if self.pooling == "rows" else [1] * len(request.lengths)
+        coded = self.activation_cache.pack("second", out, sample_indices, counts)
+        reply = ForwardReply(scale=coded.scale, seconds=time.perf_counter() - started)
+        return Frame.of(TuneKind.FWD_OK, reply, coded.payload)
 
-    def _which(self, asked: Rows, payload: bytes) -> tuple[list[int], bytes]:
-        """Which texts are visited again, where changes cross, and the coded numbers."""
-        if not self.memory.kept:
-            return [], payload
-        size = ENTRY_BYTES * len(asked.lengths)
-        return self.memory.heard(payload[:size]), payload[size:]
+    def _split_announcement(self, request: HiddenStates, raw: bytes) -> tuple[list[int], bytes]:
+        """Split raw bytes into the indices of its texts, if deltas are sent, and the coded activations."""
+        if not self.activation_cache.kept:
+            return [], raw
+        size = ENTRY_BYTES * len(request.lengths)
+        return self.activation_cache.read_visits(raw[:size]), raw[size:]
 
     def _through(self, numbers: Tensor, lengths: Tensor) -> Tensor:
-        """Rows (n, d) at the second cut, of numbers (n, width) at the first one."""
-        valid = valid_of(lengths)
+        """Hidden states (n, d) at the second cut from codes (n, width) at the first; (B, d) if they are pooled."""
+        valid = valid_mask(lengths)
         decoded = self.decoder(numbers)
-        rows = decoded.new_zeros(*valid.shape, decoded.shape[-1])
-        rows[valid] = decoded
-        rows = self.middle.rows(rows, valid=None if bool(valid.all()) else valid)
-        return rows[valid] if self.pooling == "rows" else pooled(rows, valid, self.pooling)
+        hidden = decoded.new_zeros(*valid.shape, decoded.shape[-1])
+        hidden[valid] = decoded
+        hidden = self.middle.hidden(hidden, valid=None if bool(valid.all()) else valid)
+        return hidden[valid] if self.pooling == "rows" else pooled(hidden, valid, self.pooling)
 
-    def _backward(self, asked: Backward, payload: bytes, started: float) -> Frame:
-        found = self._passes.pop(asked.micro, None)
-        if asked.step != self.step or found is None:
-            raise OutOfStep(f"a gradient of step {asked.step}, micro-batch {asked.micro} came in step {self.step}")
-        coded = Coded(asked.unit, payload)
-        gradient = self.packings.second.unpack(coded, len(found.out), by_chance=True).to(found.out)
+    def _backward(self, request: BackwardRequest, raw: bytes, started: float) -> Frame:
+        found = self._passes.pop(request.micro_batch, None)
+        if request.step != self.step or found is None:
+            place = f"step {request.step}, micro-batch {request.micro_batch}"
+            raise OutOfOrder(f"a gradient of {place} came in step {self.step}")
+        coded = EncodedTensor(request.scale, raw)
+        gradient = self.wire_formats.downlink.unpack(coded, len(found.out), stochastic=True).to(found.out)
         found.out.backward(gradient)
-        rows, coded = 0, Coded(1.0, b"")
-        if asked.back:
-            rows, coded = len(found.numbers), self._gradient(found.numbers, asked.step, asked.micro)
-        told = Backwarded(unit=coded.unit, norm=self._norm(asked.last), seconds=time.perf_counter() - started)
-        return with_bytes(Kind.BWD_OK, told, coded.payload, rows=rows)
+        coded = EncodedTensor(1.0, b"")
+        if request.needs_gradient:
+            coded = self._encode_gradient(found.numbers, request.step, request.micro_batch)
+        reply = BackwardReply(scale=coded.scale, norm=self._norm(request.last), seconds=time.perf_counter() - started)
+        return Frame.of(TuneKind.BWD_OK, reply, coded.payload)
 
-    def _gradient(self, numbers: Tensor, step: int, micro: int) -> Coded:
-        """That of a micro-batch's numbers at the first cut, as it crosses."""
+    def _encode_gradient(self, numbers: Tensor, step: int, micro: int) -> EncodedTensor:
+        """Encode the gradient of a micro-batch's codes at the first cut."""
         assert numbers.grad is not None
-        chance = torch.Generator().manual_seed(seed_of(self.seed, step, micro, "first"))
-        # What is no number must not cross: the edge is told by the norm, and both sides skip the step.
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, step, micro, "first"))
+        # NaN and infinity must not be sent: the norm informs the edge, and both sides skip the step.
         self._spoiled |= not bool(numbers.grad.isfinite().all())
-        return self.packings.first.pack(numbers.grad.nan_to_num(0.0, 0.0, 0.0), chance)
+        return self.wire_formats.uplink.pack(numbers.grad.nan_to_num(0.0, 0.0, 0.0), generator)
 
     def _norm(self, last: bool) -> float:
-        """Of the gradients so far, behind a step's last micro-batch; infinite if anything is not finite."""
+        """Norm of the step's gradients after its last micro-batch, 0 before; infinite if any gradient is not finite."""
         norm = self.trainer.gradient_norm() if self.trainer is not None and last else 0.0
         return norm if math.isfinite(norm) and not self._spoiled else math.inf
 
-    def _optimise(self, asked: Optimise, started: float) -> Frame:
-        if asked.step != self.step or self._passes:
-            raise OutOfStep(f"the end of step {asked.step} came in step {self.step}")
+    def _optimise(self, request: OptimiseRequest, started: float) -> Frame:
+        if request.step != self.step or self._passes:
+            raise OutOfOrder(f"the end of step {request.step} came in step {self.step}")
         if self.trainer is not None:
-            self.trainer.apply(asked.norm)
+            self.trainer.apply(request.norm)
         self._spoiled = False
         self.step += 1
-        return with_bytes(Kind.OPT_OK, Optimised(step=self.step, seconds=time.perf_counter() - started))
+        return Frame.of(TuneKind.OPT_OK, OptimiseReply(step=self.step, seconds=time.perf_counter() - started))
 
     @contextmanager
     def _mode(self, training: bool, step: int = 0, micro: int = 0) -> Iterator[None]:
-        """Dropout on or off as the edge says, with masks that are a function of the micro-batch."""
+        """Switch dropout on or off as the edge requests, with masks that are a function of the micro-batch."""
         for module in self.modules.values():
             module.train(training)
-        with drawing(self._parts, self.seed, step, micro) if training else nullcontext():
+        with seeded(self._parts, self.seed, step, micro) if training else nullcontext():
             yield
 
     @property

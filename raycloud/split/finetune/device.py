@@ -1,36 +1,40 @@
-"""One edge of a group as a device of its own: recipe to result directory, the cloud and the others behind a link."""
+"""Run of one edge of a group as a separate device: recipe to result directory, with the cloud over a link."""
 
 from __future__ import annotations
 
+import logging
+from functools import partial
 from typing import Any
 
 import torch
 
 from raycloud.errors import RecipeError
-from raycloud.report.console import bars, console, working
-from raycloud.report.split_edges import print_summary, summarise, write_page
+from raycloud.report.console import console, print_and_log, progress_bars, timed
+from raycloud.report.split_tune_edges import print_summary, summarise, write_page
 from raycloud.results import Mode, ResultDir, resumable
-from raycloud.split.finetune.journal import Journal, Record
-from raycloud.split.finetune.member import Connect, Member
+from raycloud.split.finetune.edge_run import Connect, EdgeRun
+from raycloud.split.finetune.metrics_log import MetricsLog, Record
 from raycloud.split.finetune.recipe import SplitTuneRecipe
+
+_LOG = logging.getLogger(__name__)
 
 
 def run_edge(recipe: SplitTuneRecipe, connect: Connect, mode: Mode = "new") -> dict[str, Any]:
-    """Train as one of the recipe's edges; leaves what the job on a cluster leaves, of this edge alone.
+    """Train as one of the recipe's edges and write the same results as the job on a cluster, for this edge alone.
 
-    That is ``recipe.yaml``, ``metrics.jsonl``, ``summary.json``, ``report.html`` and, in a folder of the edge's name,
-    ``together.safetensors``: all that this edge has learned.
+    The results are ``recipe.yaml``, ``metrics.jsonl``, ``summary.json``, ``report.html`` and, in a folder of the edge's
+    name, ``together.safetensors`` with the weights this edge has trained.
 
     Args:
-        recipe: of all edges; its ``edge`` says which this one is.
-        connect: to the cloud.
+        recipe: recipe of all edges; its ``edge`` names this one.
+        connect: opens a channel to the cloud.
         mode: ``new``, ``resume`` or ``overwrite``.
 
     Returns:
-        The summary, see :func:`raycloud.report.split_edges.summarise`.
+        Summary, see :func:`raycloud.report.split_tune_edges.summarise`.
 
     Raises:
-        RaycloudError: model, data, cloud or result directory cannot be had, or training cannot go on.
+        RaycloudError: model, data, cloud or result directory is unavailable, or training cannot continue.
     """
     if recipe.edge is None:
         names = ", ".join(edge.name for edge in recipe.edges)
@@ -40,29 +44,33 @@ def run_edge(recipe: SplitTuneRecipe, connect: Connect, mode: Mode = "new") -> d
     with resumable(recipe.output), ResultDir.open(recipe.output, recipe, mode) as results:
         name = recipe.edge
         folder = results.path / "edges" / name
-        member = Member(recipe, name, folder, connect, run=results.run_id, group=recipe.group, notify=console.print)
-        journal = Journal(results)
+        member = EdgeRun(
+            recipe, name, folder, connect, run=results.run_id, group=recipe.group, notify=partial(print_and_log, _LOG)
+        )
+        metrics_log = MetricsLog(results)
         for what in ("before", *(("alone",) if recipe.alone else ()), "together"):
-            if not journal.judged(name, what):
-                journal.add({"kind": "judged", "edge": name, "what": what, **_done(member, what, journal)})
+            if not metrics_log.evaluated(name, what):
+                metrics_log.add(
+                    {"kind": "evaluation", "edge": name, "what": what, **_run_phase(member, what, metrics_log)}
+                )
                 member.forget(what)
-        summary = summarise(results.run_id, [name], journal.records)
+        summary = summarise(results.run_id, [name], metrics_log.records)
         results.write_summary(summary)
         print_summary(summary)
-        write_page(results.path, summary, journal.records, recipe.dump())
+        write_page(results.path, summary, metrics_log.records, recipe.dump())
         console.print(f"results: {results.path}")
         return summary
 
 
-def _done(member: Member, what: str, journal: Journal) -> Record:
+def _run_phase(member: EdgeRun, what: str, metrics_log: MetricsLog) -> Record:
     if what == "before":
-        with working("examined before the first step"):
+        with timed("evaluated before the first step"):
             return {**member.before(), **member.facts()}
-    with bars(member.steps) as shown:
+    with progress_bars(member.steps) as shown:
 
-        def told(record: Record) -> None:
-            journal.add({**record, "edge": member.name})
+        def on_record(record: Record) -> None:
+            metrics_log.add({**record, "edge": member.name})
             if record["kind"] == "step":
                 shown.move(what, record["step"] + 1, f"loss {record['loss']:.3f}")
 
-        return member.alone(told) if what == "alone" else member.together(told)
+        return member.alone(on_record) if what == "alone" else member.together(on_record)

@@ -1,4 +1,4 @@
-"""The edge's side of split fine-tuning: tokens, labels, first and last part, head and loss."""
+"""U-shaped edge of split fine-tuning: it keeps tokens, labels, first and last part, head and loss."""
 
 from __future__ import annotations
 
@@ -10,75 +10,89 @@ from torch import Tensor, nn
 
 from raycloud.data.batches import Batch
 from raycloud.errors import LinkError
-from raycloud.link.frames import Frame, Kind, split_off, with_bytes
+from raycloud.link.frames import Frame, parse_body
 from raycloud.link.meter import Meter
 from raycloud.models.segments import Segment
-from raycloud.split.finetune.cloud import CloudSide
-from raycloud.split.finetune.code import Decoder, load_decoder
-from raycloud.split.finetune.crossing import crossing
-from raycloud.split.finetune.front import Cloud, Front, Learning, Micro, diverged, lengths_of, unusable
-from raycloud.split.finetune.messages import Backward, Fit, Fitted, Forward, Forwarded, Piece
-from raycloud.split.finetune.numbers import Coded, Packings
-from raycloud.split.finetune.state import Checkpoints
-from raycloud.split.finetune.tasks import Pooling, Task, outputs_of
-from raycloud.training.loop import Sums, Trainer
+from raycloud.split.finetune.bottleneck import LowRankDecoder, load_decoder_bytes
+from raycloud.split.finetune.checkpoints import CheckpointStore
+from raycloud.split.finetune.cloud import CloudTrainer
+from raycloud.split.finetune.edge_trainer import (
+    CloudClient,
+    EdgeTrainer,
+    PendingMicroBatch,
+    TrainableParts,
+    divergence_error,
+    invalid_reply_error,
+    token_counts,
+)
+from raycloud.split.finetune.messages import (
+    BackwardRequest,
+    FitRequest,
+    ForwardReply,
+    ForwardRequest,
+    TuneKind,
+)
+from raycloud.split.finetune.tasks import Pooling, Task, head_outputs
+from raycloud.split.finetune.traffic import step_traffic
+from raycloud.split.finetune.wire_format import EncodedTensor, WireFormats
+from raycloud.training.loop import LossSums, Trainer
 
 
-class LocalCloud:
-    """The other side in the same process; what would cross is counted by kind, headers included.
+class LocalCloudClient:
+    """Cloud client for a cloud in the same process; it counts the bytes of messages by kind, headers included.
 
-    Nothing is packed, so what no frame of a link could hold passes here.
+    Messages are not packed into frames, so messages larger than a frame are allowed.
     """
 
-    def __init__(self, side: CloudSide, meter: Meter | None = None, kept: Checkpoints | None = None) -> None:
-        self.side, self.meter, self.kept = side, meter or Meter(), kept
+    def __init__(self, trainer: CloudTrainer, meter: Meter | None = None, kept: CheckpointStore | None = None) -> None:
+        self.trainer, self.meter, self.kept = trainer, meter or Meter(), kept
         self._answers: deque[Frame] = deque()
 
     def send(self, request: Frame) -> None:
-        """Answer it at once.
+        """Compute the reply at once.
 
         Raises:
-            TrainingError: the rows are not finite any more.
+            TrainingError: the hidden states are no longer finite.
         """
         try:
-            answer = self.side.answer(request)
+            answer = self.trainer.answer(request)
         except ValueError as error:
-            raise diverged(self.side.step, error) from None
+            raise divergence_error(self.trainer.step, error) from None
         for frame in (request, answer):
             self.meter.add(frame.kind.name, frame.size)
         self._answers.append(answer)
 
     def receive(self) -> Frame:
-        """The oldest answer."""
+        """Return the oldest reply."""
         return self._answers.popleft()
 
     def save(self, step: int) -> None:
-        """Keep it, if there is where to."""
+        """Save the cloud's checkpoint of this step, if there is a store."""
         if self.kept is not None:
-            self.kept.save(step, self.side.state())
+            self.kept.save(step, self.trainer.state())
 
     def close(self) -> None:
-        """Nothing outlives the object."""
+        """Do nothing: the state belongs to this object."""
 
 
-class EdgeSide(Front):
-    """The parts of a model that stay with the text; rows cross two cuts, and labels none.
+class UShapedEdge(EdgeTrainer):
+    """Edge with the first and last part of a model; hidden states are sent at two cuts, and labels are not sent.
 
-    A micro-batch goes out, comes back, goes out as a gradient and comes back as one.
+    A micro-batch takes two round trips: one with hidden states, one with gradients.
 
     Args:
         first: blocks [0, first) with the embedding.
-        encoder: of the first cut.
-        decoder: of the second one.
-        last: blocks [second, L) with what follows them.
-        task: the head and its loss.
-        packings: of both cuts.
-        back: what of a text's rows the cloud sends back; ``rows`` if the task pools them itself.
-        cloud: the other side.
-        trainer: of everything here that learns.
-        learning: which parts do.
-        seed: of dropout and of rounding.
-        depth: micro-batches that may be away at once.
+        encoder: encoder of the first cut.
+        decoder: decoder of the second cut.
+        last: blocks [second, L) with everything after them.
+        task: head and loss.
+        wire_formats: wire formats of both cuts.
+        pooling: pooling of the hidden states that the cloud returns; ``rows`` if the task pools them itself.
+        cloud: client of the cloud.
+        trainer: trainer of all trainable parameters here.
+        trainable: parts that are trained.
+        seed: seed of dropout and rounding.
+        max_in_flight: largest number of micro-batches in flight.
     """
 
     def __init__(
@@ -88,122 +102,121 @@ class EdgeSide(Front):
         decoder: nn.Module,
         last: Segment,
         task: Task,
-        packings: Packings,
-        back: Pooling,
-        cloud: Cloud,
+        wire_formats: WireFormats,
+        pooling: Pooling,
+        cloud: CloudClient,
         trainer: Trainer,
         *,
-        learning: Learning,
+        trainable: TrainableParts,
         seed: int,
-        depth: int = 1,
+        max_in_flight: int = 1,
     ) -> None:
-        super().__init__(first, encoder, packings, cloud, trainer, learning=learning, seed=seed, depth=depth)
-        self.decoder, self.last, self.task, self.back = decoder, last, task, back
-        self._parts |= {f"block {last.lo + place}": block for place, block in enumerate(last.blocks)}
+        super().__init__(
+            first, encoder, wire_formats, cloud, trainer, trainable=trainable, seed=seed, max_in_flight=max_in_flight
+        )
+        self.decoder, self.last, self.task, self.pooling = decoder, last, task, pooling
+        self._parts |= {f"block {last.lo + index}": block for index, block in enumerate(last.blocks)}
         self._parts["head"] = task.head
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
-        """By the names that their parameters are saved under."""
+        """Modules by the names under which their parameters are saved."""
         return {**super().modules, "decoder": self.decoder, "last": self.last, "head": self.task.head}
 
     @property
     def _twice(self) -> bool:
-        return self.learning.cloud or self.learning.ahead
+        return self.trainable.cloud or self.trainable.first_part
 
     @torch.no_grad()
     def fit(self, batches: Sequence[Batch]) -> None:
-        """Have the cloud fit the second cut's code, if it has one, to what it makes of batches; before the first step.
+        """Have the cloud fit the second cut's bottleneck, if it is low-rank, to batches; called before the first step.
 
         Raises:
             LinkError: the cloud is gone, refuses, or sends no decoder.
         """
-        if not isinstance(self.decoder, Decoder):
+        if not isinstance(self.decoder, LowRankDecoder):
             return
+        decoder = b""
         for number, batch in enumerate(batches):
-            numbers = self._ahead(batch, number, training=False)
-            coded = self.packings.first.pack(numbers)
+            numbers = self._bottleneck_input(batch, number, training=False)
+            coded = self.wire_formats.uplink.pack(numbers)
             last = number == len(batches) - 1
-            ours = Fit(lengths=lengths_of(batch), last=last, unit=coded.unit)
-            self.cloud.send(with_bytes(Kind.FIT, ours, coded.payload, rows=len(numbers)))
-            split_off(self._receive(), Fitted)
-        packed, size = bytearray(), 1
-        while len(packed) < size:
-            self.cloud.send(with_bytes(Kind.CODE, Piece(up=False, at=len(packed), size=0)))
-            told, some = split_off(self._receive(), Piece)
-            if not some:
-                raise LinkError("the cloud's code cannot be used: it has no bytes")
-            size = told.size
-            packed += some
+            request = FitRequest(lengths=token_counts(batch), last=last, scale=coded.scale)
+            self.cloud.send(Frame.of(TuneKind.FIT, request, coded.payload))
+            decoder = self._receive().raw
         try:
-            load_decoder(self.decoder, bytes(packed))
+            load_decoder_bytes(self.decoder, decoder)
         except ValueError as error:
-            raise LinkError(f"the cloud's code cannot be used: {error}") from None
+            raise LinkError(f"the cloud's bottleneck cannot be used: {error}") from None
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
-        """What the task's head says of a batch, dropout off."""
-        numbers = self._ahead(batch, 0, training=False)
+        """Outputs of the task's head for a batch, without dropout."""
+        numbers = self._bottleneck_input(batch, 0, training=False)
         self.cloud.send(self._forward(batch, numbers, 0, training=False))
-        told, payload = split_off(self._receive(), Forwarded)
-        self.clock.cloud += told.seconds
-        return self._behind(self._arrived(told.unit, payload, batch, []), batch, 0, training=False)
+        answer = self._receive()
+        reply = parse_body(answer, ForwardReply)
+        self.clock.cloud += reply.seconds
+        return self._run_last(self._arrived(reply.scale, answer.raw, batch, []), batch, 0, training=False)
 
-    def crossing(self, step: int, micros: Sequence[Sequence[int]], learning: Learning | None = None) -> Counter[str]:
-        """Bytes of a step by kind of message."""
-        return crossing(step, micros, self.packings, self.back, learning or self.learning)
+    def traffic(
+        self, step: int, micros: Sequence[Sequence[int]], trainable: TrainableParts | None = None
+    ) -> Counter[str]:
+        """Bytes of a step, by kind of message."""
+        return step_traffic(step, micros, self.wire_formats, self.pooling, trainable or self.trainable)
 
-    def _request(self, micro: Micro, targets: int) -> Frame:
+    def _request(self, micro: PendingMicroBatch, targets: int) -> Frame:
         return self._forward(micro.batch, micro.numbers, micro.number, training=True)
 
-    def _turn(self, micro: Micro, answer: Frame, sums: Sums) -> bool:
-        """Loss and gradient at the second cut."""
-        told, payload = split_off(answer, Forwarded)
-        self.clock.cloud += told.seconds
-        with self._working():
-            leaf = self._arrived(told.unit, payload, micro.batch, self._places(micro.batch)).requires_grad_()
-            outputs = self._behind(leaf, micro.batch, micro.number, training=True)
+    def _turn(self, micro: PendingMicroBatch, answer: Frame, sums: LossSums) -> bool:
+        """Compute the loss and send the gradient at the second cut; return whether one was sent."""
+        reply = parse_body(answer, ForwardReply)
+        self.clock.cloud += reply.seconds
+        with self._timed():
+            sample_indices = self._sample_indices(micro.batch)
+            leaf = self._arrived(reply.scale, answer.raw, micro.batch, sample_indices).requires_grad_()
+            outputs = self._run_last(leaf, micro.batch, micro.number, training=True)
             loss = self.task.loss(outputs, micro.batch)
             (loss.sum / sums.tokens).backward()
             sums.add(loss)
             if not self._twice:
                 return False
             assert leaf.grad is not None
-            # What is no number must not cross: the norm tells both sides to skip the step.
+            # NaN and infinity must not be sent: the norm tells both sides to skip the step.
             self._spoiled |= not bool(leaf.grad.isfinite().all())
-            given = leaf.grad.nan_to_num(0.0, 0.0, 0.0)
-            coded = self.packings.second.pack(given, self._chance(micro.number, "second"))
-            ours = Backward(
+            gradient = leaf.grad.nan_to_num(0.0, 0.0, 0.0)
+            coded = self.wire_formats.downlink.pack(gradient, self._generator(micro.number, "second"))
+            request = BackwardRequest(
                 step=self.trainer.step_index,
-                micro=micro.number,
+                micro_batch=micro.number,
                 last=micro.last,
-                back=self.learning.ahead,
-                unit=coded.unit,
+                needs_gradient=self.trainable.first_part,
+                scale=coded.scale,
             )
-        self.cloud.send(with_bytes(Kind.BWD, ours, coded.payload, rows=len(leaf)))
+        self.cloud.send(Frame.of(TuneKind.BWD, request, coded.payload))
         return True
 
-    def _behind(self, numbers: Tensor, batch: Batch, number: int, *, training: bool) -> Tensor:
-        """The task's outputs from the numbers at the second cut."""
+    def _run_last(self, numbers: Tensor, batch: Batch, number: int, *, training: bool) -> Tensor:
+        """Outputs of the task from the codes at the second cut."""
         with self._mode(number, training):
-            return outputs_of(self.task, self.last, self.decoder(numbers), batch, self.back)
+            return head_outputs(self.task, self.last, self.decoder(numbers), batch, self.pooling)
 
     def _forward(self, batch: Batch, numbers: Tensor, number: int, *, training: bool) -> Frame:
-        coded, which = self._numbers(numbers, batch, training=training)
-        ours = Forward(
+        coded, which = self._encode(numbers, batch, training=training)
+        request = ForwardRequest(
             step=self.trainer.step_index,
-            micro=number,
+            micro_batch=number,
             training=training,
-            returns=training and self._twice,
-            lengths=lengths_of(batch),
-            unit=coded.unit,
+            backward=training and self._twice,
+            lengths=token_counts(batch),
+            scale=coded.scale,
         )
-        return with_bytes(Kind.FWD, ours, which + coded.payload, rows=len(numbers))
+        return Frame.of(TuneKind.FWD, request, which + coded.payload)
 
-    def _arrived(self, unit: float, payload: bytes, batch: Batch, places: Sequence[int]) -> Tensor:
-        counts = lengths_of(batch) if self.back == "rows" else [1] * len(batch.ids)
+    def _arrived(self, scale: float, raw: bytes, batch: Batch, sample_indices: Sequence[int]) -> Tensor:
+        counts = token_counts(batch) if self.pooling == "rows" else [1] * len(batch.ids)
         try:
-            numbers = self.memory.unpack("second", Coded(unit, payload), places, counts)
+            numbers = self.activation_cache.unpack("second", EncodedTensor(scale, raw), sample_indices, counts)
         except ValueError as error:
-            raise unusable(error) from None
+            raise invalid_reply_error(error) from None
         return numbers.to(batch.ids.device)

@@ -1,11 +1,11 @@
-"""What a recipe's task learns from and is judged by: texts as tokens, their labels, and what became of them."""
+"""Examples of a recipe's task: tokenized texts with labels for training, and the evaluation on held-out ones."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,58 +14,64 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from raycloud.data.batches import IGNORE, Batch, SampleOrder, collate, encode
-from raycloud.data.labelled import classes_of, collate_labelled, encode_labelled
-from raycloud.data.sources import load_rows
-from raycloud.data.spans import Question, encode_spans
-from raycloud.data.splits import Row, select, spread
-from raycloud.evaluation.labels import METRICS, Metric
-from raycloud.evaluation.spans import best_over, best_spans, exact_match, overlap_f1
+from raycloud.data.checks import check_eos
+from raycloud.data.labelled import class_in, classes_of, collate_labelled, encode_labelled
+from raycloud.data.prompts import bounds_of
+from raycloud.data.sources import limit_rows, load_split_rows
+from raycloud.data.spans import SpanQuestion, encode_spans
+from raycloud.data.splits import Row, evenly_spread_indices, select
+from raycloud.errors import TrainingError
+from raycloud.evaluation.classification import METRICS, Metric
+from raycloud.evaluation.spans import best_match, best_spans, exact_match, overlap_f1
+from raycloud.models.texts import TextBounds
 from raycloud.split.finetune.recipe import ClassificationRecipe, LanguageRecipe, SpanRecipe, SplitTuneRecipe
 
 _BATCH = 32
 CALIBRATION_TEXTS = 8
-"""Of a batch that codes are fitted to, at most."""
+"""Largest number of calibration texts in a batch."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts of one split."""
+    """Examples of one data split."""
 
     samples: Sequence[Any]
     join: Callable[[Sequence[Any]], Batch]
-    questions: Sequence[Question] = ()
-    """That the samples are windows of, where the task has any."""
+    questions: Sequence[SpanQuestion] = ()
+    """Questions that the samples are windows of, if the task has questions."""
+    rows: Mapping[str, int] = field(default_factory=dict)
+    """Counts of how the source's rows were used, if known; see :class:`~raycloud.data.sources.Parts`."""
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each."""
+        """Number of tokens of each sample."""
         return [len(sample.ids) for sample in self.samples]
 
-    def batch(self, places: Sequence[int]) -> Batch:
-        """Some of them, padded on the right."""
-        return self.join([self.samples[place] for place in places])
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Batch of the samples at these indices, padded on the right."""
+        return self.join([self.samples[index] for index in indices])
 
     def largest(self, together: int) -> int:
-        """The tokens of the largest batch of so many, as :meth:`in_length_order` makes them."""
+        """Number of tokens of the largest batch of ``together`` samples made by :meth:`in_length_order`."""
         lengths = sorted(self.lengths)
         return max(sum(lengths[at : at + together]) for at in range(0, len(lengths), together))
 
     def in_length_order(self, together: int) -> Iterator[tuple[list[Any], Batch]]:
-        """All of them, so many at once, for evaluation: the samples and what they are as a batch."""
+        """Yield all samples by length, ``together`` at a time, for evaluation: the samples and their batch."""
         order = np.argsort(self.lengths, kind="stable").tolist()
         for at in range(0, len(order), together):
-            places = order[at : at + together]
-            yield [self.samples[place] for place in places], self.batch(places)
+            indices = order[at : at + together]
+            yield [self.samples[index] for index in indices], self.batch(indices)
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """Which texts each step takes: a function of the step alone.
+class BatchSchedule:
+    """Schedule of the texts of each step: a function of the step alone.
 
     Args:
-        examples: to learn from.
-        order: of the micro-batches.
-        accumulate: how many of them make a step.
+        examples: examples for training.
+        order: order of the samples in micro-batches.
+        accumulate: number of micro-batches of a step.
     """
 
     examples: Examples
@@ -73,72 +79,100 @@ class Lessons:
     accumulate: int
 
     def batches(self, step: int) -> list[Batch]:
-        """The micro-batches of a step."""
-        return [replace(self.examples.batch(places), places=tuple(places)) for places in self._places(step)]
+        """Micro-batches of a step."""
+        return [replace(self.examples.batch(indices), sample_indices=tuple(indices)) for indices in self._indices(step)]
 
     def lengths(self, step: int) -> list[list[int]]:
-        """The tokens of each text, by micro-batch."""
-        return [[int(self.order.lengths[place]) for place in places] for places in self._places(step)]
+        """Token counts of the texts of a step, by micro-batch."""
+        return [[int(self.order.lengths[index]) for index in indices] for indices in self._indices(step)]
 
     def largest(self, steps: int) -> int:
-        """The tokens of the largest micro-batch of so many steps."""
+        """Number of tokens of the largest micro-batch of the first ``steps`` steps."""
         return max(sum(lengths) for step in range(steps) for lengths in self.lengths(step))
 
     def samples(self, step: int) -> int:
-        """How many texts a step takes."""
-        return sum(map(len, self._places(step)))
+        """Number of texts of a step."""
+        return sum(map(len, self._indices(step)))
 
-    def _places(self, step: int) -> list[list[int]]:
+    def _indices(self, step: int) -> list[list[int]]:
         return [self.order.indices(step * self.accumulate + micro) for micro in range(self.accumulate)]
 
 
-def calibration(examples: Examples, texts: int = 64, *, most: int = CALIBRATION_TEXTS) -> list[Batch]:
-    """So many of the texts, spread over all of them, in batches of ``most`` at most."""
-    places, size = spread(len(examples.samples), texts), min(most, CALIBRATION_TEXTS)
-    return [examples.batch(places[at : at + size]) for at in range(0, len(places), size)]
+def calibration_batches(examples: Examples, texts: int = 64, *, most: int = CALIBRATION_TEXTS) -> list[Batch]:
+    """Calibration texts: ``texts`` of the examples, evenly spread, in batches of at most ``most``."""
+    indices, size = evenly_spread_indices(len(examples.samples), texts), min(most, CALIBRATION_TEXTS)
+    return [examples.batch(indices[at : at + size]) for at in range(0, len(indices), size)]
 
 
-def most_tokens(lessons: Lessons, steps: int, held_out: Examples, recipe: SplitTuneRecipe) -> int:
-    """The tokens of the largest batch of a run whose rows cross both cuts: to learn from, or to be judged by."""
-    return max(lessons.largest(steps), held_out.largest(_judged_at_once(recipe)))
+def max_batch_tokens(schedule: BatchSchedule, steps: int, held_out: Examples, recipe: SplitTuneRecipe) -> int:
+    """Number of tokens of the largest batch of a run, in training or evaluation."""
+    return max(schedule.largest(steps), held_out.largest(_evaluation_batch_size(recipe)))
 
 
-def _judged_at_once(recipe: SplitTuneRecipe) -> int:
+def _evaluation_batch_size(recipe: SplitTuneRecipe) -> int:
     return min(_BATCH, recipe.training.batch_size)
 
 
-def lessons_of(examples: Examples, recipe: SplitTuneRecipe) -> Lessons:
-    """What each step of a recipe takes."""
+def batch_schedule(examples: Examples, recipe: SplitTuneRecipe) -> BatchSchedule:
+    """Batch schedule of a recipe."""
     order = SampleOrder(examples.lengths, recipe.training.batch_size, recipe.seed)
-    return Lessons(examples, order, recipe.training.accumulate)
+    return BatchSchedule(examples, order, recipe.training.gradient_accumulation_steps)
 
 
-def examples_of(
-    recipe: SplitTuneRecipe, tokenizer: PreTrainedTokenizerBase, notify: Callable[[str], None]
-) -> tuple[Examples, Examples, int]:
-    """Training and held-out texts, and how many classes they have (0 where there are none).
+def bos_of(recipe: SplitTuneRecipe, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Description, for people, of whether the texts of a recipe begin with BOS and why; needs no data.
 
     Raises:
-        DataError: they cannot be read, or lack what the task names.
+        ModelError: the tokenizer cannot begin or end texts as the recipe asks.
     """
-    data, task, pad = recipe.data, recipe.task, int(tokenizer.pad_token_id)
+    if isinstance(recipe.task, LanguageRecipe):
+        return bounds_of(tokenizer, recipe.task.format, recipe.data.bos).bos
+    return TextBounds.of(tokenizer).bos
 
-    def rows(split: str, most: int | None) -> list[Row]:
-        found = select(load_rows(data.source, split, notify), data.where)
+
+def load_examples(
+    recipe: SplitTuneRecipe, tokenizer: PreTrainedTokenizerBase, notify: Callable[[str], None]
+) -> tuple[Examples, Examples, int]:
+    """Load training and held-out examples, and the number of classes (0 if there are none).
+
+    Raises:
+        DataError: the data cannot be read, or lacks columns that the task names.
+        ModelError: the tokenizer has no end-of-text token and the task needs one.
+    """
+    data, task = recipe.data, recipe.task
+    if isinstance(task, LanguageRecipe):
+        check_eos("model", recipe.model, tokenizer)
+    pad = int(tokenizer.pad_token_id)
+
+    parts = load_split_rows(data, data.held_out_split, notify)
+
+    def chosen(rows: list[Row], most: int | None) -> list[Row]:
+        found = select(rows, data.where)
         if isinstance(task, ClassificationRecipe) and task.classes is not None:
+            for row in found:
+                class_in(row, task.label)  # a row without a class is an error, not a row of another class
             found = select(found, {task.label: task.classes})
-        return [found[place] for place in spread(len(found), most)]
+        return limit_rows(found, most)
 
-    train, held_out = rows("train", data.limit), rows(data.held_out_split, data.held_out)
+    parts = parts.trained(chosen(parts.train, data.limit))
+    notify(parts.message(data))
+    train, held_out = parts.train, chosen(parts.held_out, data.held_out_samples)
     if isinstance(task, LanguageRecipe):
         spoken = [
             Examples(
-                encode(some, tokenizer, task.format, max_length=data.max_length, max_prompt=task.max_prompt),
+                encode(
+                    some,
+                    tokenizer,
+                    task.format,
+                    max_length=data.max_length,
+                    max_prompt_length=task.max_prompt_length,
+                    bos=data.bos,
+                ),
                 lambda samples: collate(samples, pad),
             )
             for some in (train, held_out)
         ]
-        return spoken[0], spoken[1], 0
+        return replace(spoken[0], rows=parts.counts), spoken[1], 0
     if isinstance(task, SpanRecipe):
         asked = []
         for some in (train, held_out):
@@ -153,7 +187,7 @@ def examples_of(
                 stride=task.stride,
             )
             asked.append(Examples(windows, lambda samples: collate_labelled(samples, pad), questions))
-        return asked[0], asked[1], 0
+        return replace(asked[0], rows=parts.counts), asked[1], 0
     classes = (task.classes or classes_of(train, task.label)) if isinstance(task, ClassificationRecipe) else None
     made = [
         Examples(
@@ -170,38 +204,45 @@ def examples_of(
         )
         for some in (train, held_out)
     ]
-    return made[0], made[1], len(classes or ())
+    return replace(made[0], rows=parts.counts), made[1], len(classes or ())
 
 
 @torch.no_grad()
-def judge(
+def evaluate(
     predict: Callable[[Batch], Tensor],
     examples: Examples,
     recipe: SplitTuneRecipe,
-    told: Callable[[int], None] = lambda texts: None,
+    on_progress: Callable[[int], None] = lambda texts: None,
 ) -> dict[str, float]:
-    """The task's metrics over all texts, from what its head says of each batch; ``told`` hears how many are done."""
+    """Compute the task's metrics over all texts from the head's outputs; call ``on_progress`` with the number done.
+
+    Raises:
+        TrainingError: the outputs are not all finite.
+    """
 
     def said() -> Iterator[tuple[list[Any], Batch, Tensor]]:
         done = 0
-        for samples, batch in examples.in_length_order(_judged_at_once(recipe)):
-            told(done := done + len(samples))
-            yield samples, batch, predict(batch).float().cpu()
+        for samples, batch in examples.in_length_order(_evaluation_batch_size(recipe)):
+            on_progress(done := done + len(samples))
+            outputs = predict(batch).float().cpu()
+            if not bool(outputs.isfinite().all()):  # argmax over NaN would give a class like any other
+                raise TrainingError("what the model says is not all finite; a smaller training.lr may help")
+            yield samples, batch, outputs
 
     match recipe.task:
         case LanguageRecipe():
-            return _spoken(said())
+            return _language_metrics(said())
         case SpanRecipe() as task:
-            return _answered(said(), examples.questions, task.max_answer)
+            return _span_metrics(said(), examples.questions, task.max_answer)
         case task:
-            return _labelled(said(), task.metrics)
+            return _label_metrics(said(), task.metrics)
 
 
-Said = Iterator[tuple[list[Any], Batch, Tensor]]
-"""Samples, the batch that they are, and what the head says of it."""
+Predictions = Iterator[tuple[list[Any], Batch, Tensor]]
+"""Samples, their batch, and the head's outputs."""
 
 
-def _spoken(said: Said) -> dict[str, float]:
+def _language_metrics(said: Predictions) -> dict[str, float]:
     nll = []
     for _, batch, logits in said:
         labels = batch.labels[batch.labels != IGNORE]
@@ -209,7 +250,7 @@ def _spoken(said: Said) -> dict[str, float]:
     return {"perplexity": float(torch.cat(nll).mean().exp())}
 
 
-def _labelled(said: Said, metrics: Sequence[Metric]) -> dict[str, float]:
+def _label_metrics(said: Predictions, metrics: Sequence[Metric]) -> dict[str, float]:
     guesses, true = [], []
     for _, batch, outputs in said:
         guesses.append(outputs.argmax(dim=-1) if outputs.ndim == 2 else outputs)
@@ -218,8 +259,8 @@ def _labelled(said: Said, metrics: Sequence[Metric]) -> dict[str, float]:
     return {name: METRICS[name](found, wanted) for name in metrics}
 
 
-def _answered(said: Said, questions: Sequence[Question], most: int) -> dict[str, float]:
-    """Of each question the answer of the window that is surest."""
+def _span_metrics(said: Predictions, questions: Sequence[SpanQuestion], most: int) -> dict[str, float]:
+    """Metrics of the answers; each question's answer is that of its window with the highest score."""
     surest = [-math.inf] * len(questions)
     answers = [""] * len(questions)
     for windows, batch, logits in said:
@@ -235,7 +276,7 @@ def _answered(said: Said, questions: Sequence[Question], most: int) -> dict[str,
     both = {"exact_match": exact_match, "f1": overlap_f1}
     return {
         name: statistics.fmean(
-            best_over(measure, answer, question.answers) for answer, question in zip(answers, questions, strict=True)
+            best_match(measure, answer, question.answers) for answer, question in zip(answers, questions, strict=True)
         )
         for name, measure in both.items()
     }

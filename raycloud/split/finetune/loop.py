@@ -1,4 +1,4 @@
-"""The steps of a run, with checkpoints of both sides, and how it goes on when the cloud has lost its own."""
+"""Training loop of a run, with checkpoints of both sides and recovery when the cloud loses its session."""
 
 from __future__ import annotations
 
@@ -7,48 +7,50 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from raycloud.data.batches import Batch
-from raycloud.link.caller import SessionLost
-from raycloud.split.finetune.company import Company
-from raycloud.split.finetune.front import Cloud, Front
-from raycloud.split.finetune.state import Checkpoints
+from raycloud.errors import RaycloudError, TrainingError
+from raycloud.link.client import SessionLost, SessionRefused
+from raycloud.report.console import print_and_log
+from raycloud.split.finetune.checkpoints import CheckpointStore
+from raycloud.split.finetune.edge_trainer import CloudClient, EdgeTrainer
+from raycloud.split.finetune.group_client import GroupClient
 from raycloud.training.loop import Step
 
 log = logging.getLogger(__name__)
 
-LOSSES = 5
-"""So many times in a row the cloud may lose a session without a checkpoint in between."""
+MAX_LOST_SESSIONS = 5
+"""Largest number of times in a row that the cloud may lose a session without a new checkpoint."""
 
 
 def train(
-    edge: Front,
+    edge: EdgeTrainer,
     batches_of: Callable[[int], Sequence[Batch]],
     *,
     steps: int,
     every: int,
-    kept: Checkpoints,
-    cloud_at: Callable[[int], Cloud],
-    told: Callable[[Step], None] = lambda step: None,
-    company: Company | None = None,
+    kept: CheckpointStore,
+    cloud_at: Callable[[int], CloudClient],
+    on_step: Callable[[Step], None] = lambda step: None,
+    group_client: GroupClient | None = None,
     then: Callable[[], None] = lambda: None,
 ) -> None:
     """Train to the last step, from the latest checkpoint if there is one.
 
-    A checkpoint counts once the edge has written its own, which it does after the cloud's. A cloud that lost its
-    session goes on from the latest, and so does the edge: steps are a function of (seed, step), so both end with the
-    weights of an undisturbed run.
+    A checkpoint is valid once the edge has written its own state, after the cloud's. If the cloud loses its session,
+    both sides continue from the latest checkpoint: steps are a function of (seed, step), so both end with the weights
+    of an uninterrupted run.
 
     Args:
-        edge: as it begins, with a cloud as it was at the latest checkpoint, or as it begins if there is none.
-        batches_of: the micro-batches of a step.
-        steps: how many in all.
-        every: so many steps there is a checkpoint.
-        kept: the edge's.
-        cloud_at: opens the other side again, as it was at a checkpoint.
-        told: of every step, again if it is made again.
-        company: the group that the edge trains with, met between rounds of steps; a round that ended without this edge
-            is left between two steps. There is a checkpoint ahead of each meeting, and what the group has made of
-            everybody's weights is the group's to keep.
-        then: what is to be done behind the last step, and needs the cloud as it is then.
+        edge: untrained edge, with a cloud at the latest checkpoint, or an untrained one if there is none.
+        batches_of: returns the micro-batches of a step.
+        steps: total number of steps.
+        every: number of steps between checkpoints.
+        kept: store of the edge's checkpoints.
+        cloud_at: opens the cloud again at a checkpoint.
+        on_step: called with every step, again if it is repeated.
+        group_client: client of the group's rounds, called between rounds of steps; if a round ended without this edge,
+            it is called between two steps. There is a checkpoint before each call, and the group itself stores the
+            aggregated weights.
+        then: called after the last step, with the cloud in its final state.
 
     Raises:
         LinkError: the cloud cannot be reached, or refuses.
@@ -57,37 +59,72 @@ def train(
     if latest := kept.steps()[-1:]:
         edge.load(kept.load(*latest))
     else:
-        keep(edge, kept)
+        save_checkpoint(edge, kept)
 
     def go() -> None:
-        meets = company is not None
+        meets = group_client is not None
         while True:
-            if meets and company is not None:
-                company.meet(edge)
+            if meets and group_client is not None:
+                group_client.meet(edge)
             step = edge.trainer.step_index
             if step >= steps:
                 return then()
-            told(edge.step(batches_of(step)))
-            meets = company is not None and company.due(edge)
+            on_step(edge.step(batches_of(step)))
+            meets = group_client is not None and group_client.due(edge)
             if (step + 1) % every == 0 or step + 1 == steps or meets:
-                keep(edge, kept)
+                save_checkpoint(edge, kept)
 
-    lasting(go, edge, kept, cloud_at)
+    retry_from_checkpoint(go, edge, kept, cloud_at)
 
 
-def keep(edge: Front, kept: Checkpoints) -> None:
-    """A checkpoint of both sides."""
+def save_checkpoint(edge: EdgeTrainer, kept: CheckpointStore) -> None:
+    """Save a checkpoint of both sides."""
     step = edge.trainer.step_index
     edge.settle()
     edge.cloud.save(step)
     kept.save(step, edge.state())
 
 
+def last_common_checkpoint(
+    kept: CheckpointStore, cloud_at: Callable[[int], CloudClient]
+) -> tuple[int, CloudClient] | None:
+    """Latest checkpoint that both sides can read, with the cloud restored to it; None if there are no checkpoints.
+
+    Damaged checkpoints are reported, and later ones than the result are removed.
+
+    Args:
+        kept: store of the edge's checkpoints.
+        cloud_at: opens the cloud at a checkpoint.
+
+    Raises:
+        TrainingError: the edge can read none of its checkpoints, or the cloud in this process none of its own.
+        LinkError: the cloud cannot be reached, or has none of them.
+    """
+    first: RaycloudError | None = None
+    for step in reversed(kept.steps()):
+        try:
+            kept.check(step)
+            cloud = cloud_at(step)
+        except (TrainingError, SessionRefused) as error:
+            if isinstance(error, SessionRefused) and error.code != "checkpoint":
+                raise
+            print_and_log(log, f"warning: {error}; trying the checkpoint before it", logging.WARNING)
+            first = first or error
+            continue
+        kept.forget_after(step)
+        return step, cloud
+    if first is not None:
+        raise first
+    return None
+
+
 T = TypeVar("T")
 
 
-def lasting(work: Callable[[], T], edge: Front, kept: Checkpoints, cloud_at: Callable[[int], Cloud]) -> T:
-    """What comes of something that needs the cloud, begun anew from the latest checkpoint if it loses its session.
+def retry_from_checkpoint(
+    work: Callable[[], T], edge: EdgeTrainer, kept: CheckpointStore, cloud_at: Callable[[int], CloudClient]
+) -> T:
+    """Run ``work``, which needs the cloud; repeat it from the latest checkpoint if the session is lost.
 
     Raises:
         SessionLost: there is no checkpoint, or the session was lost too many times without a newer one.
@@ -101,9 +138,11 @@ def lasting(work: Callable[[], T], edge: Front, kept: Checkpoints, cloud_at: Cal
             if not steps:
                 raise
             lost, at = (lost + 1 if steps[-1] == at else 1), steps[-1]
-            if lost > LOSSES:
+            if lost > MAX_LOST_SESSIONS:
                 raise SessionLost(f"{error} ({lost} times after step {at})") from None
-            log.info("going back to step %d: %s", at, error)
             edge.cloud.close()
+            found = last_common_checkpoint(kept, cloud_at)
+            assert found is not None
+            at, edge.cloud = found
+            log.info("going back to step %d: %s", at, error)
             edge.load(kept.load(at))
-            edge.cloud = cloud_at(at)

@@ -1,276 +1,295 @@
-"""What edge and cloud say to each other while they train. No text, token id, label or mask is in any of it.
+"""Messages between edge and cloud during split fine-tuning. They contain no text, token id, label or mask.
 
-A session begins with OPEN and, unless it goes on from a checkpoint, with the codes of narrow cuts: CODE brings the
-cloud its end of the first one, FIT the rows that it fits the second one to, CODE the edge its end of that. A step is
-FWD and BWD for each of its micro-batches, then OPT; SAVE may follow. Each has one answer, in the order of the requests;
-PING, which is none, may come between them.
-Payloads are a MessagePack map followed by coded numbers or tensors. Where changes cross, FWD has between the two which
-texts they are, by their numbers in the edge's data set, and how often each was there before.
+A session begins with OPEN and, unless it continues from a checkpoint, with the bottlenecks of low-rank cuts: CODE sends
+the cloud its end of the first one, FIT the hidden states to fit the second one to, and the reply to the last FIT
+returns the edge its end of that. A step is FWD and BWD for each of its micro-batches, then OPT; SAVE may follow. Each
+request has one reply, in the order of the requests; PING, which is no reply, may come between them.
+A message is a MessagePack map and raw bytes: encoded tensors or safetensors, of any size. If activation deltas are
+sent, the raw bytes of FWD begin with the indices of the texts in the edge's data set, and how often each was sent
+before.
 
-All this holds but for the one topology that must be asked for, in which the cloud has head and loss: there LEARN takes
-the place of FWD and BWD and does bring labels, and JUDGE is answered with what the head says.
+The exception is the label-sharing topology, which must be requested, in which the cloud has head and loss: there TRAIN
+replaces FWD and BWD and does send labels, and the reply to PREDICT is the head's outputs.
 
-Edges that train together meet between rounds of steps: GIVE, as often as it takes, and ROUND bring an edge's work,
-ROUND alone asks where the group stands, and with TAKE both sides begin from what the group made of everybody's.
+Edges that train together exchange weights between rounds of steps: PUSH sends an edge's contribution, ROUND requests
+the state of the group, and PULL returns the aggregated weights.
 """
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Annotated
 
 from pydantic import Field
 
-from raycloud.link.frames import Body
-from raycloud.split.finetune.numbers import Form, Packing
-from raycloud.split.finetune.tasks import Pooling, TaskTerms
-from raycloud.training.loop import TrainingRecipe
-from raycloud.training.lora import LoraRecipe
-
-PIECE_BYTES = 2 * 2**20
-"""Of tensors in one frame, at most."""
-
-Unit = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-"""See :class:`~raycloud.split.finetune.numbers.Coded`."""
+from raycloud.link.frames import Body, OpenRequest
+from raycloud.rounds.recipe import AggregatorName
+from raycloud.split.finetune.tasks import HeadConfig, Pooling
+from raycloud.split.finetune.wire_dtype import WireDType
+from raycloud.split.finetune.wire_format import WireFormat
+from raycloud.training.recipe import LoraRecipe, TrainingRecipe
 
 
-class Agreed(Body):
-    """What crosses one cut."""
+class TuneKind(IntEnum):
+    """Kinds of messages. Those that end in ``_OK`` are replies."""
 
-    form: Form
+    FWD = 16
+    FWD_OK = 17
+    BWD = 18
+    BWD_OK = 19
+    TRAIN = 20
+    TRAIN_OK = 21
+    PREDICT = 22
+    PREDICT_OK = 23
+    OPT = 24
+    OPT_OK = 25
+    SAVE = 26
+    """Save a checkpoint of the step on disk. The body of the reply, after it is saved, is the same."""
+    SAVE_OK = 27
+    CODE = 28
+    """Raw bytes: the first cut's decoder as safetensors. Neither it nor its reply has a body."""
+    CODE_OK = 29
+    FIT = 30
+    FIT_OK = 31
+    """Reply without a body. After the last FIT the bottleneck is fitted; raw bytes: the second cut's decoder."""
+    PUSH = 32
+    PUSH_OK = 33
+    ROUND = 34
+    ROUND_OK = 35
+    PULL = 36
+    """Request, without a body, for the group's weights. The cloud's part loads them as well."""
+    PULL_OK = 37
+
+
+Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""Scale of coded numbers, see :class:`~raycloud.split.finetune.wire_format.EncodedTensor`."""
+
+
+class CutConfig(Body):
+    """Configuration of one cut."""
+
+    dtype: WireDType
     width: int = Field(ge=1, le=2**20)
-    """Numbers of a row."""
-    apart: int = Field(0, ge=0, le=2**20)
-    """See :class:`~raycloud.split.finetune.numbers.Packing`."""
-    narrow: bool
-    """Whether they are a code with an encoder and a decoder, and not rows as they are."""
+    """Numbers sent per token."""
+    num_outliers: int = Field(0, ge=0, le=2**20)
+    """Number of outliers, see :class:`~raycloud.split.finetune.wire_format.WireFormat`."""
+    low_rank: bool
+    """True for a bottleneck with encoder and decoder, False for unchanged hidden states."""
     trained: bool
-    """Whether each of these learns with the side that holds it."""
+    """True if encoder and decoder are trained, each by the side that holds it."""
     lr: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Peak rate at which it does; None for that of everything else."""
-    changes: bool = False
-    """Whether from a text's second visit on only the change crosses."""
+    """Peak learning rate of the bottleneck; None for that of all other weights."""
+    activation_delta: bool = False
+    """True if from a text's second visit on only the activation delta is sent."""
 
     @property
-    def packing(self) -> Packing:
-        """The numbers as bytes."""
-        return Packing(self.form, self.width, self.apart, self.changes)
+    def wire_format(self) -> WireFormat:
+        """Wire format of the cut."""
+        return WireFormat(self.dtype, self.width, self.num_outliers, self.activation_delta)
 
 
 GroupName = Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
-"""Of a group, or of an edge in it."""
+"""Name of a group, or of an edge in it."""
 
 
-class Together(Body):
-    """The group that an edge trains with. All members ask for the same, but for their names."""
+class GroupConfig(Body):
+    """Configuration of the group that an edge trains with. It is the same for all members, except for ``name``."""
 
     group: GroupName
-    """Among those of one token."""
+    """Name of the group, unique among those of one token."""
     name: GroupName
-    """This edge's."""
+    """Name of this edge."""
     edges: list[GroupName] = Field(min_length=1, max_length=1024)
-    """All names."""
+    """Names of all edges."""
     steps: int = Field(ge=1)
-    """Of a round."""
+    """Optimiser steps of a round."""
     deadline_s: float = Field(gt=0, allow_inf_nan=False)
-    """How long the first work of a round waits for that of the others."""
+    """Seconds from a round's first contribution until it ends without the missing ones."""
     averaged: bool
-    """Whether the edges' own parts are averaged as well as the cloud's."""
+    """True if the edges' own parts are averaged as well as the cloud's."""
+    aggregation: AggregatorName = "mean"
+    """Aggregator of the contributions to a round."""
 
 
-class Begin(Body):
-    """OPEN: what both sides must agree on."""
+class OpenTuning(OpenRequest):
+    """OPEN: the configuration on which both sides must agree."""
 
+    service: str = "split-tune"
     fingerprint: str = Field(max_length=128)
-    """Of the model both sides begin with."""
-    first: int = Field(ge=0, le=512)
-    second: int = Field(ge=1, le=512)
+    """Fingerprint of the model both sides begin with."""
+    start_block: int = Field(ge=0, le=512)
+    end_block: int = Field(ge=1, le=512)
     run: str = Field(pattern="^[0-9a-f]{8,32}$")
-    """Under which checkpoints are kept."""
+    """Id of the run, under which checkpoints are kept."""
     restore: int | None = Field(None, ge=0)
-    """The step of the checkpoint to go on from."""
+    """Step of the checkpoint to continue from; None to begin."""
     seed: int
-    """Of dropout and of rounding."""
+    """Seed of dropout and rounding."""
     total_steps: int = Field(ge=1)
     training: TrainingRecipe
     lora: LoraRecipe | None = None
-    """Adapters that learn in place of the blocks' own weights."""
-    cloud: bool
-    """Whether the cloud's part learns."""
-    back: Pooling
-    """What of a text's rows is to come back."""
-    up: Agreed
-    """Of the first cut."""
-    down: Agreed
-    """Of the second one."""
-    task: TaskTerms | None = None
-    """Given if labels are to cross; None for a head that stays at the edge with them."""
-    together: Together | None = None
-    """None for an edge that trains by itself."""
+    """Adapters that are trained instead of the blocks' own weights."""
+    train_cloud: bool
+    """True if the cloud's part is trained."""
+    pooling: Pooling
+    """Pooling of a text's hidden states in the reply."""
+    uplink: CutConfig
+    """Configuration of the first cut."""
+    downlink: CutConfig
+    """Configuration of the second cut."""
+    head: HeadConfig | None = None
+    """Configuration of the cloud's head if labels are sent; None if head and labels stay at the edge."""
+    group: GroupConfig | None = None
+    """Group that the edge trains with; None for an edge that trains alone."""
 
 
-class Piece(Body):
-    """CODE: some bytes of the first cut's decoder as safetensors, or the wish for some of the second one's.
-
-    CODE_OK: the same without bytes, or with them.
-    """
-
-    up: bool
-    """Whether it is the first cut's, which the cloud needs."""
-    at: int = Field(ge=0)
-    """Where they begin."""
-    size: int = Field(ge=0)
-    """Of all of them; of no meaning in a wish."""
-
-
-class Rows(Body):
-    """Rows at the first cut, of the valid tokens only, text after text."""
+class HiddenStates(Body):
+    """Hidden states at the first cut, of the valid tokens only, text after text."""
 
     lengths: list[Annotated[int, Field(ge=1, le=2**20)]] = Field(min_length=1, max_length=8192)
-    """Tokens of each text."""
-    unit: Unit
+    """Number of tokens of each text."""
+    scale: Scale
 
 
-class Fit(Rows):
-    """FIT: rows that the cloud fits the second cut's code to, once its blocks have worked on them."""
+class FitRequest(HiddenStates):
+    """FIT: hidden states to fit the second cut's bottleneck to, after the cloud's blocks have processed them."""
 
     last: bool
-    """Whether all are there now."""
+    """True for the last FIT."""
 
 
-class Fitted(Body):
-    """FIT_OK: the rows are there; after the last of them, so is the code."""
-
-
-class Saved(Body):
-    """SAVE: keep what the step goes on from, on disk. SAVE_OK: it is there."""
+class SaveRequest(Body):
+    """SAVE and SAVE_OK."""
 
     step: int = Field(ge=0)
 
 
-class Forward(Rows):
-    """FWD: rows to work on, and to learn from if a gradient follows."""
+class ForwardRequest(HiddenStates):
+    """FWD: hidden states for a forward pass, and for training if a gradient follows."""
 
     step: int = Field(ge=0)
-    micro: int = Field(ge=0)
+    micro_batch: int = Field(ge=0)
     training: bool
-    """Whether dropout is on."""
-    returns: bool
-    """Whether a BWD follows."""
+    """True if dropout is on."""
+    backward: bool
+    """True if a BWD follows."""
 
 
-class Forwarded(Body):
-    """FWD_OK: rows at the second cut, or one row a text where they are pooled there."""
+class ForwardReply(Body):
+    """FWD_OK: hidden states at the second cut, or one per text if they are pooled there."""
 
-    unit: Unit
+    scale: Scale
     seconds: float = Field(ge=0)
-    """That the cloud computed."""
+    """Seconds in which the cloud computed."""
 
 
-class Backward(Body):
-    """BWD: the gradient of what FWD_OK carried."""
+class BackwardRequest(Body):
+    """BWD: the gradient of the hidden states in FWD_OK."""
 
     step: int = Field(ge=0)
-    micro: int = Field(ge=0)
+    micro_batch: int = Field(ge=0)
     last: bool
-    """Whether it is the step's last one: the answer then tells the gradients' norm."""
-    back: bool
-    """Whether the edge learns ahead of the cloud and wants the gradient of its rows."""
-    unit: Unit
+    """True for the step's last micro-batch: the reply then holds the gradients' norm."""
+    needs_gradient: bool
+    """True if the edge's first part is trained and needs the gradient of its hidden states."""
+    scale: Scale
 
 
-class Backwarded(Body):
-    """BWD_OK: the gradient of what FWD carried, if it was wanted."""
+class BackwardReply(Body):
+    """BWD_OK: the gradient of the hidden states in FWD, if it was requested."""
 
-    unit: Unit
+    scale: Scale
     norm: float = Field(ge=0)
-    """Of the cloud's gradients so far, where it was the last one; infinite if they are not finite."""
+    """Norm of the cloud's gradients after the last micro-batch, 0 before; infinite if they are not finite."""
     seconds: float = Field(ge=0)
 
 
-class Learn(Rows):
-    """LEARN: rows with their labels, four bytes each, ahead of them."""
+class TrainRequest(HiddenStates):
+    """TRAIN: hidden states, preceded by their labels of four bytes each."""
 
     step: int = Field(ge=0)
-    micro: int = Field(ge=0)
+    micro_batch: int = Field(ge=0)
     last: bool
-    """Whether it is the step's last one: the answer then tells the gradients' norm."""
+    """True for the step's last micro-batch: the reply then holds the gradients' norm."""
     targets: int = Field(ge=1)
-    """Labels of the whole step, which the loss is the mean over."""
+    """Number of labels of the whole step, over which the loss is the mean."""
 
 
-class Learnt(Backwarded):
-    """LEARN_OK: what BWD_OK carries, and the loss."""
+class TrainReply(BackwardReply):
+    """TRAIN_OK: the content of BWD_OK, and the loss."""
 
     loss: float
-    """Summed over the labels."""
+    """Loss summed over the labels."""
 
 
-class Judge(Rows):
-    """JUDGE: rows that the head is to say something of, dropout off."""
+class PredictRequest(HiddenStates):
+    """PREDICT: hidden states for which the head's outputs are requested, without dropout."""
 
 
-class Judged(Body):
-    """JUDGE_OK: what it says, float32."""
+class PredictReply(Body):
+    """PREDICT_OK: outputs of the head, float32."""
 
     shape: list[Annotated[int, Field(ge=1, le=2**20)]] = Field(min_length=1, max_length=3)
     seconds: float = Field(ge=0)
 
 
-class Optimise(Body):
-    """OPT: make the step."""
+class OptimiseRequest(Body):
+    """OPT: apply the optimiser step."""
 
     step: int = Field(ge=0)
     norm: float = Field(ge=0)
-    """Of both sides' gradients together; infinite for a step that both must skip."""
+    """Norm of both sides' gradients together; infinite for a step that both must skip."""
 
 
-class Optimised(Body):
-    """OPT_OK."""
+class OptimiseReply(Body):
+    """OPT_OK: the step is applied."""
 
     step: int = Field(ge=0)
-    """Of the next one."""
+    """Number of the next step."""
     seconds: float = Field(ge=0)
     ended: int | None = None
-    """Rounds that the edge's group has ended, so that one that is late learns of it between two steps."""
+    """Rounds that the edge's group has ended, so that a late edge notices it between two steps."""
 
 
-class Meet(Body):
-    """ROUND: this edge's work of a round, whose own weights GIVE brought; or where the group stands."""
+class PushRequest(Body):
+    """PUSH: this edge's contribution to a round. Raw bytes: its own weights as safetensors, none if they are private.
+
+    The cloud adds the edge's copy of the cloud's part.
+    """
+
+    round: int = Field(ge=0)
+    """Round of the contribution; 0 is the beginning, when the group agrees on a bottleneck."""
+    samples: int = Field(ge=1)
+    """Number of samples trained on: the weight in the average."""
+
+
+class PushReply(Body):
+    """PUSH_OK."""
+
+    accepted: bool
+    """True if the round has a contribution of this edge, this one or an earlier one; False if the round has ended."""
+
+
+class RoundRequest(Body):
+    """ROUND: a request for the state of the group."""
 
     round: int | None = Field(None, ge=0)
-    """The round that is worked for; 0 is the beginning, at which the group agrees on a code. None only asks."""
-    samples: int = Field(1, ge=1)
-    """That were trained on, by which it is averaged."""
+    """Round to wait for, for some seconds; None to be answered at once."""
 
 
-class Met(Body):
-    """ROUND_OK, within seconds: if the round has not ended yet, it is asked for again."""
+class RoundReply(Body):
+    """ROUND_OK, within seconds: if the round has not ended yet, the edge repeats the request."""
 
     ended: int = Field(ge=-1)
-    """The latest round that ended; -1 before the beginning."""
+    """Latest round that ended; -1 before the beginning."""
     members: list[str]
-    """Whose work was averaged in it."""
+    """Edges whose contributions were averaged in it."""
     missed: dict[str, str]
-    """Whose was not, and why."""
+    """Edges whose contributions were not, with the reasons."""
 
 
-class Given(Body):
-    """GIVE: some bytes of the edge's own weights as safetensors. GIVE_OK likewise, without them."""
-
-    at: int = Field(ge=0)
-    """Where they begin."""
-
-
-class Take(Body):
-    """TAKE: some bytes of the edges' weights as the group has them. At 0 the cloud's part takes over the group's."""
-
-    at: int = Field(ge=0)
-
-
-class Taken(Body):
-    """TAKE_OK: the bytes."""
+class GroupWeightsReply(Body):
+    """PULL_OK. Raw bytes: the aggregated weights of the edges' own parts as safetensors; none if they are private."""
 
     ended: int = Field(ge=0)
-    """The round whose they are."""
-    size: int = Field(ge=0)
-    """Of all of them."""
+    """Round of the weights."""

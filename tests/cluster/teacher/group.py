@@ -1,15 +1,16 @@
-"""A process group of real DeepSpeed workers, each a process of its own, that train one case after the other."""
+"""Process group of real DeepSpeed workers, each a process of its own, that train the cases in order."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing
+
+from tests.ports import free_port
 
 Case = dict[str, Any]
 """``name``, ``recipe``, ``steps``, and where wanted ``begun`` (a checkpoint's folder) and ``until``."""
@@ -17,10 +18,7 @@ Case = dict[str, Any]
 
 def run(world: int, cases: list[Case], folder: Path) -> None:
     """Train every case; each leaves ``folder/<name>/`` with a checkpoint and ``steps.json``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (world, port, cases, folder), nprocs=world)
+    torch.multiprocessing.spawn(_worker, (world, free_port(), cases, folder), nprocs=world)
 
 
 def _worker(rank: int, world: int, port: int, cases: list[Case], folder: Path) -> None:
@@ -29,20 +27,20 @@ def _worker(rank: int, world: int, port: int, cases: list[Case], folder: Path) -
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
 
-    from raycloud.cluster.teacher.loop import Loop
+    from raycloud.cluster.teacher.loop import TeacherLoop
     from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
-    from raycloud.cluster.teacher.shards import Shards
+    from raycloud.cluster.teacher.shards import ShardedCheckpoint
     from raycloud.data.tokens import TokenFile
 
     tokens = TokenFile(folder / "tokens.arrow")
     for case in cases:
         recipe = TuneTeacherRecipe.model_validate({**case["recipe"], "workers": {"count": world}})
-        begun = Shards(Path(case["begun"])) if "begun" in case else None
-        loop = Loop(recipe, tokens, tokens, 0, case["steps"], begun)
+        begun = ShardedCheckpoint(Path(case["begun"])) if "begun" in case else None
+        loop = TeacherLoop(recipe, tokens, tokens, 0, case["steps"], begun)
         records = []
         while loop.step < case.get("until", case["steps"]):
             records.append(loop.train())
-        held_out = loop.judge()
+        held_out = loop.evaluate()
         to = folder / case["name"]
         to.mkdir(exist_ok=True)
         torch.distributed.barrier()

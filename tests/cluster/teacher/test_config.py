@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: what the recipe says, and what a given JSON may say beside it."""
+"""DeepSpeed's configuration from the recipe, and the keys that a given JSON may add."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raycloud.errors import RecipeError
 CPU = torch.device("cpu")
 RECIPE = {
     "dtype": "bfloat16",
-    "training": {"lr": 1e-4, "batch_size": 8, "accumulate": 2},
+    "training": {"lr": 1e-4, "batch_size": 8, "gradient_accumulation_steps": 2},
     "workers": {"count": 2},
 }
 
@@ -62,8 +62,8 @@ def test_a_given_json_adds_to_it_and_leaves_auto_to_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"train_batch_size": 64}, "train_batch_size is 64; allowed: what the recipe says, 16"),
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3; allowed: what the recipe says, 2"),
+        ({"train_batch_size": 64}, "train_batch_size is 64; allowed: the value of the recipe, 16"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3; allowed: the value of the recipe, 2"),
         ({"fp16": {"enabled": True}}, "fp16.enabled is True"),
         ({"bf16": True}, "bf16 is True; allowed: an object"),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type is 'Lamb'; allowed: Adam, AdamW"),
@@ -94,7 +94,7 @@ def test_what_is_no_json_object_is_refused_in_one_line(tmp_path: Path, content: 
     ("changes", "said"),
     [
         ({"training": {"batch_size": 3}}, "training.batch_size is 3; allowed: a multiple of workers.count, 2"),
-        ({"deepspeed": {"stage": 0}}, "dtype bfloat16 needs deepspeed.stage 1, 2 or 3"),
+        ({"dtype": "float16", "deepspeed": {"stage": 0}}, "dtype float16 needs deepspeed.stage 1, 2 or 3"),
         ({"deepspeed": {"stage": 2, "offload_parameters": True}}, "offload_parameters needs stage 3"),
         ({"dtype": "auto", "deepspeed": {"stage": 0, "offload_optimizer": True}}, "offload_optimizer needs stage"),
     ],

@@ -13,13 +13,13 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, LlamaForCausalLM
 
 from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
-from raycloud.cluster.teacher.shards import Shards
+from raycloud.cluster.teacher.shards import ShardedCheckpoint
 from raycloud.data.batches import Sample, SampleOrder, collate
 from raycloud.data.tokens import TokenFile, token_table, write_tokens
 from raycloud.models.loading import load
 from raycloud.models.segments import Segment
 from raycloud.training.loop import Loss, Trainer
-from raycloud.training.lora import attach
+from raycloud.training.lora import add_adapters
 from tests.cluster.teacher.group import run
 
 pytest.importorskip("deepspeed")
@@ -27,7 +27,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = 20
 # A clip that bites, micro-batches of different numbers of tokens, warm-up and decay.
-TRAINING = {"lr": 3e-3, "warmup_steps": 3, "batch_size": 4, "accumulate": 2, "clip": 0.5, "weight_decay": 0.1}
+TRAINING = {
+    "lr": 3e-3,
+    "warmup_steps": 3,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_grad_norm": 0.5,
+    "weight_decay": 0.1,
+}
 LORA = {"r": 4, "alpha": 8, "dropout": 0.0}
 
 
@@ -51,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """As ``tiny_llama`` with a short vocabulary, which is most of what its steps cost."""
+    """Model like ``tiny_llama`` with a small vocabulary, which makes its steps much faster."""
     folder = tmp_path_factory.mktemp("models") / "shorter"
     shutil.copytree(tiny_llama, folder)
     config = AutoConfig.from_pretrained(tiny_llama, vocab_size=512)
@@ -62,7 +69,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path, model: Path) -> Path:
-    """All cases; the checkpoints that others go on from are written by two workers first."""
+    """Make all cases; two workers first write the checkpoints from which other cases resume."""
     # Stage 3 comes first: in a fresh process nothing has told the library yet how many workers there are.
     stages = [_case(f"stage{stage}", model, stage) for stage in (3, 0, 1, 2)]
     lora = [_case(f"lora{stage}", model, stage, lora=LORA) for stage in (2, 3)]
@@ -83,24 +90,27 @@ def trained(folder: Path, model: Path) -> Path:
     resumed = [
         _case(f"{to}from{of}alone", model, to, begun=folder / f"half{of}") for to, of in ((2, 3), (3, 0), (0, 2))
     ]
-    run(1, [*alone, *resumed], folder)
+    run(1, [*alone, *resumed, _case("bfloat16-stage0alone", model, 0, dtype="bfloat16")], folder)
     return folder
 
 
-def _reference(folder: Path, source: Path, lora: bool = False) -> tuple[dict[str, torch.Tensor], list[float]]:
+def _reference(
+    folder: Path, source: Path, lora: bool = False, products: torch.dtype = torch.float32
+) -> tuple[dict[str, torch.Tensor], list[float]]:
     recipe = TuneTeacherRecipe.model_validate(_case("", source, 0)["recipe"])
     model = load(str(source), dtype="float32").model
     if lora:
         recipe = recipe.model_validate({**recipe.model_dump(), "lora": LORA})
         assert recipe.lora is not None
-        model = attach(model, recipe.lora, recipe.seed)
+        model = add_adapters(model, recipe.lora, recipe.seed)
     segment, tokens = Segment(model), TokenFile(folder / "tokens.arrow")
     trainer = Trainer({"model": model}, recipe.training, total_steps=STEPS, seed=recipe.seed)
     order = SampleOrder(tokens.lengths, recipe.training.batch_size, recipe.seed)
 
     def loss(batch: Any) -> Loss:
         wanted = batch.labels >= 0
-        logits = segment(batch.ids, valid=batch.valid)[wanted]
+        with torch.autocast("cpu", products, enabled=products != torch.float32):
+            logits = segment(batch.ids, valid=batch.valid)[wanted].float()
         return Loss(cross_entropy(logits, batch.labels[wanted], reduction="sum"), batch.targets, {})
 
     losses = []
@@ -111,10 +121,10 @@ def _reference(folder: Path, source: Path, lora: bool = False) -> tuple[dict[str
 
 
 def _far(folder: Path, weights: dict[str, torch.Tensor]) -> float:
-    shards = Shards(folder)
+    shards = ShardedCheckpoint(folder)
     assert set(shards.names) == set(weights)
-    apart = sum(float((shards.weight(name) - one).square().sum()) for name, one in weights.items())
-    return (apart / sum(float(one.square().sum()) for one in weights.values())) ** 0.5
+    difference = sum(float((shards.weight(name) - one).square().sum()) for name, one in weights.items())
+    return (difference / sum(float(one.square().sum()) for one in weights.values())) ** 0.5
 
 
 @pytest.mark.parametrize("workers", ["", "alone"])
@@ -125,7 +135,7 @@ def test_every_stage_trains_as_plain_torch(trained: Path, model: Path, stage: in
     assert _far(case, weights) < 1e-4
     steps = json.loads((case / "steps.json").read_text())["steps"]
     assert [step["loss"] for step in steps] == pytest.approx(losses, rel=1e-4)
-    assert max(step["grad_norm"] for step in steps) > TRAINING["clip"]  # or clipping was not tried
+    assert max(step["grad_norm"] for step in steps) > TRAINING["max_grad_norm"]  # or clipping was not tried
 
 
 @pytest.mark.parametrize("name", ["checkpointing", "offloaded"])
@@ -144,11 +154,23 @@ def test_a_checkpoint_goes_on_under_another_stage_and_number_of_workers(trained:
 
 
 def test_half_precision_resumes_bit_for_bit_and_keeps_float32_weights(trained: Path) -> None:
-    undisturbed, resumed = Shards(trained / "bfloat16"), Shards(trained / "bfloat16-resumed")
+    undisturbed, resumed = ShardedCheckpoint(trained / "bfloat16"), ShardedCheckpoint(trained / "bfloat16-resumed")
     for name in undisturbed.names:
         assert torch.equal(undisturbed.weight(name), resumed.weight(name))
     whole = torch.cat([undisturbed.weight(name).flatten() for name in undisturbed.names])
     assert not torch.equal(whole, whole.bfloat16().float())
+
+
+def test_stage_0_multiplies_in_the_type_that_all_stages_do(trained: Path, model: Path) -> None:
+    weights, losses = _reference(trained, model, products=torch.bfloat16)
+    assert _far(trained / "bfloat16-stage0alone", weights) < 1e-3
+    steps = {
+        name: [step["loss"] for step in json.loads((trained / name / "steps.json").read_text())["steps"]]
+        for name in ("bfloat16-stage0alone", "bfloat16", "stage0")
+    }
+    assert steps["bfloat16-stage0alone"] == pytest.approx(losses, rel=1e-3)
+    assert steps["bfloat16-stage0alone"] != pytest.approx(steps["stage0"], rel=1e-5)
+    assert steps["bfloat16"] == pytest.approx(losses, rel=2e-2)
 
 
 def test_all_stages_judge_alike(trained: Path) -> None:

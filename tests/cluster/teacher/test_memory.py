@@ -1,4 +1,4 @@
-"""The memory estimate against the formulas of ZeRO's paper and DeepSpeed's own estimators."""
+"""Memory estimate against the formulas of the ZeRO paper and DeepSpeed's estimators."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, PretrainedConfig
 
-from raycloud.cluster.teacher.memory import Memory, Parameters, estimate, library_estimate
+from raycloud.cluster.teacher.memory import MemoryEstimate, ParameterCounts, estimate, library_estimate
 from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
 
 LLAMA_7B = LlamaConfig(
@@ -17,9 +17,11 @@ LLAMA_7B = LlamaConfig(
 STATES = ("weights", "gradients", "optimiser")
 
 
-def _memory(config: PretrainedConfig = LLAMA_7B, **recipe: Any) -> tuple[Memory, Parameters, TuneTeacherRecipe]:
+def _memory(
+    config: PretrainedConfig = LLAMA_7B, **recipe: Any
+) -> tuple[MemoryEstimate, ParameterCounts, TuneTeacherRecipe]:
     checked = TuneTeacherRecipe.model_validate({"dtype": "bfloat16", **recipe})
-    parameters = Parameters.of(config, checked)
+    parameters = ParameterCounts.of(config, checked)
     return estimate(config, parameters, checked, torch.bfloat16), parameters, checked
 
 

@@ -1,4 +1,4 @@
-"""Rows become tokens on many processes, and stay in order."""
+"""Tokenising rows in several processes keeps their order."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def test_samples_are_in_the_rows_order_however_long_a_block_takes(
     recipe = DataRecipe(format="plain", max_length=8)
     assert tokenise([{"text": text} for text in texts], tokenizer, recipe, path) == len(texts)
     samples = TokenFile(path)
-    found = [int(tokenizer.decode(samples[place].ids).split()[0]) for place in range(len(samples))]
+    found = [int(tokenizer.decode(samples[index].ids).split()[0]) for index in range(len(samples))]
     assert found == list(range(len(texts)))

@@ -1,4 +1,4 @@
-"""A model cut in three learns what the stock model learns in one piece."""
+"""A model cut in three gets the weights of the stock model trained in one piece."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from raycloud.link.meter import Meter
 from raycloud.models.segments import Segment
-from raycloud.split.finetune.code import Code, narrow
-from raycloud.split.finetune.edge import EdgeSide
+from raycloud.split.finetune.bottleneck import Bottleneck, fit_low_rank
+from raycloud.split.finetune.edge import UShapedEdge
 from tests.split.finetune.wiring import (
     STEPS,
     WIDTH,
@@ -34,21 +34,21 @@ CUTS = [(0, 6), (1, 4), (5, 6)]
 EVERY_CUT = list(itertools.combinations(range(7), 2))
 
 
-def full_rank(ahead: Segment) -> Code:
-    """The narrow code that leaves nothing out."""
+def full_rank(ahead: Segment) -> Bottleneck:
+    """Make a bottleneck of full rank, which loses nothing."""
     chance = torch.Generator().manual_seed(5)
-    return narrow(torch.randn(200, WIDTH, generator=chance), WIDTH)
+    return fit_low_rank(torch.randn(200, WIDTH, generator=chance), WIDTH)
 
 
-def pair(family: str, first: int, second: int, **options: Any) -> tuple[Whole, EdgeSide]:
+def pair(family: str, first: int, second: int, **options: Any) -> tuple[Whole, UShapedEdge]:
     model, head = model_of(family), head_of() if family == "bert" else None
     edge = split(model, first, second, head=head, **options)
     return Whole(model, copy.deepcopy(head)), edge
 
 
-def gradients(whole: Whole, edge: EdgeSide, first: int, second: int, language: bool) -> tuple[dict, dict, float]:
+def gradients(whole: Whole, edge: UShapedEdge, first: int, second: int, language: bool) -> tuple[dict, dict, float]:
     mine = batches(0, language=language)
-    cloud = edge.cloud.side  # type: ignore[attr-defined]
+    cloud = edge.cloud.trainer  # type: ignore[attr-defined]
     losses = []
     theirs = caught(parts_of(whole, first, second), [whole.trainer], lambda: losses.append(whole.step(mine).loss))
     ours = caught(sides(edge), [edge.trainer, cloud.trainer], lambda: losses.append(edge.step(mine).loss))
@@ -68,8 +68,8 @@ def test_loss_and_gradients_are_the_whole_models_at_every_cut(family: str) -> No
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_codes_of_full_rank_at_both_cuts_they_are_the_whole_models(family: str) -> None:
     for first, second in CUTS:
-        whole, edge = pair(family, first, second, code=full_rank, back=WIDTH)
-        cloud = edge.cloud.side  # type: ignore[attr-defined]
+        whole, edge = pair(family, first, second, code=full_rank, downlink_rank=WIDTH)
+        cloud = edge.cloud.trainer  # type: ignore[attr-defined]
         assert edge.decoder.weight.detach().norm() > 1  # type: ignore[union-attr, operator]
         ours, theirs, off = gradients(whole, edge, first, second, family != "bert")
         assert off <= TOLERANCE, (first, second)
@@ -81,7 +81,7 @@ def test_with_codes_of_full_rank_at_both_cuts_they_are_the_whole_models(family: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_after_many_steps_are_the_whole_models(family: str) -> None:
     first, second = CUTS[FAMILIES.index(family) % len(CUTS)]
-    whole, edge = pair(family, first, second, depth=4)
+    whole, edge = pair(family, first, second, max_in_flight=4)
     before = values(sides(edge))
     for step in range(STEPS):
         mine = batches(step, language=family != "bert")
@@ -92,7 +92,7 @@ def test_weights_after_many_steps_are_the_whole_models(family: str) -> None:
 
 
 def test_the_depth_of_the_pipeline_changes_no_bit() -> None:
-    edges = [pair("gpt2-untied", 2, 4, depth=depth)[1] for depth in (1, 4, 9)]
+    edges = [pair("gpt2-untied", 2, 4, max_in_flight=depth)[1] for depth in (1, 4, 9)]
     for edge in edges:
         for step in range(4):
             edge.step(batches(step, 4, language=True))
@@ -102,10 +102,10 @@ def test_the_depth_of_the_pipeline_changes_no_bit() -> None:
 
 
 def test_dropout_is_on_in_every_part_and_off_in_prediction() -> None:
-    """The loss differs from that of the same weights without dropout; two predictions do not differ."""
+    """Dropout changes the loss of the same weights; predictions are deterministic."""
     _, edge = pair("bert", 2, 6)
     mine = batches(0, 1, language=False)
-    cloud = edge.cloud.side  # type: ignore[attr-defined]
+    cloud = edge.cloud.trainer  # type: ignore[attr-defined]
     loss = edge.step(mine).loss
     assert all(module.training for module in (edge.first, edge.last, edge.task.head, cloud.middle))
     _, quiet = pair("bert", 2, 6)

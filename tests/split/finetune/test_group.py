@@ -1,4 +1,4 @@
-"""Who a round waits for, and what becomes of the work that is brought to it."""
+"""Rounds of a group: which edges a round waits for, and what happens to their contributions."""
 
 from __future__ import annotations
 
@@ -6,38 +6,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from raycloud.split.finetune.group import Group, Outcome, Work, average
+from raycloud.rounds.machine import RoundMachine
+from raycloud.rounds.recipe import AggregatorName
+from raycloud.split.finetune.group import Group, GroupRoundOutcome
 
 DEADLINE = 10.0
 
 
-def group(*names: str, ended: int = 0) -> Group:
-    made = Group(names, DEADLINE, ended=ended)
+def group(*names: str, ended: int = 0, aggregation: AggregatorName = "mean") -> Group:
+    made = Group(names, DEADLINE, RoundMachine({}, ended), aggregation=aggregation)
     for name in names:
         made.arrive(name, name.encode())
     return made
 
 
-def work(value: float, samples: int = 1, **edge: Tensor) -> Work:
-    return Work({"middle.weight": torch.full((2,), value)}, edge, samples)
-
-
-def test_the_mean_is_by_samples_and_coordinates_stay_whole() -> None:
-    apart = torch.tensor([3, 7])
-    mean = average(
-        [{"weight": torch.tensor([1.0, 2.0]), "apart": apart}, {"weight": torch.tensor([5.0, -2.0]), "apart": apart}],
-        [30, 10],
-    )
-    assert mean["weight"].tolist() == [(30 * 1 + 10 * 5) / 40, (30 * 2 - 10 * 2) / 40]
-    assert mean["apart"].tolist() == [3, 7] and mean["apart"].dtype == torch.long
+def bring(edges: Group, name: str, value: float, samples: int = 1, *, now: float, **edge: Tensor) -> None:
+    edges.bring(name, {"middle.weight": torch.full((2,), value)}, edge, samples, now)
 
 
 def test_a_round_ends_with_the_last_work_and_the_next_one_begins() -> None:
     edges = group("a", "b")
-    edges.bring("b", work(3.0, 3), now=0.0)
+    bring(edges, "b", 3.0, 3, now=0.0)
     assert edges.settle(DEADLINE - 1) is None
-    edges.bring("a", work(1.0, 1), now=DEADLINE - 1)
-    assert edges.settle(DEADLINE - 1) == Outcome(1, ("a", "b"), {})
+    bring(edges, "a", 1.0, 1, now=DEADLINE - 1)
+    assert edges.settle(DEADLINE - 1) == GroupRoundOutcome(1, ("a", "b"), {})
     assert edges.cloud["middle.weight"].tolist() == [2.5, 2.5]
     assert edges.ended == 1 and not edges.brought("a")
     assert edges.settle(1e9) is None  # nobody has brought anything
@@ -45,63 +37,81 @@ def test_a_round_ends_with_the_last_work_and_the_next_one_begins() -> None:
 
 def test_the_beginning_is_the_first_ones_by_name_whoever_came_first() -> None:
     edges = group("a", "b", ended=-1)
-    edges.bring("b", work(3.0), now=0.0)
-    edges.bring("a", work(1.0), now=1.0)
-    assert edges.settle(1.0) == Outcome(0, ("a", "b"), {})
+    bring(edges, "b", 3.0, now=0.0)
+    bring(edges, "a", 1.0, now=1.0)
+    assert edges.settle(1.0) == GroupRoundOutcome(0, ("a", "b"), {})
     assert edges.cloud["middle.weight"].tolist() == [1.0, 1.0]
 
 
 def test_work_that_was_brought_stays_though_it_is_brought_again() -> None:
     edges = group("a", "b")
-    edges.bring("a", work(1.0), now=0.0)
-    edges.bring("a", work(9.0), now=8.0)
-    assert edges.settle(DEADLINE) == Outcome(1, ("a",), {"b": "late"})
+    bring(edges, "a", 1.0, now=0.0)
+    bring(edges, "a", 9.0, now=8.0)
+    assert edges.settle(DEADLINE) == GroupRoundOutcome(1, ("a",), {"b": "late"})
     assert edges.cloud["middle.weight"].tolist() == [1.0, 1.0]
 
 
 def test_who_left_is_not_waited_for_until_it_is_back() -> None:
     edges = group("a", "b")
-    edges.bring("a", work(1.0), now=0.0)
+    bring(edges, "a", 1.0, now=0.0)
     edges.leave("b", b"an older session")
     assert edges.settle(0.0) is None
     edges.leave("b", b"b")
-    assert edges.settle(0.0) == Outcome(1, ("a",), {"b": "absent"})
-    edges.bring("a", work(1.0), now=1.0)
+    assert edges.settle(0.0) == GroupRoundOutcome(1, ("a",), {"b": "absent"})
+    bring(edges, "a", 1.0, now=1.0)
     edges.arrive("b", b"b again")
     assert edges.speaks("b", b"b again") and not edges.speaks("b", b"b")
     assert edges.settle(1.0) is None
 
 
 def test_who_never_comes_is_waited_for_once() -> None:
-    edges = Group(("a", "b"), DEADLINE, ended=0)
+    edges = Group(("a", "b"), DEADLINE, RoundMachine({}, 0))
     edges.arrive("a", b"a")
-    edges.bring("a", work(1.0), now=5.0)
+    bring(edges, "a", 1.0, now=5.0)
     assert edges.settle(5.0 + DEADLINE - 0.1) is None
-    assert edges.settle(5.0 + DEADLINE) == Outcome(1, ("a",), {"b": "absent"})
-    edges.bring("a", work(2.0), now=20.0)
-    assert edges.settle(20.0) == Outcome(2, ("a",), {"b": "absent"})
+    assert edges.settle(5.0 + DEADLINE) == GroupRoundOutcome(1, ("a",), {"b": "absent"})
+    bring(edges, "a", 2.0, now=20.0)
+    assert edges.settle(20.0) == GroupRoundOutcome(2, ("a",), {"b": "absent"})
 
 
 def test_weights_that_only_the_beginning_brings_stay() -> None:
     edges = group("a", ended=-1)
-    edges.bring("a", Work({}, {"encoder.weight": torch.ones(2)}, 1), now=0.0)
+    edges.bring("a", {}, {"encoder.weight": torch.ones(2)}, 1, now=0.0)
     edges.settle(0.0)
-    edges.bring("a", Work({}, {"head.weight": torch.zeros(2)}, 1), now=0.0)
+    edges.bring("a", {}, {"head.weight": torch.zeros(2)}, 1, now=0.0)
     edges.settle(0.0)
     assert edges.edge.keys() == {"encoder.weight", "head.weight"}
+
+
+def test_a_refused_contribution_ends_no_round() -> None:
+    edges = group("a", "b")
+    with pytest.raises(ValueError, match="not all finite"):
+        bring(edges, "a", float("nan"), now=0.0)
+    assert edges.settle(DEADLINE) is None and edges.ended == 0
+    bring(edges, "a", 1.0, now=DEADLINE)
+    bring(edges, "b", 3.0, now=DEADLINE)
+    assert edges.settle(DEADLINE) == GroupRoundOutcome(1, ("a", "b"), {})
+
+
+def test_a_group_may_take_the_median() -> None:
+    edges = group("a", "b", "c", aggregation="median")
+    for name, value in (("a", 1.0), ("b", 100.0), ("c", 2.0)):
+        bring(edges, name, value, 1, now=0.0)
+    edges.settle(0.0)
+    assert edges.cloud["middle.weight"].tolist() == [2.0, 2.0]
 
 
 @pytest.mark.parametrize(
     ("edge", "message"),
     [
-        ({"head": torch.ones(3)}, "1 tensors are not those of the other edges, the first is 'head'"),
-        ({"head": torch.ones(2).half()}, "the first is 'head'"),
+        ({"head": torch.ones(3)}, "1 tensors are not those of the other edges, the first is 'edge/head'"),
+        ({"head": torch.ones(2).half()}, "the first is 'edge/head'"),
         ({"heads": torch.ones(2)}, "2 tensors"),
         ({"head": torch.tensor([1.0, float("nan")])}, "not all finite"),
     ],
 )
 def test_work_of_another_kind_is_refused(edge: dict[str, Tensor], message: str) -> None:
     edges = group("a", "b")
-    edges.bring("a", work(1.0, head=torch.ones(2)), now=0.0)
+    bring(edges, "a", 1.0, head=torch.ones(2), now=0.0)
     with pytest.raises(ValueError, match=message):
-        edges.bring("b", work(1.0, **edge), now=0.0)
+        bring(edges, "b", 1.0, **edge, now=0.0)

@@ -1,4 +1,4 @@
-"""A recipe becomes a result directory, also after it was stopped."""
+"""From recipe to result directory, also after a stop."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from raycloud.errors import Interrupted, RecipeError, TrainingError
 from raycloud.link.channel import Channel, Loopback
 from raycloud.models.loading import load, load_tokenizer, resolve
 from raycloud.results import read_records
-from raycloud.split.finetune.assembly import Ends, assemble
-from raycloud.split.finetune.crossing import check_frames
-from raycloud.split.finetune.edge import EdgeSide
-from raycloud.split.finetune.examples import CALIBRATION_TEXTS, calibration, examples_of
-from raycloud.split.finetune.host import TuneHost
-from raycloud.split.finetune.numbers import Packing, Packings
+from raycloud.split.finetune.assembly import EdgeSetup, build_local_edge
+from raycloud.split.finetune.edge import UShapedEdge
+from raycloud.split.finetune.examples import CALIBRATION_TEXTS, calibration_batches, load_examples
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.run import run
+from raycloud.split.finetune.server import TuneServer
+from raycloud.split.finetune.traffic import check_batch_size
+from raycloud.split.finetune.wire_format import WireFormat, WireFormats
 from raycloud.split.parts import load_cloud
 from raycloud.split.plan import PlanSet, SplitPlan
 from raycloud.training.loop import Step
@@ -39,11 +39,11 @@ def recipe(model: Path, output: Path, **changes: Any) -> SplitTuneRecipe:
         {
             "output": str(output),
             "model": str(model),
-            "split": 1,
-            "second": 3,
+            "start_block": 1,
+            "end_block": 3,
             "task": {"kind": "language"},
-            "data": {"source": "builtin:instruct", "max_length": 160, "limit": 24, "held_out": 8},
-            "cut": {"kind": "narrow", "rank": 6, "form": "int8"},
+            "data": {"source": "builtin:instruct", "max_length": 160, "limit": 24, "held_out_samples": 8},
+            "uplink": {"kind": "low_rank", "rank": 6, "dtype": "int8"},
             "training": {"lr": 5e-3, "batch_size": 4},
             "epochs": 1,
             "checkpoint_every": 2,
@@ -53,8 +53,8 @@ def recipe(model: Path, output: Path, **changes: Any) -> SplitTuneRecipe:
     )
 
 
-def _stopping(step: Callable[[EdgeSide, Any], Step], at: int) -> Callable[[EdgeSide, Any], Step]:
-    def stopped(self: EdgeSide, batches: Any) -> Step:
+def _stopping(step: Callable[[UShapedEdge, Any], Step], at: int) -> Callable[[UShapedEdge, Any], Step]:
+    def stopped(self: UShapedEdge, batches: Any) -> Step:
         if self.trainer.step_index == at:
             raise KeyboardInterrupt
         return step(self, batches)
@@ -67,17 +67,18 @@ def test_a_run_leaves_what_it_learned_and_a_stopped_one_ends_alike(
 ) -> None:
     summary = run(recipe(tiny_llama, tmp_path / "whole"))
     assert summary["steps"] == 6
+    assert summary["bos"] == "no (the tokenizer's own post-processor)"
     assert summary["perplexity"] < summary["perplexity_before"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model").num_parameters() > 0
     assert summary["bytes_up_per_step"] + summary["bytes_down_per_step"] == summary["bytes_per_step"]
     assert not (tmp_path / "whole" / "checkpoints").exists()
     page = (tmp_path / "whole" / "report.html").read_text()
-    assert "held-out perplexity" in page and "kB of a step at the first cut" in page
+    assert "held-out perplexity" in page and "kB per step at the first cut" in page
     logged = read_records(tmp_path / "whole" / "metrics.jsonl")
     assert [record["step"] for record in logged] == [-1, 0, 1, 2, 3, 4, 5]
     assert run(recipe(tiny_llama, tmp_path / "whole"), "resume") == summary, "what is complete stays as it is"
 
-    monkeypatch.setattr(EdgeSide, "step", _stopping(EdgeSide.step, at=5))
+    monkeypatch.setattr(UShapedEdge, "step", _stopping(UShapedEdge.step, at=5))
     with pytest.raises(Interrupted, match="--resume"):
         run(recipe(tiny_llama, tmp_path / "parts"))
     monkeypatch.undo()
@@ -91,9 +92,11 @@ def test_a_run_leaves_what_it_learned_and_a_stopped_one_ends_alike(
 
 
 def test_a_form_alone_is_short_for_rows_in_that_form(tmp_path: Path) -> None:
-    short, long = (recipe(tmp_path, tmp_path, back=back) for back in ("int8", {"kind": "plain", "form": "int8"}))
+    short, long = (
+        recipe(tmp_path, tmp_path, downlink=downlink) for downlink in ("int8", {"kind": "plain", "dtype": "int8"})
+    )
     assert short == long
-    assert SplitTuneRecipe.load(_written(tmp_path, short), ["back=float16"]).back.form == "float16"
+    assert SplitTuneRecipe.load(_written(tmp_path, short), ["downlink=float16"]).downlink.dtype == "float16"
 
 
 def _written(folder: Path, made: SplitTuneRecipe) -> Path:
@@ -101,19 +104,25 @@ def _written(folder: Path, made: SplitTuneRecipe) -> Path:
     return folder / "recipe.yaml"
 
 
-@pytest.mark.parametrize("changes", [False, True])
+@pytest.mark.parametrize("activation_delta", [False, True])
 def test_a_run_with_codes_at_both_cuts_ends_alike_after_a_stop(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: bool
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activation_delta: bool
 ) -> None:
-    back = {"kind": "narrow", "rank": 12, "outliers": 1, "form": "int4", "changes": changes}
-    summary = run(recipe(tiny_llama, tmp_path / "whole", back=back, epochs=2))
+    downlink = {
+        "kind": "low_rank",
+        "rank": 12,
+        "num_outliers": 1,
+        "dtype": "int4",
+        "activation_delta": activation_delta,
+    }
+    summary = run(recipe(tiny_llama, tmp_path / "whole", downlink=downlink, epochs=2))
     assert summary["perplexity"] < summary["perplexity_before"]
     assert summary["bytes_of_codes"] > 0
-    monkeypatch.setattr(EdgeSide, "step", _stopping(EdgeSide.step, at=9))
+    monkeypatch.setattr(UShapedEdge, "step", _stopping(UShapedEdge.step, at=9))
     with pytest.raises(Interrupted, match="--resume"):
-        run(recipe(tiny_llama, tmp_path / "parts", back=back, epochs=2))
+        run(recipe(tiny_llama, tmp_path / "parts", downlink=downlink, epochs=2))
     monkeypatch.undo()
-    again = run(recipe(tiny_llama, tmp_path / "parts", back=back, epochs=2), "resume")
+    again = run(recipe(tiny_llama, tmp_path / "parts", downlink=downlink, epochs=2), "resume")
     assert again["perplexity"] == summary["perplexity"]
     ours, theirs = (load_file(tmp_path / name / "edge.safetensors") for name in ("parts", "whole"))
     assert all(ours[key].equal(theirs[key]) for key in theirs)
@@ -121,7 +130,7 @@ def test_a_run_with_codes_at_both_cuts_ends_alike_after_a_stop(
 
 
 @pytest.mark.parametrize(
-    ("learning", "learns"),
+    ("trainable", "trained_parts"),
     [
         ("all", {"first", "encoder", "decoder", "last"}),
         ("last+middle", {"decoder", "last"}),
@@ -129,33 +138,33 @@ def test_a_run_with_codes_at_both_cuts_ends_alike_after_a_stop(
     ],
 )
 def test_each_end_of_a_code_learns_with_its_side(
-    tiny_llama: Path, tmp_path: Path, learning: str, learns: set[str]
+    tiny_llama: Path, tmp_path: Path, trainable: str, trained_parts: set[str]
 ) -> None:
-    """The edge's first part with the encoder, its last part with the decoder; the cloud's two ends with its middle."""
+    """The edge trains the encoder with its first part and the decoder with its last; the cloud's middle has both."""
     for trained in (True, False):
-        cut = {"kind": "narrow", "rank": 6, "trained": trained, "form": "float32"}
-        mine = recipe(tiny_llama, tmp_path, learning=learning, cut=cut, back=cut)
+        cut = {"kind": "low_rank", "rank": 6, "trained": trained, "dtype": "float32"}
+        mine = recipe(tiny_llama, tmp_path, trainable=trainable, uplink=cut, downlink=cut)
         model = load(str(tiny_llama), device="cpu", dtype="float32").model
-        edge = assemble(model, mine, batches(0, 2, language=True), total_steps=4)
-        cloud = edge.cloud.side  # type: ignore[attr-defined]
+        edge = build_local_edge(model, mine, batches(0, 2, language=True), total_steps=4)
+        cloud = edge.cloud.trainer  # type: ignore[attr-defined]
         before = values({**edge.modules, **{f"cloud.{name}": module for name, module in cloud.modules.items()}})
         edge.step(batches(1, 2, language=True))
         after = values({**edge.modules, **{f"cloud.{name}": module for name, module in cloud.modules.items()}})
         moved = {name.rpartition(".")[0] for name in after if not torch.equal(after[name], before[name])}
         found = {name.removeprefix("cloud.").partition(".")[0] for name in moved if not name.startswith("cloud.")}
         codes = {"encoder", "decoder"}
-        assert found == (learns if trained else learns - codes)
+        assert found == (trained_parts if trained else trained_parts - codes)
         theirs = {name.split(".")[1] for name in moved if name.startswith("cloud.")}
-        expected = set() if learning == "last" else {"middle"} | (codes if trained else set())
+        expected = set() if trainable == "last" else {"middle"} | (codes if trained else set())
         assert theirs == expected
 
 
-@pytest.mark.parametrize("learning", ["last", "last+middle"])
-def test_with_fewer_parts_that_learn_fewer_gradients_cross(tiny_llama: Path, tmp_path: Path, learning: str) -> None:
-    cut = {"kind": "narrow", "rank": 6, "form": "int8", "trained": False}
-    summary = run(recipe(tiny_llama, tmp_path / "out", learning=learning, cut=cut, lora={"r": 2}))
+@pytest.mark.parametrize("trainable", ["last", "last+middle"])
+def test_with_fewer_parts_that_learn_fewer_gradients_cross(tiny_llama: Path, tmp_path: Path, trainable: str) -> None:
+    cut = {"kind": "low_rank", "rank": 6, "dtype": "int8", "trained": False}
+    summary = run(recipe(tiny_llama, tmp_path / "out", trainable=trainable, uplink=cut, lora={"r": 2}))
     assert summary["perplexity"] < summary["perplexity_before"]
-    ways = 1 if learning == "last" else 2
+    ways = 1 if trainable == "last" else 2
     tokens = summary["second_cut_bytes_per_step"] / ways / 64
     # Nothing but rows on their way up at the first cut: 6 bytes and a scale each.
     assert summary["first_cut_bytes_per_step"] < 1.5 * 8 * tokens + 400
@@ -173,8 +182,8 @@ def test_answers_are_learned_as_spans_of_their_texts(tmp_path: Path) -> None:
         SplitTuneRecipe.parse(
             {
                 "output": str(tmp_path / "out"),
-                "split": 2,
-                "second": 4,
+                "start_block": 2,
+                "end_block": 4,
                 "task": {"kind": "span", "max_question": 16, "stride": 8},
                 "data": {"source": str(tmp_path / "houses.jsonl"), "max_length": 64},
                 "training": {"lr": 5e-4, "batch_size": 8},
@@ -188,7 +197,7 @@ def test_answers_are_learned_as_spans_of_their_texts(tmp_path: Path) -> None:
 
 
 class Host:
-    """A cloud for MiniLM's blocks [3, 6), behind channels, that can be killed."""
+    """Cloud with MiniLM's blocks [3, 6) behind channels, which can be killed."""
 
     def __init__(self, folder: Path, *, tail: bool = False) -> None:
         plans = PlanSet.of(SplitPlan(3, 6))
@@ -197,8 +206,8 @@ class Host:
         self._start()
 
     def _start(self) -> None:
-        self._host = TuneHost(self._part, self._folder, threads=1)
-        self._loopback = Loopback(lambda connection: self._host.serve(connection, "me"))
+        self._server = TuneServer(self._part, self._folder, threads=1)
+        self._loopback = Loopback(lambda connection: self._server.serve(connection, "me"))
 
     def connect(self, session: str) -> Channel:
         return self._loopback.connect()
@@ -209,7 +218,7 @@ class Host:
 
     def close(self) -> None:
         self._loopback.close()
-        self._host.close()
+        self._server.close()
 
 
 def reviews(output: Path, **changes: Any) -> SplitTuneRecipe:
@@ -217,8 +226,8 @@ def reviews(output: Path, **changes: Any) -> SplitTuneRecipe:
         {
             "output": str(output),
             "task": {"kind": "classification", "label": "domain"} | changes.pop("task", {}),
-            "data": {"limit": 16, "held_out": 24, "max_length": 48},
-            "cut": {"rank": 16, "form": "float32"},
+            "data": {"limit": 16, "held_out_samples": 24, "max_length": 48},
+            "uplink": {"rank": 16, "dtype": "float32"},
             "training": {"lr": 1e-3, "batch_size": 8},
             "epochs": 1,
             "threads": 1,
@@ -232,22 +241,22 @@ def test_a_cloud_that_is_lost_while_held_out_texts_are_judged_comes_back(
 ) -> None:
     here = run(reviews(tmp_path / "here"))
     with closing(Host(tmp_path / "cloud")) as cloud:
-        step, lost = EdgeSide.step, iter([True])
+        step, lost = UShapedEdge.step, iter([True])
 
-        def losing(self: EdgeSide, batches: Any) -> Step:
+        def losing(self: UShapedEdge, batches: Any) -> Step:
             if self.trainer.step_index == 1 and next(lost, False):
                 cloud.kill()
             return step(self, batches)
 
-        monkeypatch.setattr(EdgeSide, "step", losing)
-        predict, times = EdgeSide.predict, itertools.count()
+        monkeypatch.setattr(UShapedEdge, "step", losing)
+        predict, times = UShapedEdge.predict, itertools.count()
 
-        def breaking(self: EdgeSide, batch: Batch) -> Tensor:
+        def breaking(self: UShapedEdge, batch: Batch) -> Tensor:
             if next(times) in (1, 6):  # before training, and after it
                 cloud.kill()
             return predict(self, batch)
 
-        monkeypatch.setattr(EdgeSide, "predict", breaking)
+        monkeypatch.setattr(UShapedEdge, "predict", breaking)
         there = run(reviews(tmp_path / "there"), connect=cloud.connect)
     assert next(times) == 2 * (2 + 3)
     assert [record["step"] for record in read_records(tmp_path / "there" / "metrics.jsonl")] == [-1, 0, 1]
@@ -256,10 +265,10 @@ def test_a_cloud_that_is_lost_while_held_out_texts_are_judged_comes_back(
     }
 
 
-@pytest.mark.parametrize("learning", ["all", "last"])
-def test_over_a_link_the_first_row_goes_through_the_models_own_pooler(tmp_path: Path, learning: str) -> None:
+@pytest.mark.parametrize("trainable", ["all", "last"])
+def test_over_a_link_the_first_row_goes_through_the_models_own_pooler(tmp_path: Path, trainable: str) -> None:
     def made(name: str) -> SplitTuneRecipe:
-        return reviews(tmp_path / name, task={"pooling": "first"}, learning=learning)
+        return reviews(tmp_path / name, task={"pooling": "first"}, trainable=trainable)
 
     here = run(made("here"))
     with closing(Host(tmp_path / "cloud")) as cloud:
@@ -271,85 +280,118 @@ def test_over_a_link_the_first_row_goes_through_the_models_own_pooler(tmp_path: 
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
 
 
-def test_a_micro_batch_that_no_frame_holds_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+def test_a_micro_batch_that_no_message_holds_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
     def connect(session: str) -> Channel:
         raise AssertionError
 
     mine = reviews(
-        tmp_path / "out", cut={"kind": "plain", "form": "float32"}, data={"limit": 600}, training={"batch_size": 600}
+        tmp_path / "out",
+        uplink={"kind": "plain", "dtype": "float32"},
+        data={"limit": 600},
+        training={"batch_size": 600},
     )
-    with pytest.raises(RecipeError, match=r"training\.batch_size: .* MB, a frame holds 8\.3; allowed: fewer"):
+    with pytest.raises(RecipeError, match=r"training\.batch_size: .* MB, a message holds 8\.3; allowed: fewer"):
         run(mine, connect=connect)
 
 
-def test_the_longest_held_out_texts_must_fit_a_frame_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = reviews(tmp_path / "out", cut={"kind": "plain", "form": "float32"})
+def test_the_longest_held_out_texts_must_fit_a_message_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = reviews(tmp_path / "out", uplink={"kind": "plain", "dtype": "float32"})
     ends: list[int] = []
 
-    def check(self: Ends, tokens: int, fitted_to: object) -> None:
+    def check(self: EdgeSetup, tokens: int, fitted_to: object) -> None:
         ends.append(tokens)
         raise RecipeError("enough")
 
-    monkeypatch.setattr(Ends, "check_frames", check)
+    monkeypatch.setattr(EdgeSetup, "check_batch_size", check)
     with pytest.raises(RecipeError, match="enough"):
         run(mine, connect=lambda session: pytest.fail("a channel was opened"))
-    _, held_out, _ = examples_of(mine, load_tokenizer(resolve(mine.model)), print)
+    _, held_out, _ = load_examples(mine, load_tokenizer(resolve(mine.model)), print)
     assert ends[0] >= sum(sorted(held_out.lengths)[-8:])
 
 
 def test_codes_are_fitted_to_no_more_texts_at_once_than_are_learned_from(tmp_path: Path) -> None:
     mine = reviews(tmp_path / "out")
-    texts, _, _ = examples_of(mine, load_tokenizer(resolve(mine.model)), print)
+    texts, _, _ = load_examples(mine, load_tokenizer(resolve(mine.model)), print)
     for most, size in ((3, 3), (100, CALIBRATION_TEXTS)):
-        sizes = [len(batch.ids) for batch in calibration(texts, 16, most=most)]
+        sizes = [len(batch.ids) for batch in calibration_batches(texts, 16, most=most)]
         assert sum(sizes) == 16
         assert max(sizes) == size
 
 
-def test_what_codes_are_fitted_to_must_fit_a_frame_of_the_first_cut_alone() -> None:
-    wide, slim = Packing("float32", 1024), Packing("int8", 8)
+def test_what_codes_are_fitted_to_must_fit_a_message_of_the_first_cut_alone() -> None:
+    wide, slim = WireFormat("float32", 1024), WireFormat("int8", 8)
     with pytest.raises(RecipeError, match=r"3,000 tokens of 4,\d+ bytes take 12\.\d MB"):
-        check_frames(10, Packings(wide, slim), "rows", fitted=3000)
-    check_frames(10, Packings(slim, wide), "rows", fitted=3000)
+        check_batch_size(10, WireFormats(wide, slim), "rows", fitted=3000)
+    check_batch_size(10, WireFormats(slim, wide), "rows", fitted=3000)
 
 
-@pytest.mark.parametrize("kind", ["plain", "narrow"])
-def test_only_a_narrow_second_cut_has_texts_sent_to_fit_it(
+@pytest.mark.parametrize("kind", ["plain", "low_rank"])
+def test_only_a_low_rank_second_cut_has_texts_sent_to_fit_it(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine = reviews(tmp_path / "out", split=2, second=4, back={"kind": kind, "rank": 8} if kind == "narrow" else {})
+    mine = reviews(
+        tmp_path / "out", start_block=2, end_block=4, downlink={"kind": kind, "rank": 8} if kind == "low_rank" else {}
+    )
     seen: list[int] = []
 
-    def check(tokens: int, packings: Packings, back: str, fitted: int) -> None:
+    def check(tokens: int, wire_formats: WireFormats, pooling: str, fitted: int) -> None:
         seen.append(fitted)
         raise RecipeError("enough")
 
-    monkeypatch.setattr("raycloud.split.finetune.assembly.check_frames", check)
+    monkeypatch.setattr("raycloud.split.finetune.assembly.check_batch_size", check)
     with pytest.raises(RecipeError, match="enough"):
         run(mine, connect=lambda session: pytest.fail("a channel was opened"))
-    assert (seen[0] > 0) == (kind == "narrow")
+    assert (seen[0] > 0) == (kind == "low_rank")
 
 
-def test_every_published_recipe_fits_the_frames_of_a_link() -> None:
-    """Its longest texts, in a micro-batch and in the batches that are judged."""
+def test_every_published_recipe_fits_the_messages_of_a_link() -> None:
+    """The longest texts, in a micro-batch and in the evaluation batches."""
     published = [path for path in Path("jobs/recipes").glob("sft-bert-*/*.yaml") if path.stem != "base"]
     assert len(published) == 20
     for path in published:
         mine = SplitTuneRecipe.load(path)
         width = 1024 if "large" in mine.model else 768
-        back = "rows" if mine.task.kind == "span" else "mean"
-        packings = Packings(Packing(mine.cut.form, mine.cut.rank), Packing(mine.back.form, width))
-        check_frames(mine.data.max_length * mine.training.batch_size, packings, back)
+        pooling = "rows" if mine.task.kind == "span" else "mean"
+        wire_formats = WireFormats(
+            WireFormat(mine.uplink.dtype, mine.uplink.rank), WireFormat(mine.downlink.dtype, width)
+        )
+        check_batch_size(mine.data.max_length * mine.training.batch_size, wire_formats, pooling)
+
+
+def test_published_recipes_have_the_published_lengths_rates_and_epochs() -> None:
+    """Those of config.py in each task's folder of the published program, a copy of which is
+    github.com/Brudalaxe/BERTSplitFineTuning at 7df6fb9 (lines 25 to 30); it has no WNLI."""
+    published = {
+        "cola": (32, 2e-5, 3),
+        "mnli": (128, 2e-5, 3),
+        "mrpc": (128, 3e-5, 4),
+        "qnli": (128, 2e-5, 3),
+        "qqp": (96, 2e-5, 3),
+        "rte": (256, 2e-5, 4),
+        "sst2": (66, 2e-5, 3),
+        "squad": (384, 3e-5, 2),
+        "stsb": (96, 2e-5, 3),
+    }
+    for size in ("base", "large"):
+        for task, (length, lr, epochs) in published.items():
+            mine = SplitTuneRecipe.load(Path(f"jobs/recipes/sft-bert-{size}/{task}.yaml"))
+            assert (mine.data.max_length, mine.training.lr, mine.epochs) == (length, lr, epochs), (size, task)
+            assert mine.training.batch_size * mine.training.gradient_accumulation_steps == (
+                12 if task == "squad" else 32
+            )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"split": 0, "cut": {"kind": "plain"}, "lora": {"r": 2}, "second": 2, "learning": "last"}, None),
-        ({"split": 0, "cut": {"kind": "plain"}, "lora": {"r": 2}, "second": None}, "leave the edge nothing to learn"),
+        ({"start_block": 0, "uplink": {"kind": "plain"}, "lora": {"r": 2}, "end_block": 2, "trainable": "last"}, None),
         (
-            {"learning": "last", "lora": {"r": 2}, "second": None},
-            "learning=last and labels=edge leave the edge nothing",
+            {"start_block": 0, "uplink": {"kind": "plain"}, "lora": {"r": 2}, "end_block": None},
+            "leave the edge nothing to train",
+        ),
+        (
+            {"trainable": "last", "lora": {"r": 2}, "end_block": None},
+            "trainable=last and labels=edge leave the edge nothing",
         ),
         ({"data": {"max_length": 100_000}}, "data.max_length=100000; allowed: up to the model's"),
     ],
@@ -357,7 +399,7 @@ def test_every_published_recipe_fits_the_frames_of_a_link() -> None:
 def test_an_edge_needs_something_to_learn(
     tiny_llama: Path, tmp_path: Path, changes: dict[str, Any], message: str | None
 ) -> None:
-    """Adapters of no block ahead of the cut are nothing: then no gradient crosses there."""
+    """If no block before the cut has adapters, no gradient is sent across it."""
     mine = recipe(tiny_llama, tmp_path / "out", **changes)
     if message is None:
         assert run(mine)["steps"] == 6
@@ -368,7 +410,7 @@ def test_an_edge_needs_something_to_learn(
 
 def test_weights_that_run_away_end_the_run_in_one_line(tiny_llama: Path, tmp_path: Path) -> None:
     wild = recipe(
-        tiny_llama, tmp_path / "out", training={"lr": 1e12, "batch_size": 4}, cut={"rank": 6, "form": "float32"}
+        tiny_llama, tmp_path / "out", training={"lr": 1e12, "batch_size": 4}, uplink={"rank": 6, "dtype": "float32"}
     )
     with pytest.raises(TrainingError, match=r"^step \d: the numbers are not all finite; a smaller training\.lr"):
         run(wild)
@@ -383,13 +425,13 @@ def test_a_network_is_for_a_cloud_elsewhere(tiny_llama: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"back": {"kind": "sft"}}, "back.kind: input should be 'narrow' or 'plain', got 'sft'"),
-        ({"back": "int3"}, "back.form: .*, got 'int3'"),
-        ({"back": {"changes": True}}, "epochs=1 visits no text a second time"),
-        ({"split": 3}, "split=3 and second=3; allowed: split < second"),
-        ({"split": 0, "cut": {"kind": "sft"}}, "allowed: 1 or more"),
+        ({"downlink": {"kind": "sft"}}, "downlink.kind: input should be 'low_rank' or 'plain', got 'sft'"),
+        ({"downlink": "int3"}, "downlink.dtype: .*, got 'int3'"),
+        ({"downlink": {"activation_delta": True}}, "epochs=1 visits no text a second time"),
+        ({"start_block": 3}, "start_block=3 and end_block=3; allowed: start_block < end_block"),
+        ({"start_block": 0, "uplink": {"kind": "sft"}}, "allowed: 1 or more"),
         ({"task": {"kind": "span", "stride": 96}}, "task.stride=96; allowed: 164 or more"),
-        ({"cut": {"form": "int3"}}, "cut.form"),
+        ({"uplink": {"dtype": "int3"}}, "uplink.dtype"),
         ({"seed": -1}, "seed: .*, got -1"),
         ({"training": {"gradient_checkpointing": True}}, "allowed across a cut: false"),
         ({"task": {"kind": "classification", "classes": ["a", "a"]}}, "allowed: texts or numbers, each once"),
@@ -398,10 +440,15 @@ def test_a_network_is_for_a_cloud_elsewhere(tiny_llama: Path, tmp_path: Path) ->
         ({"edges": [{"name": "a"}], "edge": "b"}, "edge=b; allowed: a"),
         ({"edge": "b"}, "edge=b; allowed: none without edges"),
         ({"edges": [{"name": "a"}], "lora": {"r": 2}}, "not the mean of their products"),
-        ({"edges": [{"name": "a"}], "cut": {"kind": "sft"}}, "allowed there: cut.kind narrow or plain"),
+        ({"edges": [{"name": "a"}], "uplink": {"kind": "sft"}}, "allowed there: uplink.kind low_rank or plain"),
         ({"edges": [{"name": "a"}], "task": {"kind": "classification"}}, "task.classes: null"),
         (
-            {"edges": [{"name": "a"}], "cut": {"kind": "plain"}, "learning": "last", "rounds": {"parts": "private"}},
+            {
+                "edges": [{"name": "a"}],
+                "uplink": {"kind": "plain"},
+                "trainable": "last",
+                "rounds": {"parts": "private"},
+            },
             "nothing in common",
         ),
     ],

@@ -1,4 +1,4 @@
-"""A tiny model trained whole and cut in three, by the same recipe."""
+"""Tiny model trained whole and cut in three, with the same recipe."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ from torch.nn import functional as F  # noqa: N812
 from raycloud.data.batches import IGNORE, Batch
 from raycloud.link.channel import Channel, Loopback
 from raycloud.link.meter import Meter
-from raycloud.models.anatomy import base_of, blocks_of
 from raycloud.models.segments import Segment
-from raycloud.split.finetune.cloud import CloudSide
-from raycloud.split.finetune.code import Code, blank, plain
-from raycloud.split.finetune.edge import EdgeSide, LocalCloud
-from raycloud.split.finetune.front import Learning
-from raycloud.split.finetune.host import TuneHost, TuneLimits
-from raycloud.split.finetune.messages import Agreed, Begin
-from raycloud.split.finetune.numbers import Form, Packing, Packings
-from raycloud.split.finetune.remote import RemoteCloud
-from raycloud.split.finetune.tasks import Classification, Language, Pooling, Task, TextHead, pooled
+from raycloud.models.structure import base_of, blocks_of
+from raycloud.split.finetune.bottleneck import Bottleneck, empty_bottleneck, identity_bottleneck
+from raycloud.split.finetune.client import RemoteCloudClient
+from raycloud.split.finetune.cloud import CloudTrainer
+from raycloud.split.finetune.edge import LocalCloudClient, UShapedEdge
+from raycloud.split.finetune.edge_trainer import TrainableParts
+from raycloud.split.finetune.messages import CutConfig, OpenTuning
+from raycloud.split.finetune.server import TuneLimits, TuneServer
+from raycloud.split.finetune.tasks import Classification, LanguageModelling, Pooling, Task, TextHead, pooled
+from raycloud.split.finetune.wire_dtype import WireDType
+from raycloud.split.finetune.wire_format import WireFormat, WireFormats
 from raycloud.split.parts import CloudPart
 from raycloud.split.plan import PlanSet, SplitPlan
-from raycloud.training.draws import drawing
-from raycloud.training.loop import Loss, Step, Trainer, TrainingRecipe
+from raycloud.training.loop import Loss, Step, Trainer
+from raycloud.training.recipe import TrainingRecipe
+from raycloud.training.seeding import seeded
 from tests.models.families import tiny
 
-TRAINING = TrainingRecipe(lr=2e-3, warmup_steps=4, clip=0.5, weight_decay=0.05)
+TRAINING = TrainingRecipe(lr=2e-3, warmup_steps=4, max_grad_norm=0.5, weight_decay=0.05)
 STEPS, SEED, WIDTH, CLASSES = 20, 3, 32, 3
-BACK_OUTLIERS = 2
+DOWNLINK_OUTLIERS = 2
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
@@ -55,7 +57,7 @@ def model_of(family: str, dtype: torch.dtype = torch.float32, **changes: Any) ->
 
 
 def batches(step: int, micros: int = 2, *, language: bool) -> list[Batch]:
-    """Texts of uneven lengths, padded on the right."""
+    """Make texts of different lengths, padded on the right."""
     chance = torch.Generator().manual_seed(1000 + step)
     made = []
     for micro in range(micros):
@@ -69,7 +71,7 @@ def batches(step: int, micros: int = 2, *, language: bool) -> list[Batch]:
         else:
             labels = torch.randint(0, CLASSES, (4,), generator=chance)
         first = 4 * (micros * step + micro)
-        made.append(Batch(ids, valid, labels, places=tuple(range(first, first + 4))))
+        made.append(Batch(ids, valid, labels, sample_indices=tuple(range(first, first + 4))))
     return made
 
 
@@ -79,7 +81,7 @@ def head_of(dtype: torch.dtype = torch.float32) -> TextHead:
 
 @dataclass
 class Whole:
-    """The stock model with its own forward pass, trained in one piece."""
+    """Stock model with its own forward pass, trained in one piece."""
 
     model: Any
     head: nn.Module | None
@@ -106,7 +108,7 @@ class Whole:
         numbers = itertools.count()
 
         def loss_of(batch: Batch) -> Loss:
-            with drawing(self._parts, SEED, self.trainer.step_index, next(numbers)):
+            with seeded(self._parts, SEED, self.trainer.step_index, next(numbers)):
                 return self.loss(batch)
 
         return self.trainer.step(micros, loss_of)
@@ -118,30 +120,35 @@ def split(
     second: int,
     *,
     head: TextHead | None = None,
-    code: Callable[[Segment], Code] | None = None,
-    back: int | None = None,
-    form: Form = "float32",
-    changes: bool = False,
-    depth: int = 1,
+    code: Callable[[Segment], Bottleneck] | None = None,
+    downlink_rank: int | None = None,
+    dtype: WireDType = "float32",
+    activation_delta: bool = False,
+    max_in_flight: int = 1,
     meter: Meter | None = None,
-) -> EdgeSide:
-    """The two sides of a copy of a model in one process; ``back`` is the rank of a code at the second cut."""
+) -> UShapedEdge:
+    """Make the two sides of a copy of a model in one process; ``downlink_rank`` is the rank of the second
+    bottleneck."""
     model, head = copy.deepcopy((model, head))
     ahead, last = Segment(model, 0, first, head=False), Segment(model, second, embed=False)
     middle = Segment(model, first, second, embed=False, head=False)
-    cut = (code or (lambda _: plain(WIDTH)))(ahead)
-    behind = plain(WIDTH) if back is None else blank(WIDTH, back + BACK_OUTLIERS, BACK_OUTLIERS)
-    task: Task = Classification(head, "mean") if head is not None else Language(last)
-    pooling: Pooling = task.pooling if second == len(blocks_of(model)) else "rows"
-    packings = Packings(
-        Packing(form, cut.width, cut.apart, changes),
-        Packing("float32" if back is None else form, behind.width, behind.apart, changes),
+    cut = (code or (lambda _: identity_bottleneck(WIDTH)))(ahead)
+    behind = (
+        identity_bottleneck(WIDTH)
+        if downlink_rank is None
+        else empty_bottleneck(WIDTH, downlink_rank + DOWNLINK_OUTLIERS, DOWNLINK_OUTLIERS)
     )
-    cloud = CloudSide(
+    task: Task = Classification(head, "mean") if head is not None else LanguageModelling(last)
+    pooling: Pooling = task.pooling if second == len(blocks_of(model)) else "rows"
+    wire_formats = WireFormats(
+        WireFormat(dtype, cut.width, cut.num_outliers, activation_delta),
+        WireFormat("float32" if downlink_rank is None else dtype, behind.width, behind.num_outliers, activation_delta),
+    )
+    cloud = CloudTrainer(
         middle,
         cut.decoder,
         behind.encoder,
-        packings,
+        wire_formats,
         pooling,
         None,
         SEED,
@@ -154,58 +161,58 @@ def split(
         "last": last,
         "head": task.head,
     }
-    edge = EdgeSide(
+    edge = UShapedEdge(
         ahead,
         cut.encoder,
         behind.decoder,
         last,
         task,
-        packings,
+        wire_formats,
         pooling,
-        LocalCloud(cloud, meter),
+        LocalCloudClient(cloud, meter),
         Trainer(groups, TRAINING, total_steps=STEPS, seed=SEED),
-        learning=Learning(),
+        trainable=TrainableParts(),
         seed=SEED,
-        depth=depth,
+        max_in_flight=max_in_flight,
     )
     edge.fit(calibration(language=head is None))
     return edge
 
 
 def calibration(*, language: bool) -> list[Batch]:
-    """What the second cut's code is fitted to."""
+    """Batches to which the bottleneck of the second cut is fitted."""
     return batches(-1, 3, language=language)
 
 
 class Service:
-    """A cloud that trains, behind channels that can be cut, and that can be killed as a whole."""
+    """Cloud that trains, behind channels that can be broken, and that can be killed."""
 
-    def __init__(self, edge: EdgeSide, folder: Path, limits: TuneLimits | None = None) -> None:
-        local = edge.cloud.side  # type: ignore[attr-defined]
+    def __init__(self, edge: UShapedEdge, folder: Path, limits: TuneLimits | None = None) -> None:
+        local = edge.cloud.trainer  # type: ignore[attr-defined]
         middle = copy.deepcopy(local.middle)
         plans = PlanSet.of(SplitPlan(middle.lo, middle.hi))
         self._part, self._folder, self._limits = CloudPart(middle, plans, "tiny"), folder, limits
         self.decoder = copy.deepcopy(local.decoder)
         self.channels: list[Channel] = []
-        self.begin = Begin(
+        self.begin = OpenTuning(
             fingerprint="tiny",
-            first=middle.lo,
-            second=middle.hi,
+            start_block=middle.lo,
+            end_block=middle.hi,
             run="0" * 32,
             seed=SEED,
             total_steps=STEPS,
             training=TRAINING,
-            cloud=True,
-            back=local.pooling,
-            up=_agreed(local.packings.first, local.decoder),
-            down=_agreed(local.packings.second, local.encoder),
+            train_cloud=True,
+            pooling=local.pooling,
+            uplink=_agreed(local.wire_formats.uplink, local.decoder),
+            downlink=_agreed(local.wire_formats.downlink, local.encoder),
         )
         self._start()
 
     def _start(self) -> None:
         # Sums in more than one thread may round otherwise than in one, as the tests compute.
-        self.host = TuneHost(self._part, self._folder, self._limits, threads=1)
-        self.loopback = Loopback(lambda connection: self.host.serve(connection, "me"))
+        self.server = TuneServer(self._part, self._folder, self._limits, threads=1)
+        self.loopback = Loopback(lambda connection: self.server.serve(connection, "me"))
 
     def connect(self, session: str) -> Channel:
         channel = self.loopback.connect()
@@ -217,38 +224,40 @@ class Service:
         self.channels[-1].close()
 
     def kill(self) -> None:
-        """Lose everything but what is on disk."""
+        """Lose all state except what is on disk."""
         self.close()
         self._start()
 
     def close(self) -> None:
         self.loopback.close()
-        self.host.close()
+        self.server.close()
 
-    def at(self, step: int | None) -> RemoteCloud:
-        """The cloud as it begins, or as it was at a checkpoint."""
-        return RemoteCloud(self.connect, self.begin.model_copy(update={"restore": step}), self.decoder, patience_s=20)
+    def at(self, step: int | None) -> RemoteCloudClient:
+        """Make a new cloud, from the start or from a checkpoint."""
+        return RemoteCloudClient(
+            self.connect, self.begin.model_copy(update={"restore": step}), self.decoder, patience_s=20
+        )
 
 
-def _agreed(packing: Packing, end: nn.Module) -> Agreed:
-    return Agreed(
-        form=packing.form,
-        width=packing.width,
-        apart=packing.apart,
-        narrow=not isinstance(end, nn.Identity),
+def _agreed(wire_format: WireFormat, end: nn.Module) -> CutConfig:
+    return CutConfig(
+        dtype=wire_format.dtype,
+        width=wire_format.width,
+        num_outliers=wire_format.num_outliers,
+        low_rank=not isinstance(end, nn.Identity),
         trained=True,
-        changes=packing.changes,
+        activation_delta=wire_format.activation_delta,
     )
 
 
-def sides(edge: EdgeSide) -> dict[str, nn.Module]:
-    """The modules of both sides, by the part of the whole model that they are."""
-    cloud = edge.cloud.side  # type: ignore[attr-defined]
+def sides(edge: UShapedEdge) -> dict[str, nn.Module]:
+    """Modules of both sides, by their part of the whole model."""
+    cloud = edge.cloud.trainer  # type: ignore[attr-defined]
     return {**{name: edge.modules[name] for name in ("first", "last", "head")}, "middle": cloud.middle}
 
 
 def parts_of(whole: Whole, first: int, second: int) -> dict[str, nn.Module]:
-    """Likewise, of a model in one piece."""
+    """Modules of an unsplit model, by part."""
     return {
         "first": Segment(whole.model, 0, first, head=False),
         "middle": Segment(whole.model, first, second, embed=False, head=False),
@@ -258,17 +267,17 @@ def parts_of(whole: Whole, first: int, second: int) -> dict[str, nn.Module]:
 
 
 def named(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """The parameters of several modules."""
+    """List the parameters of several modules."""
     return {f"{side}.{name}": p for side, module in modules.items() for name, p in module.named_parameters()}
 
 
 def values(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """What they are."""
+    """Copy the values of all parameters."""
     return {name: parameter.detach().clone() for name, parameter in named(modules).items()}
 
 
 def caught(modules: dict[str, nn.Module], trainers: list[Trainer], step: Callable[[], Step]) -> dict[str, Tensor]:
-    """The gradients of a step that is made, but for the change of the parameters."""
+    """Compute the gradients of a step without changing the parameters."""
     found: dict[str, Tensor] = {}
     for trainer in trainers:
 
@@ -283,7 +292,7 @@ def caught(modules: dict[str, nn.Module], trainers: list[Trainer], step: Callabl
 
 
 def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """The relative norm of all differences taken as one vector."""
+    """Relative norm of all differences, taken as one vector."""
     assert ours.keys() == theirs.keys()
     apart = torch.cat([(ours[name] - theirs[name]).flatten().double() for name in ours])
     return float(apart.norm() / torch.cat([theirs[name].flatten().double() for name in ours]).norm())

@@ -1,1 +1,0 @@
-"""Jobs: ``run(recipe) -> Result``, the only callers of ``ray.init``."""

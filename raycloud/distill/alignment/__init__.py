@@ -1,0 +1,1 @@
+"""Alignment of two tokenizers: tokens by the bytes they cover, vocabularies, and pairs of batches."""

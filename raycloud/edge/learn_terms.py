@@ -1,0 +1,162 @@
+"""Demands of a job on a device that takes part in it, and the device's allowance."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from raycloud.distill.recipe import DistillEdgeRecipe, DistillRecipe
+from raycloud.distill.signals.layout import layout, max_payload_bytes
+from raycloud.errors import LinkSetupError, RecipeError
+from raycloud.link.codecs.floats import CODECS
+from raycloud.rounds.service.messages import RoundGrant
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_TRAINED = 16
+"""Bytes of a trained number in float32: itself, its gradient and Adam's two moments."""
+_ID = 4
+
+
+def size_of(given: str) -> int:
+    """Number of bytes of a size such as ``500MB`` or ``2GiB``.
+
+    Raises:
+        RecipeError: it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", given)
+    if match is None or match[2].upper() not in _UNITS:
+        raise RecipeError(f"'{given}' is no size; allowed: a number with one of B, KB, MB, GB, KiB, MiB, GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """Allowance of a device."""
+
+    send_tokens: bool = False
+    """Token ids of its texts may leave for the teacher."""
+    max_bytes: int | None = None
+    """Largest number of bytes that may cross the link in a round, both directions together."""
+    max_memory: int | None = None
+    """Largest estimate of the memory in bytes that training takes."""
+
+
+@dataclass(frozen=True)
+class JobDemands:
+    """Demands of a job on a device. Numbers of bytes are the most that can be, for texts of the longest length."""
+
+    job: str
+    model: str
+    trained: str
+    """``weights`` or ``adapters``."""
+    rounds: int
+    steps: int
+    tokens_leave: bool
+    """Token ids of the device's texts go to the teacher."""
+    signal: str
+    weights_bytes: int
+    """Bytes of what is trained, down and up in every round."""
+    signal_bytes_down: int
+    signal_bytes_up: int
+    once_bytes: int
+    """Bytes that come down before the first round."""
+    memory_bytes: int
+    """Estimate of the peak memory of training."""
+
+    @classmethod
+    def of(
+        cls, job: str, granted: RoundGrant, recipe: DistillRecipe, edge: DistillEdgeRecipe, config: PretrainedConfig
+    ) -> JobDemands:
+        """Derive the demands from what the cloud says.
+
+        Args:
+            job: name of the job.
+            granted: grant of the cloud.
+            recipe: recipe of the job.
+            edge: the device's edge.
+            config: configuration of the model to train.
+
+        Raises:
+            LinkSetupError: the cloud does not say what it must.
+        """
+        try:
+            shape = int(granted.facts["vocabulary_size"]), int(granted.facts["hidden_size"])
+        except (KeyError, ValueError):
+            raise LinkSetupError(f"the cloud does not describe the teacher of job '{job}'") from None
+        cohort, training = recipe.cohort_of(edge), recipe.training
+        objective, signal = cohort.objective, recipe.signal
+        batch_tokens = training.batch_size * recipe.data.max_length
+        batches = recipe.rounds.steps * training.gradient_accumulation_steps
+        down = up = tables = 0
+        if objective.kd_weight:
+            down = batches * max_payload_bytes(layout(signal, len(recipe.temperatures), batch_tokens, *shape))
+            up = batches * batch_tokens * _ID
+            if signal.kind == "hidden":
+                width = 2 if signal.codec == "int8" else CODECS[signal.codec].bytes_per_row(1)
+                tables = shape[0] * shape[1] * (width + (2 if objective.needs.teacher_embedding else 0))
+        files = sum(blob.nbytes for blob in granted.blobs.values())
+        frozen = granted.blobs["frozen"].nbytes if "frozen" in granted.blobs else 0
+        return cls(
+            job=job,
+            model=f"{config.model_type} with {config.get_text_config().num_hidden_layers} blocks",
+            trained="weights" if cohort.student.lora is None else "adapters",
+            rounds=recipe.rounds.count,
+            steps=recipe.rounds.steps,
+            tokens_leave=bool(objective.kd_weight),
+            signal=signal.kind,
+            weights_bytes=granted.weights_bytes,
+            signal_bytes_down=down,
+            signal_bytes_up=up,
+            once_bytes=files + tables,
+            memory_bytes=(
+                granted.weights_bytes // 4 * _TRAINED
+                + frozen
+                + 2 * tables
+                + _activation_bytes(config, training.batch_size, recipe.data.max_length)
+            ),
+        )
+
+    @property
+    def round_bytes(self) -> int:
+        """Most bytes of a round, both directions together."""
+        return 2 * self.weights_bytes + self.signal_bytes_down + self.signal_bytes_up
+
+    def check(self, allowed: Allowance, notify: Callable[[str], None]) -> None:
+        """Tell what is asked, one line each; then refuse if something is not allowed.
+
+        Raises:
+            RecipeError: something is not allowed; the message says what and how to allow it.
+        """
+        kinds = f"token ids of your data, to the teacher, for {self.signal} signals; " if self.tokens_leave else ""
+        up, down = self.weights_bytes + self.signal_bytes_up, self.weights_bytes + self.signal_bytes_down
+        notify(f"job '{self.job}' trains {self.trained} of {self.model}, {self.rounds} rounds of {self.steps} steps")
+        notify(f"leaves this device: {kinds}trained {self.trained} and losses")
+        notify(f"bytes per round, at most: {_mb(up)} up, {_mb(down)} down; once: {_mb(self.once_bytes)} down")
+        notify(f"memory, estimated: {_mb(self.memory_bytes)}")
+        refused = []
+        if self.tokens_leave and not allowed.send_tokens:
+            refused.append("token ids of the data would leave this device; allow it by --send-tokens")
+        if allowed.max_bytes is not None and self.round_bytes > allowed.max_bytes:
+            refused.append(f"a round takes up to {_mb(self.round_bytes)}; --max-bytes allows {_mb(allowed.max_bytes)}")
+        if allowed.max_memory is not None and self.memory_bytes > allowed.max_memory:
+            refused.append(
+                f"training takes about {_mb(self.memory_bytes)}; --max-memory allows {_mb(allowed.max_memory)}"
+            )
+        if refused:
+            raise RecipeError(f"job '{self.job}' asks for more than is allowed: " + "; ".join(refused))
+
+
+def _activation_bytes(config: PretrainedConfig, batch: int, length: int) -> int:
+    """Estimate of the activations of a step in float32: 34 numbers of half precision per hidden value and block, five
+    per attention score (Korthikanti et al. 2022, arXiv 2205.05198), and the logits with their gradient and softmax."""
+    text = config.get_text_config()
+    hidden, heads = text.hidden_size, getattr(text, "num_attention_heads", 1)
+    block = 2 * batch * length * (34 * hidden + 5 * heads * length)
+    return int(text.num_hidden_layers * block + 3 * 4 * batch * length * text.vocab_size)
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,1 @@
+"""Jobs, one file each: a job runs a recipe and writes a result directory."""

@@ -1,1 +1,0 @@
-"""The cloud's side of split inference: the engine computes, sessions remember, the host speaks the protocol."""

@@ -1,0 +1,330 @@
+"""Edge trainer, common to all topologies: a model's first part, and steps with micro-batches in flight."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from raycloud.data.batches import Batch
+from raycloud.errors import LinkError, TrainingError
+from raycloud.link.frames import Frame, parse_body
+from raycloud.models.segments import Segment
+from raycloud.split.finetune.activation_cache import ActivationCache
+from raycloud.split.finetune.checkpoints import load_state, load_weights, state_of
+from raycloud.split.finetune.messages import BackwardReply, OptimiseReply, OptimiseRequest, TuneKind
+from raycloud.split.finetune.wire_format import EncodedTensor, WireFormats
+from raycloud.training.loop import LossSums, Step, Trainer
+from raycloud.training.seeding import derive_seed, seeded
+
+
+class CloudClient(Protocol):
+    """Client of the cloud. Replies come in the order of the requests."""
+
+    def send(self, request: Frame) -> None:
+        """Send a request: FIT, FWD, BWD or OPT, and PUSH, ROUND or PULL if edges train together."""
+        ...
+
+    def receive(self) -> Frame:
+        """Receive the reply to the oldest unanswered request."""
+        ...
+
+    def save(self, step: int) -> None:
+        """Save the cloud's checkpoint of this step; it is saved when this returns."""
+        ...
+
+    def close(self) -> None:
+        """End the session."""
+        ...
+
+
+@dataclass
+class StepTimes:
+    """Seconds spent in the steps since this object was created."""
+
+    edge: float = 0.0
+    """Seconds in which the edge computed."""
+    cloud: float = 0.0
+    """Seconds in which the cloud computed, whether or not the edge waited for it."""
+    waiting: float = 0.0
+    """Seconds in which the edge waited for a reply."""
+
+
+@dataclass
+class PendingMicroBatch:
+    """Micro-batch in flight."""
+
+    number: int
+    batch: Batch
+    last: bool
+    """True for the step's last micro-batch."""
+    numbers: Tensor
+    """Codes (n, width) at the first cut, whose gradient is not yet known."""
+    turned: bool = False
+    """True on its second round trip, with gradients."""
+
+
+@dataclass(frozen=True)
+class TrainableParts:
+    """Parts that are trained, which determine the gradients to send."""
+
+    first_part: bool = True
+    """True if the first part or its end of the bottleneck is trained."""
+    cloud: bool = True
+
+
+class EdgeTrainer(ABC):
+    """Trainer of the part of a model before the first cut, with the training loop.
+
+    While a micro-batch is in flight, others are computed. If each takes two round trips, at most half of the depth
+    (rounded up) are on their first one, or each gradient would wait for all that was sent before it. Each part adds
+    gradients up in the order of the micro-batches, so the depth of the pipeline changes nothing (except, if first and
+    last part share the embedding, the order in which both add to it, and so a rounding).
+
+    Args:
+        first: blocks [0, first) with the embedding.
+        encoder: encoder of the first cut.
+        wire_formats: wire formats of both cuts.
+        cloud: client of the cloud.
+        trainer: trainer of all trainable parameters here.
+        trainable: parts that are trained.
+        seed: seed of dropout and rounding.
+        max_in_flight: largest number of micro-batches in flight.
+    """
+
+    def __init__(
+        self,
+        first: Segment,
+        encoder: nn.Module,
+        wire_formats: WireFormats,
+        cloud: CloudClient,
+        trainer: Trainer,
+        *,
+        trainable: TrainableParts,
+        seed: int,
+        max_in_flight: int = 1,
+    ) -> None:
+        self.first, self.encoder = first, encoder
+        self.wire_formats, self.cloud, self.trainer = wire_formats, cloud, trainer
+        self.trainable, self.seed, self._max_in_flight = trainable, seed, max_in_flight
+        self.activation_cache = ActivationCache(wire_formats)
+        self.clock = StepTimes()
+        self.ended: int | None = None
+        """Rounds that the group had ended at the cloud's last message; None for an edge that trains alone."""
+        self._spoiled = False
+        self._cloud_norm = 0.0
+        """Norm of the cloud's gradients of this step, once known."""
+        self._optimise_pending = False
+        """True while the reply to an OPT, which comes before all others, is not yet received."""
+        self._parts: dict[str, nn.Module] = {f"block {index}": block for index, block in enumerate(first.blocks)}
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Modules by the names under which their parameters are saved."""
+        return {"first": self.first, "encoder": self.encoder}
+
+    @property
+    @abstractmethod
+    def _twice(self) -> bool:
+        """Return whether a micro-batch takes a second round trip, with gradients."""
+
+    @abstractmethod
+    def fit(self, batches: Sequence[Batch]) -> None:
+        """Have the cloud fit its bottleneck, if any, to batches; called before the first step.
+
+        Raises:
+            LinkError: the cloud is gone or refuses.
+        """
+
+    @abstractmethod
+    def predict(self, batch: Batch) -> Tensor:
+        """Outputs of the task's head for a batch, without dropout."""
+
+    @abstractmethod
+    def traffic(
+        self, step: int, micros: Sequence[Sequence[int]], trainable: TrainableParts | None = None
+    ) -> Counter[str]:
+        """Bytes of a step by kind of message, computed from the token counts of its texts alone.
+
+        Args:
+            step: number of the step.
+            micros: for each micro-batch the token counts of its texts.
+            trainable: trained parts, if they differ from this trainer's.
+        """
+
+    @abstractmethod
+    def _request(self, micro: PendingMicroBatch, targets: int) -> Frame:
+        """Request of a micro-batch, of a step with ``targets`` targets."""
+
+    @abstractmethod
+    def _turn(self, micro: PendingMicroBatch, answer: Frame, sums: LossSums) -> bool:
+        """Process the reply; return whether a gradient was sent, whose reply goes to :meth:`_end`."""
+
+    def _may_send(self, in_flight: Sequence[PendingMicroBatch]) -> bool:
+        """Return whether one more micro-batch may be sent."""
+        abreast = (self._max_in_flight + 1) // 2 if self._twice else self._max_in_flight
+        return len(in_flight) < self._max_in_flight and sum(not micro.turned for micro in in_flight) < abreast
+
+    def step(self, batches: Sequence[Batch]) -> Step:
+        """Run one optimiser step of both sides over micro-batches.
+
+        Raises:
+            TrainingError: the gradients were not finite too many times in a row, or no target is labelled.
+            LinkError: the cloud is gone or refuses.
+        """
+        sums = self.trainer.begin(batches)
+        todo = deque(enumerate(batches))
+        in_flight: deque[PendingMicroBatch] = deque()
+        self._cloud_norm, self._spoiled = 0.0, False
+        while todo or in_flight:
+            while todo and self._may_send(in_flight):
+                number, batch = todo.popleft()
+                in_flight.append(self._begin(number, batch, not todo, sums.tokens))
+            micro = in_flight.popleft()
+            answer = self._receive()
+            if micro.turned:
+                self._end(micro, parse_body(answer, BackwardReply), answer.raw)
+            elif self._turn(micro, answer, sums):
+                micro.turned = True
+                in_flight.append(micro)
+        norm = math.inf if self._spoiled else math.hypot(self.trainer.gradient_norm(), self._cloud_norm)
+        if self.trainable.cloud:
+            request = OptimiseRequest(step=self.trainer.step_index, norm=norm if math.isfinite(norm) else math.inf)
+            self.cloud.send(Frame.of(TuneKind.OPT, request))
+            self._optimise_pending = True
+        with self._timed():
+            return self.trainer.finish(sums, norm)
+
+    def settle(self) -> None:
+        """Wait for the cloud's reply to the latest OPT; the next step's requests need not wait for it."""
+        if self._optimise_pending:
+            self._optimise_pending = False
+            reply = parse_body(self._receive(), OptimiseReply)
+            self.clock.cloud += reply.seconds
+            self.ended = reply.ended
+
+    def state(self) -> dict[str, Tensor]:
+        """State of the edge's side on which the next step depends."""
+        return {**state_of(self.modules, self.trainer), **self.activation_cache.state()}
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """Trained weights and bottleneck tensors, without the optimiser."""
+        return state_of(self.modules, None)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Restore a result of :meth:`state`.
+
+        Raises:
+            TrainingError: the state is of other parameters.
+        """
+        load_state(self.modules, self.trainer, state)
+        self.activation_cache.load(state)
+        self._optimise_pending = False
+
+    def join(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """Continue with step ``step`` from a group's averaged weights, with this side's own optimiser state.
+
+        Raises:
+            TrainingError: the weights are of other parameters.
+        """
+        load_weights(self.modules, weights)
+        self.trainer.jump(step)
+
+    def _begin(self, number: int, batch: Batch, last: bool, targets: int) -> PendingMicroBatch:
+        with self._timed(), torch.set_grad_enabled(self.trainable.first_part):
+            micro = PendingMicroBatch(number, batch, last, self._bottleneck_input(batch, number, training=True))
+            request = self._request(micro, targets)
+        self.cloud.send(request)
+        return micro
+
+    def _end(self, micro: PendingMicroBatch, reply: BackwardReply, raw: bytes) -> None:
+        """Backpropagate through the first part, if it is trained, and record the norm of the cloud's gradients."""
+        self.clock.cloud += reply.seconds
+        if self.trainable.first_part:
+            with self._timed():
+                try:
+                    coded = EncodedTensor(reply.scale, raw)
+                    gradient = self.wire_formats.uplink.unpack(coded, len(micro.numbers), stochastic=True)
+                except ValueError as error:
+                    raise invalid_reply_error(error) from None
+                micro.numbers.backward(gradient.to(micro.numbers))
+        self._cloud_norm = max(self._cloud_norm, reply.norm)
+
+    def _bottleneck_input(self, batch: Batch, number: int, *, training: bool) -> Tensor:
+        """Codes (n, width) of the valid tokens at the first cut."""
+        with self._mode(number, training):
+            hidden = self.first.hidden(batch.ids, valid=valid_or_none(batch), types=batch.types)
+            return self.encoder(hidden[batch.valid])
+
+    def _encode(self, numbers: Tensor, batch: Batch, *, training: bool) -> tuple[EncodedTensor, bytes]:
+        """Encode a batch's codes; return them and, if deltas are sent, the bytes that identify its texts, else none."""
+        sample_indices = self._sample_indices(batch) if training else []
+        which = self.activation_cache.announce_visits(sample_indices)
+        try:
+            return self.activation_cache.pack("first", numbers, sample_indices, token_counts(batch)), which
+        except ValueError as error:
+            raise divergence_error(self.trainer.step_index, error) from None
+
+    def _sample_indices(self, batch: Batch) -> Sequence[int]:
+        """Indices of a batch's texts in the data set, if deltas are sent; otherwise empty."""
+        if not self.activation_cache.kept:
+            return []
+        if batch.sample_indices is None:
+            raise ValueError("activation deltas are sent, and the batch has no sample indices")
+        return batch.sample_indices
+
+    def _generator(self, number: int, cut: str) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(self.seed, self.trainer.step_index, number, cut))
+
+    def _receive(self) -> Frame:
+        self.settle()
+        started = time.perf_counter()
+        try:
+            return self.cloud.receive()
+        finally:
+            self.clock.waiting += time.perf_counter() - started
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.clock.edge += time.perf_counter() - started
+
+    @contextmanager
+    def _mode(self, number: int, training: bool) -> Iterator[None]:
+        """Switch dropout on or off, with masks that are a function of the micro-batch."""
+        for module in self.modules.values():
+            module.train(training)
+        with seeded(self._parts, self.seed, self.trainer.step_index, number) if training else nullcontext():
+            yield
+
+
+def divergence_error(step: int, error: ValueError) -> TrainingError:
+    """Error for hidden states that are no longer finite, though all gradients were."""
+    return TrainingError(f"step {step}: {error}; a smaller training.lr may help")
+
+
+def invalid_reply_error(error: ValueError) -> LinkError:
+    """Error for numbers from the cloud that do not match the agreement."""
+    return LinkError(f"the cloud's numbers cannot be used: {error}")
+
+
+def token_counts(batch: Batch) -> list[int]:
+    """Number of tokens of each text."""
+    lengths: list[int] = batch.valid.sum(dim=1).tolist()
+    return lengths
+
+
+def valid_or_none(batch: Batch) -> Tensor | None:
+    """Mask of the tokens that are not padding; None if there is no padding."""
+    return None if bool(batch.valid.all()) else batch.valid
