@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,12 @@ from raycloud.split.finetune.bottleneck import (
     identity_bottleneck,
     sft_bottleneck,
 )
-from raycloud.split.finetune.checkpoints import CheckpointStore
-from raycloud.split.finetune.cloud import CloudTrainer
+from raycloud.split.finetune.checkpoints import CheckpointStore, trainable_parameters
+from raycloud.split.finetune.cloud_assembly import build_cloud
 from raycloud.split.finetune.edge import LocalCloudClient, UShapedEdge
 from raycloud.split.finetune.edge_trainer import CloudClient, EdgeTrainer, TrainableParts
-from raycloud.split.finetune.label_sharing import LabelSharingCloud, LabelSharingEdge
-from raycloud.split.finetune.messages import CutConfig, OpenTuning
+from raycloud.split.finetune.label_sharing import LabelSharingEdge
+from raycloud.split.finetune.messages import CutConfig, OpenTuning, TuneConfig
 from raycloud.split.finetune.recipe import (
     ClassificationRecipe,
     DownlinkRecipe,
@@ -38,9 +38,7 @@ from raycloud.split.finetune.recipe import (
 )
 from raycloud.split.finetune.tasks import HeadConfig, LanguageModelling, Pooling, Task
 from raycloud.split.finetune.traffic import check_batch_size
-from raycloud.split.finetune.wire_format import WireFormat, WireFormats
 from raycloud.split.plan import SplitPlan
-from raycloud.training.loop import Trainer
 from raycloud.training.lora import add_segment_adapters
 
 
@@ -102,10 +100,10 @@ def trainable_parts(recipe: SplitTuneRecipe) -> TrainableParts:
     return TrainableParts(first_part=recipe.trainable == "all", cloud=recipe.trainable != "last")
 
 
-def downlink_pooling(task: Task, last: Segment) -> Pooling:
-    """Pooling of a text's hidden states before they leave the cloud."""
-    commutes = task.pooling == "first" or not last.anatomy.after
-    return task.pooling if not len(last.blocks) and commutes else "rows"
+def downlink_pooling(pooling: Pooling, last: Segment) -> Pooling:
+    """Pooling of a text's hidden states before they leave the cloud, for a head with this pooling."""
+    commutes = pooling == "first" or not last.anatomy.after
+    return pooling if not len(last.blocks) and commutes else "rows"
 
 
 @torch.no_grad()
@@ -154,59 +152,23 @@ class EdgeSetup:
 
     recipe: SplitTuneRecipe
     plan: SplitPlan
+    config: TuneConfig
     first: Segment
     last: Segment
-    task: Task
+    task: Task | None
+    """Head and loss; None if they are the cloud's."""
     uplink_bottleneck: Bottleneck
     """Bottleneck of the first cut."""
     downlink_bottleneck: Bottleneck
     """Bottleneck of the second cut."""
-    wire_formats: WireFormats
-    pooling: Pooling
-    trainable: TrainableParts
-    total_steps: int
-    head: HeadConfig | None = None
-    """Configuration of the head, if head and labels are the cloud's; otherwise None."""
 
     def edge(self, cloud: CloudClient, max_in_flight: int = 1) -> EdgeTrainer:
         """Edge trainer of a run with a cloud; up to ``max_in_flight`` micro-batches may be in flight."""
-        recipe, decoder = self.recipe, self.downlink_bottleneck.decoder
-        if self.head is not None:
-            return LabelSharingEdge(
-                self.first,
-                self.uplink_bottleneck.encoder,
-                self.head,
-                self.wire_formats,
-                cloud,
-                self._trainer({"first": self.first, "encoder": self.uplink_bottleneck.encoder}),
-                seed=recipe.seed,
-                max_in_flight=max_in_flight,
-            )
-        groups: dict[str, nn.Module] = {
-            "first": self.first,
-            "encoder": self.uplink_bottleneck.encoder,
-            "decoder": decoder,
-            "last": self.last,
-            "head": self.task.head,
-        }
-        return UShapedEdge(
-            self.first,
-            self.uplink_bottleneck.encoder,
-            decoder,
-            self.last,
-            self.task,
-            self.wire_formats,
-            self.pooling,
-            cloud,
-            self._trainer(groups),
-            trainable=self.trainable,
-            seed=recipe.seed,
-            max_in_flight=max_in_flight,
-        )
-
-    def _trainer(self, groups: Mapping[str, nn.Module]) -> Trainer:
-        lr = bottleneck_lrs(self.recipe, uplink="encoder", downlink="decoder")
-        return Trainer(groups, self.recipe.training, total_steps=self.total_steps, seed=self.recipe.seed, lr=lr)
+        first, encoder = self.first, self.uplink_bottleneck.encoder
+        if self.task is None:
+            return LabelSharingEdge(first, encoder, self.config, cloud, max_in_flight)
+        decoder = self.downlink_bottleneck.decoder
+        return UShapedEdge(first, encoder, decoder, self.last, self.task, self.config, cloud, max_in_flight)
 
     def check_batch_size(self, tokens: int, fitted_to: Sequence[Batch]) -> None:
         """Check that a cloud accepts a batch of ``tokens`` tokens and the calibration batches.
@@ -214,9 +176,10 @@ class EdgeSetup:
         Raises:
             RecipeError: a batch takes more bytes than a message may have.
         """
-        cross = fitted_to if self.recipe.downlink.kind == "low_rank" else ()
+        config = self.config
+        cross = fitted_to if config.downlink.low_rank else ()
         fitted = max((int(batch.valid.sum()) for batch in cross), default=0)
-        check_batch_size(tokens, self.wire_formats, self.pooling if self.head is None else "mean", fitted)
+        check_batch_size(tokens, config.wire_formats, config.pooling if config.head is None else "mean", fitted)
 
     def begin(self, fingerprint: str, run: str) -> OpenTuning:
         """OPEN message for a cloud at the other end of a link.
@@ -224,23 +187,14 @@ class EdgeSetup:
         Raises:
             RecipeError: the recipe needs both sides in one process.
         """
-        recipe = self.recipe
-        if recipe.uplink.kind == "sft":
+        if self.recipe.uplink.kind == "sft":
             raise RecipeError("uplink.kind=sft: not over a link; allowed there: low_rank or plain")
         return OpenTuning(
             fingerprint=fingerprint,
             start_block=self.plan.start_block,
             end_block=self.plan.end_block,
             run=run,
-            seed=recipe.seed,
-            total_steps=self.total_steps,
-            training=recipe.training,
-            lora=recipe.lora,
-            train_cloud=self.trainable.cloud,
-            pooling=self.pooling,
-            uplink=_cut_config(recipe, recipe.uplink, self.uplink_bottleneck),
-            downlink=_cut_config(recipe, recipe.downlink, self.downlink_bottleneck),
-            head=self.head,
+            **dict(self.config),
         )
 
 
@@ -249,19 +203,13 @@ def bottleneck_lr(recipe: SplitTuneRecipe, cut: UplinkRecipe) -> float | None:
     return 0.1 * recipe.training.lr if cut.lr is None and recipe.lora is not None else cut.lr
 
 
-def bottleneck_lrs(recipe: SplitTuneRecipe, *, uplink: str, downlink: str) -> dict[str, float]:
-    """Peak learning rates of one side's ends of both bottlenecks, by their names on that side."""
-    rates = {uplink: bottleneck_lr(recipe, recipe.uplink), downlink: bottleneck_lr(recipe, recipe.downlink)}
-    return {name: rate for name, rate in rates.items() if rate is not None}
-
-
 def _cut_config(recipe: SplitTuneRecipe, cut: UplinkRecipe, bottleneck: Bottleneck) -> CutConfig:
     return CutConfig(
         dtype=cut.dtype,
         width=bottleneck.width,
         num_outliers=bottleneck.num_outliers,
         low_rank=cut.kind == "low_rank",
-        trained=cut.trained,
+        trained=cut.trained or cut.kind == "sft",
         lr=bottleneck_lr(recipe, cut),
         activation_delta=cut.activation_delta,
     )
@@ -294,56 +242,42 @@ def build_edge_setup(
         RecipeError: the edge would have nothing to train.
     """
     device, width = calibration[0].ids.device, int(first.config.hidden_size)
-    plan = plan_of(recipe, first.config)
+    plan, head, labels_cross = plan_of(recipe, first.config), head_config(recipe, classes), recipe.labels == "cloud"
     if recipe.lora is not None:
-        for segment in (first, last):
+        for segment in (first,) if labels_cross else (first, last):
             add_segment_adapters(segment, recipe.lora, recipe.seed)
-    task = task_of(recipe, last, classes, pooler)
+    task = None if labels_cross else task_of(recipe, last, classes, pooler)
     uplink, downlink = fit_uplink(recipe.uplink, first, calibration), new_downlink(recipe.downlink, width)
-    for module in (task.head, uplink.encoder, downlink.decoder):
+    modules = {"first": first, "encoder": uplink.encoder}
+    if task is not None:
+        modules |= {"decoder": downlink.decoder, "last": last, "head": task.head}
+    for module in modules.values():
         module.to(device)
-    trainable, labels_cross = trainable_parts(recipe), recipe.labels == "cloud"
+    trainable = trainable_parts(recipe)
     if not trainable.first_part:
         first.requires_grad_(False)
-    # Each end of a bottleneck is trained with the side that holds it.
-    holders = (
-        (uplink.encoder, recipe.uplink, trainable.first_part),
-        (uplink.decoder, recipe.uplink, trainable.cloud),
-        (downlink.encoder, recipe.downlink, trainable.cloud),
-        (downlink.decoder, recipe.downlink, True),
-    )
-    for end, cut, learns in holders:
-        if not learns or (cut.kind == "low_rank" and not cut.trained):
-            end.requires_grad_(False)
-    # Without adapters (no block) and with a fixed bottleneck no gradient needs to be sent back.
-    trainable = replace(trainable, first_part=_any_trainable(first, uplink.encoder))
-    if not trainable.first_part and (labels_cross or not _any_trainable(downlink.decoder, last, task.head)):
+    # Each end of a bottleneck is trained with the side that holds it; the cloud's ends are built with its side.
+    if not trainable.first_part or (recipe.uplink.kind == "low_rank" and not recipe.uplink.trained):
+        uplink.encoder.requires_grad_(False)
+    if recipe.downlink.kind == "low_rank" and not recipe.downlink.trained:
+        downlink.decoder.requires_grad_(False)
+    if not trainable_parameters(modules):
         raise RecipeError(
             f"start_block={recipe.start_block}, trainable={recipe.trainable} and labels={recipe.labels} "
             "leave the edge nothing to train; allowed: more blocks at the edge, or a low-rank cut that is trained"
         )
-    wire_formats = WireFormats(
-        WireFormat(recipe.uplink.dtype, uplink.width, uplink.num_outliers, recipe.uplink.activation_delta),
-        WireFormat(recipe.downlink.dtype, downlink.width, downlink.num_outliers, recipe.downlink.activation_delta),
+    config = TuneConfig(
+        seed=recipe.seed,
+        total_steps=total_steps,
+        training=recipe.training,
+        lora=recipe.lora,
+        train_cloud=trainable.cloud,
+        pooling=downlink_pooling("rows" if head is None else head.pooling, last),
+        uplink=_cut_config(recipe, recipe.uplink, uplink),
+        downlink=_cut_config(recipe, recipe.downlink, downlink),
+        head=head if labels_cross else None,
     )
-    return EdgeSetup(
-        recipe,
-        plan,
-        first,
-        last,
-        task,
-        uplink,
-        downlink,
-        wire_formats,
-        downlink_pooling(task, last),
-        trainable,
-        total_steps,
-        head_config(recipe, classes) if labels_cross else None,
-    )
-
-
-def _any_trainable(*modules: nn.Module) -> bool:
-    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+    return EdgeSetup(recipe, plan, config, first, last, task, uplink, downlink)
 
 
 def build_local_edge(
@@ -375,24 +309,8 @@ def build_local_edge(
         Segment(model, plan.end_block, embed=False),
     )
     middle = Segment(model, plan.start_block, plan.end_block, embed=False, head=False)
-    if recipe.lora is not None:
-        add_segment_adapters(middle, recipe.lora, recipe.seed)
     setup = build_edge_setup(recipe, first, last, calibration, classes=classes, total_steps=total_steps, pooler=pooler)
-    if not setup.trainable.cloud:
-        middle.requires_grad_(False)
-    decoder, encoder = (
-        setup.uplink_bottleneck.decoder.to(model.device),
-        setup.downlink_bottleneck.encoder.to(model.device),
-    )
-    if setup.head is None:
-        cloud = CloudTrainer(middle, decoder, encoder, setup.wire_formats, setup.pooling, None, recipe.seed)
-    else:
-        cloud = LabelSharingCloud(
-            middle, decoder, last, setup.head, setup.task, setup.wire_formats, setup.pooling, None, recipe.seed
-        )
-    if _any_trainable(*cloud.modules.values()):
-        lr = bottleneck_lrs(recipe, uplink="decoder", downlink="encoder")
-        cloud.trainer = Trainer(cloud.modules, recipe.training, total_steps=total_steps, seed=recipe.seed, lr=lr)
+    cloud = build_cloud(setup.config, middle, last, pooler, decoder=setup.uplink_bottleneck.decoder)
     edge = setup.edge(LocalCloudClient(cloud, kept=kept))
     edge.fit(calibration)
     return edge

@@ -16,7 +16,7 @@ from raycloud.link.frames import Frame, parse_body
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.activation_cache import ENTRY_BYTES, ActivationCache
 from raycloud.split.finetune.bottleneck import LowRankEncoder, decoder_to_bytes, fit_low_rank, load_decoder_bytes
-from raycloud.split.finetune.checkpoints import load_state, load_weights, state_of
+from raycloud.split.finetune.checkpoints import load_state, load_weights, state_of, trainable_parameters
 from raycloud.split.finetune.messages import (
     BackwardReply,
     BackwardRequest,
@@ -26,10 +26,11 @@ from raycloud.split.finetune.messages import (
     HiddenStates,
     OptimiseReply,
     OptimiseRequest,
+    TuneConfig,
     TuneKind,
 )
-from raycloud.split.finetune.tasks import Pooling, pooled
-from raycloud.split.finetune.wire_format import EncodedTensor, WireFormats
+from raycloud.split.finetune.tasks import pooled
+from raycloud.split.finetune.wire_format import EncodedTensor
 from raycloud.training.loop import Trainer
 from raycloud.training.seeding import derive_seed, seeded
 
@@ -61,36 +62,34 @@ class CloudTrainer:
         middle: blocks [first, second).
         decoder: decoder of the first cut.
         encoder: encoder of the second cut.
-        wire_formats: wire formats of both cuts.
-        pooling: pooling of a text's hidden states at the second cut.
-        trainer: trainer of all trainable parameters here; None if there are none.
-        seed: the edge's seed of dropout and rounding.
+        config: configuration of the run. Parameters that do not require gradients are not trained.
+        others: other modules of this side, by the names under which their parameters are saved.
     """
 
     def __init__(
-        self,
-        middle: Segment,
-        decoder: nn.Module,
-        encoder: nn.Module,
-        wire_formats: WireFormats,
-        pooling: Pooling,
-        trainer: Trainer | None,
-        seed: int,
+        self, middle: Segment, decoder: nn.Module, encoder: nn.Module, config: TuneConfig, **others: nn.Module
     ) -> None:
-        self.middle, self.decoder, self.encoder = middle, decoder, encoder
-        self.wire_formats, self.pooling, self.trainer, self.seed = wire_formats, pooling, trainer, seed
+        self.middle, self.decoder, self.encoder, self.config = middle, decoder, encoder, config
+        self.modules: dict[str, nn.Module] = {"middle": middle, "decoder": decoder, "encoder": encoder, **others}
+        """Modules by the names under which their parameters are saved."""
+        self.wire_formats, self.pooling = config.wire_formats, config.pooling
+        self.trainer: Trainer | None = None
+        """Trainer of all trainable parameters here; None if there are none."""
+        if trainable_parameters(self.modules):
+            self.trainer = Trainer(
+                self.modules,
+                config.training,
+                total_steps=config.total_steps,
+                seed=config.seed,
+                lr=config.bottleneck_lrs(uplink="decoder", downlink="encoder"),
+            )
         self._parts = {f"block {middle.lo + index}": block for index, block in enumerate(middle.blocks)}
         self._parts["decoder"] = decoder
-        self.activation_cache = ActivationCache(wire_formats)
+        self.activation_cache = ActivationCache(self.wire_formats)
         self._passes: dict[int, _ForwardPass] = {}
         self._calibration: list[Tensor] = []
         self._spoiled = False
         self.step = 0
-
-    @property
-    def modules(self) -> Mapping[str, nn.Module]:
-        """Modules by the names under which their parameters are saved."""
-        return {"middle": self.middle, "decoder": self.decoder, "encoder": self.encoder}
 
     def state(self) -> dict[str, Tensor]:
         """State of the cloud's side on which the next step depends."""
@@ -223,7 +222,7 @@ class CloudTrainer:
     def _encode_gradient(self, numbers: Tensor, step: int, micro: int) -> EncodedTensor:
         """Encode the gradient of a micro-batch's codes at the first cut."""
         assert numbers.grad is not None
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, step, micro, "first"))
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, step, micro, "first"))
         # NaN and infinity must not be sent: the norm informs the edge, and both sides skip the step.
         self._spoiled |= not bool(numbers.grad.isfinite().all())
         return self.wire_formats.uplink.pack(numbers.grad.nan_to_num(0.0, 0.0, 0.0), generator)
@@ -247,7 +246,7 @@ class CloudTrainer:
         """Switch dropout on or off as the edge requests, with masks that are a function of the micro-batch."""
         for module in self.modules.values():
             module.train(training)
-        with seeded(self._parts, self.seed, step, micro) if training else nullcontext():
+        with seeded(self._parts, self.config.seed, step, micro) if training else nullcontext():
             yield
 
     @property

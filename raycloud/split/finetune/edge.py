@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,13 @@ from raycloud.split.finetune.messages import (
     FitRequest,
     ForwardReply,
     ForwardRequest,
+    TuneConfig,
     TuneKind,
 )
-from raycloud.split.finetune.tasks import Pooling, Task, head_outputs
+from raycloud.split.finetune.tasks import Task, head_outputs
 from raycloud.split.finetune.traffic import step_traffic
-from raycloud.split.finetune.wire_format import EncodedTensor, WireFormats
-from raycloud.training.loop import LossSums, Trainer
+from raycloud.split.finetune.wire_format import EncodedTensor
+from raycloud.training.loop import LossSums
 
 
 class LocalCloudClient:
@@ -86,12 +87,8 @@ class UShapedEdge(EdgeTrainer):
         decoder: decoder of the second cut.
         last: blocks [second, L) with everything after them.
         task: head and loss.
-        wire_formats: wire formats of both cuts.
-        pooling: pooling of the hidden states that the cloud returns; ``rows`` if the task pools them itself.
+        config: configuration of the run; its pooling is ``rows`` if the task pools hidden states itself.
         cloud: client of the cloud.
-        trainer: trainer of all trainable parameters here.
-        trainable: parts that are trained.
-        seed: seed of dropout and rounding.
         max_in_flight: largest number of micro-batches in flight.
     """
 
@@ -102,26 +99,14 @@ class UShapedEdge(EdgeTrainer):
         decoder: nn.Module,
         last: Segment,
         task: Task,
-        wire_formats: WireFormats,
-        pooling: Pooling,
+        config: TuneConfig,
         cloud: CloudClient,
-        trainer: Trainer,
-        *,
-        trainable: TrainableParts,
-        seed: int,
         max_in_flight: int = 1,
     ) -> None:
-        super().__init__(
-            first, encoder, wire_formats, cloud, trainer, trainable=trainable, seed=seed, max_in_flight=max_in_flight
-        )
-        self.decoder, self.last, self.task, self.pooling = decoder, last, task, pooling
+        super().__init__(first, encoder, config, cloud, max_in_flight, decoder=decoder, last=last, head=task.head)
+        self.decoder, self.last, self.task, self.pooling = decoder, last, task, config.pooling
         self._parts |= {f"block {last.lo + index}": block for index, block in enumerate(last.blocks)}
         self._parts["head"] = task.head
-
-    @property
-    def modules(self) -> Mapping[str, nn.Module]:
-        """Modules by the names under which their parameters are saved."""
-        return {**super().modules, "decoder": self.decoder, "last": self.last, "head": self.task.head}
 
     @property
     def _twice(self) -> bool:

@@ -19,9 +19,9 @@ from raycloud.errors import LinkError, TrainingError
 from raycloud.link.frames import Frame, parse_body
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.activation_cache import ActivationCache
-from raycloud.split.finetune.checkpoints import load_state, load_weights, state_of
-from raycloud.split.finetune.messages import BackwardReply, OptimiseReply, OptimiseRequest, TuneKind
-from raycloud.split.finetune.wire_format import EncodedTensor, WireFormats
+from raycloud.split.finetune.checkpoints import load_state, load_weights, state_of, trainable_parameters
+from raycloud.split.finetune.messages import BackwardReply, OptimiseReply, OptimiseRequest, TuneConfig, TuneKind
+from raycloud.split.finetune.wire_format import EncodedTensor
 from raycloud.training.loop import LossSums, Step, Trainer
 from raycloud.training.seeding import derive_seed, seeded
 
@@ -92,30 +92,36 @@ class EdgeTrainer(ABC):
     Args:
         first: blocks [0, first) with the embedding.
         encoder: encoder of the first cut.
-        wire_formats: wire formats of both cuts.
+        config: configuration of the run. Parameters that do not require gradients are not trained.
         cloud: client of the cloud.
-        trainer: trainer of all trainable parameters here.
-        trainable: parts that are trained.
-        seed: seed of dropout and rounding.
         max_in_flight: largest number of micro-batches in flight.
+        others: other modules of this side, by the names under which their parameters are saved.
     """
 
     def __init__(
         self,
         first: Segment,
         encoder: nn.Module,
-        wire_formats: WireFormats,
+        config: TuneConfig,
         cloud: CloudClient,
-        trainer: Trainer,
-        *,
-        trainable: TrainableParts,
-        seed: int,
         max_in_flight: int = 1,
+        **others: nn.Module,
     ) -> None:
-        self.first, self.encoder = first, encoder
-        self.wire_formats, self.cloud, self.trainer = wire_formats, cloud, trainer
-        self.trainable, self.seed, self._max_in_flight = trainable, seed, max_in_flight
-        self.activation_cache = ActivationCache(wire_formats)
+        self.first, self.encoder, self.config, self.cloud = first, encoder, config, cloud
+        self.modules: dict[str, nn.Module] = {"first": first, "encoder": encoder, **others}
+        """Modules by the names under which their parameters are saved."""
+        self.wire_formats, self._max_in_flight = config.wire_formats, max_in_flight
+        self.trainer = Trainer(
+            self.modules,
+            config.training,
+            total_steps=config.total_steps,
+            seed=config.seed,
+            lr=config.bottleneck_lrs(uplink="encoder", downlink="decoder"),
+        )
+        ends_trained = bool(trainable_parameters({"first": first, "encoder": encoder}))
+        # Without adapters (no block) and with a fixed bottleneck no gradient needs to be sent back.
+        self.trainable = TrainableParts(first_part=ends_trained, cloud=config.train_cloud)
+        self.activation_cache = ActivationCache(self.wire_formats)
         self.clock = StepTimes()
         self.ended: int | None = None
         """Rounds that the group had ended at the cloud's last message; None for an edge that trains alone."""
@@ -125,11 +131,6 @@ class EdgeTrainer(ABC):
         self._optimise_pending = False
         """True while the reply to an OPT, which comes before all others, is not yet received."""
         self._parts: dict[str, nn.Module] = {f"block {index}": block for index, block in enumerate(first.blocks)}
-
-    @property
-    def modules(self) -> Mapping[str, nn.Module]:
-        """Modules by the names under which their parameters are saved."""
-        return {"first": self.first, "encoder": self.encoder}
 
     @property
     @abstractmethod
@@ -282,7 +283,7 @@ class EdgeTrainer(ABC):
         return batch.sample_indices
 
     def _generator(self, number: int, cut: str) -> torch.Generator:
-        return torch.Generator().manual_seed(derive_seed(self.seed, self.trainer.step_index, number, cut))
+        return torch.Generator().manual_seed(derive_seed(self.config.seed, self.trainer.step_index, number, cut))
 
     def _receive(self) -> Frame:
         self.settle()
@@ -305,7 +306,7 @@ class EdgeTrainer(ABC):
         """Switch dropout on or off, with masks that are a function of the micro-batch."""
         for module in self.modules.values():
             module.train(training)
-        with seeded(self._parts, self.seed, self.trainer.step_index, number) if training else nullcontext():
+        with seeded(self._parts, self.config.seed, self.trainer.step_index, number) if training else nullcontext():
             yield
 
 

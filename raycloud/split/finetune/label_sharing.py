@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 
 import numpy as np
@@ -20,7 +20,6 @@ from raycloud.link.frames import Frame, parse_body
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.cloud import CloudTrainer, OutOfOrder, valid_mask
 from raycloud.split.finetune.edge_trainer import (
-    CloudClient,
     EdgeTrainer,
     PendingMicroBatch,
     TrainableParts,
@@ -33,17 +32,24 @@ from raycloud.split.finetune.messages import (
     PredictRequest,
     TrainReply,
     TrainRequest,
+    TuneConfig,
     TuneKind,
 )
-from raycloud.split.finetune.tasks import HeadConfig, Pooling, Task, head_outputs
+from raycloud.split.finetune.tasks import HeadConfig, Task, head_outputs
 from raycloud.split.finetune.traffic import LABEL_BYTES, label_sharing_traffic
-from raycloud.split.finetune.wire_format import EncodedTensor, WireFormats
-from raycloud.training.loop import LossSums, Trainer
+from raycloud.split.finetune.wire_format import EncodedTensor
+from raycloud.training.loop import LossSums
 
 WARNING = (
     "labels=cloud: the cloud is sent the label of every text that is learned from, and computes what the model says of "
     "every text. labels=edge keeps both at the edge"
 )
+
+
+def _head_of(config: TuneConfig) -> HeadConfig:
+    if config.head is None:
+        raise ValueError("head: None, and the cloud is to have the head; allowed: its configuration")
+    return config.head
 
 
 def _pack(labels: Tensor, head: HeadConfig) -> bytes:
@@ -66,34 +72,12 @@ def _dtype(head: HeadConfig) -> np.dtype:
 class LabelSharingEdge(EdgeTrainer):
     """Edge of the label-sharing topology: texts, and the part of the model before the cut.
 
-    Args:
-        first: as in :class:`~raycloud.split.finetune.edge_trainer.EdgeTrainer`, like all other arguments.
-        head: configuration of the cloud's head.
+    The arguments are those of :class:`~raycloud.split.finetune.edge_trainer.EdgeTrainer`.
     """
 
-    def __init__(
-        self,
-        first: Segment,
-        encoder: nn.Module,
-        head: HeadConfig,
-        wire_formats: WireFormats,
-        cloud: CloudClient,
-        trainer: Trainer,
-        *,
-        seed: int,
-        max_in_flight: int = 1,
-    ) -> None:
-        super().__init__(
-            first,
-            encoder,
-            wire_formats,
-            cloud,
-            trainer,
-            trainable=TrainableParts(),
-            seed=seed,
-            max_in_flight=max_in_flight,
-        )
-        self._head = head
+    @property
+    def _head(self) -> HeadConfig:
+        return _head_of(self.config)
 
     @property
     def _twice(self) -> bool:
@@ -151,34 +135,14 @@ class LabelSharingCloud(CloudTrainer):
         middle: blocks [first, L).
         decoder: decoder of the cut.
         last: segment after the blocks.
-        head: configuration of the head.
         task: head and loss, see :meth:`~raycloud.split.finetune.tasks.HeadConfig.task`.
-        wire_formats: wire formats of the cut, and of an unused second one.
-        pooling: pooling of a text's hidden states between the blocks and ``last``.
-        trainer: trainer of all trainable parameters here.
-        seed: the edge's seed of dropout and rounding.
+        config: configuration of the run with a head; its pooling is that between the blocks and ``last``.
     """
 
-    def __init__(
-        self,
-        middle: Segment,
-        decoder: nn.Module,
-        last: Segment,
-        head: HeadConfig,
-        task: Task,
-        wire_formats: WireFormats,
-        pooling: Pooling,
-        trainer: Trainer | None,
-        seed: int,
-    ) -> None:
-        super().__init__(middle, decoder, nn.Identity(), wire_formats, pooling, trainer, seed)
-        self.last, self.task, self._head = last, task, head
+    def __init__(self, middle: Segment, decoder: nn.Module, last: Segment, task: Task, config: TuneConfig) -> None:
+        super().__init__(middle, decoder, nn.Identity(), config, last=last, head=task.head)
+        self.last, self.task, self._head = last, task, _head_of(config)
         self._parts["head"] = task.head
-
-    @property
-    def modules(self) -> Mapping[str, nn.Module]:
-        """Modules by the names under which their parameters are saved."""
-        return {**super().modules, "last": self.last, "head": self.task.head}
 
     def answer(self, request: Frame) -> Frame:
         """Process one request and return its reply; see :meth:`~raycloud.split.finetune.cloud.CloudTrainer.answer`."""

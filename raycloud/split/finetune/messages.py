@@ -26,7 +26,7 @@ from raycloud.link.frames import Body, OpenRequest
 from raycloud.rounds.recipe import AggregatorName
 from raycloud.split.finetune.tasks import HeadConfig, Pooling
 from raycloud.split.finetune.wire_dtype import WireDType
-from raycloud.split.finetune.wire_format import WireFormat
+from raycloud.split.finetune.wire_format import WireFormat, WireFormats
 from raycloud.training.recipe import LoraRecipe, TrainingRecipe
 
 
@@ -111,18 +111,9 @@ class GroupConfig(Body):
     """Aggregator of the contributions to a round."""
 
 
-class OpenTuning(OpenRequest):
-    """OPEN: the configuration on which both sides must agree."""
+class TuneConfig(Body):
+    """Configuration of a run on which both sides must agree, wherever the cloud is."""
 
-    service: str = "split-tune"
-    fingerprint: str = Field(max_length=128)
-    """Fingerprint of the model both sides begin with."""
-    start_block: int = Field(ge=0, le=512)
-    end_block: int = Field(ge=1, le=512)
-    run: str = Field(pattern="^[0-9a-f]{8,32}$")
-    """Id of the run, under which checkpoints are kept."""
-    restore: int | None = Field(None, ge=0)
-    """Step of the checkpoint to continue from; None to begin."""
     seed: int
     """Seed of dropout and rounding."""
     total_steps: int = Field(ge=1)
@@ -139,6 +130,33 @@ class OpenTuning(OpenRequest):
     """Configuration of the second cut."""
     head: HeadConfig | None = None
     """Configuration of the cloud's head if labels are sent; None if head and labels stay at the edge."""
+
+    @property
+    def wire_formats(self) -> WireFormats:
+        """Wire formats of both cuts."""
+        return WireFormats(self.uplink.wire_format, self.downlink.wire_format)
+
+    def bottleneck_lrs(self, *, uplink: str, downlink: str) -> dict[str, float]:
+        """Peak learning rates of one side's ends of both bottlenecks, by their names on that side.
+
+        An end that is not named is trained with the rate of all other weights.
+        """
+        rates = {uplink: self.uplink.lr, downlink: self.downlink.lr}
+        return {name: rate for name, rate in rates.items() if rate is not None}
+
+
+class OpenTuning(OpenRequest, TuneConfig):
+    """OPEN: the configuration, and the model and run that it is for."""
+
+    service: str = "split-tune"
+    fingerprint: str = Field(max_length=128)
+    """Fingerprint of the model both sides begin with."""
+    start_block: int = Field(ge=0, le=512)
+    end_block: int = Field(ge=1, le=512)
+    run: str = Field(pattern="^[0-9a-f]{8,32}$")
+    """Id of the run, under which checkpoints are kept."""
+    restore: int | None = Field(None, ge=0)
+    """Step of the checkpoint to continue from; None to begin."""
     group: GroupConfig | None = None
     """Group that the edge trains with; None for an edge that trains alone."""
 

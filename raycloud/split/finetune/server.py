@@ -22,12 +22,12 @@ from pydantic import Field
 from raycloud.errors import RaycloudError, TrainingError
 from raycloud.link.frames import Frame, FrameError, SessionGrant, parse_body
 from raycloud.link.server import RequestRefused, ServerBusy, Session, SessionLimits, SessionMetrics, SessionServer
-from raycloud.split.finetune.bottleneck import empty_bottleneck, identity_bottleneck, max_decoder_bytes
+from raycloud.split.finetune.bottleneck import max_decoder_bytes
 from raycloud.split.finetune.checkpoints import GROUPS, CheckpointStore, remove_old_runs
 from raycloud.split.finetune.cloud import CloudTrainer, OutOfOrder
+from raycloud.split.finetune.cloud_assembly import build_cloud
 from raycloud.split.finetune.group import Group
 from raycloud.split.finetune.group_server import GroupServer, latest_group
-from raycloud.split.finetune.label_sharing import LabelSharingCloud
 from raycloud.split.finetune.messages import (
     BackwardRequest,
     ForwardRequest,
@@ -41,11 +41,8 @@ from raycloud.split.finetune.messages import (
     SaveRequest,
     TuneKind,
 )
-from raycloud.split.finetune.wire_format import WireFormats
 from raycloud.split.inference.metrics import NullMetrics
 from raycloud.split.parts import CloudPart
-from raycloud.training.loop import Trainer
-from raycloud.training.lora import add_segment_adapters
 
 _WAIT_S = 4.0
 """Seconds until a ROUND is answered while its round continues: shorter than an edge's timeout for an answer."""
@@ -344,40 +341,10 @@ class TuneServer(SessionServer[TuneSession]):
 
     def _new_trainer(self, session: TuneSession) -> CloudTrainer:
         """Create the session's own cloud trainer, untrained or restored from a checkpoint."""
-        opening, width = session.opening, int(self._part.config.hidden_size)
-        middle = copy.deepcopy(self._part.middle)
-        if opening.lora is not None:
-            add_segment_adapters(middle, opening.lora, opening.seed)
-        if not opening.train_cloud:
-            middle.requires_grad_(False)
-        up, down = (
-            empty_bottleneck(width, cut.width, cut.num_outliers) if cut.low_rank else identity_bottleneck(width)
-            for cut in (opening.uplink, opening.downlink)
-        )
-        up.decoder.requires_grad_(opening.uplink.trained and opening.train_cloud)
-        down.encoder.requires_grad_(opening.downlink.trained and opening.train_cloud)
-        wire_formats = WireFormats(opening.uplink.wire_format, opening.downlink.wire_format)
-        if opening.head is None:
-            trainer = CloudTrainer(middle, up.decoder, down.encoder, wire_formats, opening.pooling, None, opening.seed)
-        else:
-            last, pooler = copy.deepcopy((self._part.last, self._part.pooler))
-            assert last is not None
-            if opening.lora is not None:
-                add_segment_adapters(last, opening.lora, opening.seed)
-            task = opening.head.task(width, opening.seed, pooler)
-            task.head.to(next(middle.parameters()).device)
-            trainer = LabelSharingCloud(
-                middle, up.decoder, last, opening.head, task, wire_formats, opening.pooling, None, opening.seed
-            )
-        if any(parameter.requires_grad for module in trainer.modules.values() for parameter in module.parameters()):
-            rates = {
-                name: cut.lr
-                for name, cut in (("decoder", opening.uplink), ("encoder", opening.downlink))
-                if cut.lr is not None
-            }
-            trainer.trainer = Trainer(
-                trainer.modules, opening.training, total_steps=opening.total_steps, seed=opening.seed, lr=rates
-            )
+        opening, part = session.opening, self._part
+        ends = (None, None) if opening.head is None else (part.last, part.pooler)
+        middle, (last, pooler) = copy.deepcopy((part.middle, ends))
+        trainer = build_cloud(opening, middle, last, pooler)
         if opening.restore is not None:
             trainer.load(opening.restore, session.kept.load(opening.restore))
         return trainer

@@ -20,14 +20,13 @@ from raycloud.split.finetune.bottleneck import identity_bottleneck
 from raycloud.split.finetune.edge import LocalCloudClient
 from raycloud.split.finetune.edge_trainer import EdgeTrainer
 from raycloud.split.finetune.label_sharing import LabelSharingCloud, LabelSharingEdge
-from raycloud.split.finetune.messages import PredictRequest, TrainRequest, TuneKind
+from raycloud.split.finetune.messages import PredictRequest, TrainRequest, TuneConfig, TuneKind
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.run import run
 from raycloud.split.finetune.tasks import HeadConfig
-from raycloud.split.finetune.wire_format import WireFormat, WireFormats
 from raycloud.split.parts import export, load_cloud
 from raycloud.split.plan import PlanSet, SplitPlan
-from raycloud.training.loop import Step, Trainer
+from raycloud.training.loop import Step
 from tests.split.finetune.test_run import Host, reviews
 from tests.split.finetune.wiring import (
     CLASSES,
@@ -36,6 +35,7 @@ from tests.split.finetune.wiring import (
     TRAINING,
     WIDTH,
     Whole,
+    agreed,
     batches,
     distance,
     head_of,
@@ -55,21 +55,18 @@ def labelled(
     model, code = copy.deepcopy(model), identity_bottleneck(WIDTH)
     ahead, middle = Segment(model, 0, first, head=False), Segment(model, first, LAST, embed=False, head=False)
     last, task = Segment(model, LAST, embed=False), TERMS.task(WIDTH, SEED, None)
-    wire_formats = WireFormats(WireFormat("float32", WIDTH, 0, activation_delta), WireFormat("float32", WIDTH))
-    back = "rows" if last.anatomy.after else "mean"
-    cloud = LabelSharingCloud(middle, code.decoder, last, TERMS, task, wire_formats, back, None, SEED)
-    cloud.trainer = Trainer(cloud.modules, TRAINING, total_steps=STEPS, seed=SEED)
-    mine = {"first": ahead, "encoder": code.encoder}
-    return LabelSharingEdge(
-        ahead,
-        code.encoder,
-        TERMS,
-        wire_formats,
-        LocalCloudClient(cloud, meter),
-        Trainer(mine, TRAINING, total_steps=STEPS, seed=SEED),
+    config = TuneConfig(
         seed=SEED,
-        max_in_flight=max_in_flight,
+        total_steps=STEPS,
+        training=TRAINING,
+        train_cloud=True,
+        pooling="rows" if last.anatomy.after else "mean",
+        uplink=agreed(code, activation_delta=activation_delta),
+        downlink=agreed(identity_bottleneck(WIDTH)),
+        head=TERMS,
     )
+    cloud = LabelSharingCloud(middle, code.decoder, last, task, config)
+    return LabelSharingEdge(ahead, code.encoder, config, LocalCloudClient(cloud, meter), max_in_flight)
 
 
 def side(edge: EdgeTrainer) -> LabelSharingCloud:

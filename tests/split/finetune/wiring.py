@@ -22,12 +22,10 @@ from raycloud.split.finetune.bottleneck import Bottleneck, empty_bottleneck, ide
 from raycloud.split.finetune.client import RemoteCloudClient
 from raycloud.split.finetune.cloud import CloudTrainer
 from raycloud.split.finetune.edge import LocalCloudClient, UShapedEdge
-from raycloud.split.finetune.edge_trainer import TrainableParts
-from raycloud.split.finetune.messages import CutConfig, OpenTuning
+from raycloud.split.finetune.messages import CutConfig, OpenTuning, TuneConfig
 from raycloud.split.finetune.server import TuneLimits, TuneServer
-from raycloud.split.finetune.tasks import Classification, LanguageModelling, Pooling, Task, TextHead, pooled
+from raycloud.split.finetune.tasks import Classification, LanguageModelling, Task, TextHead, pooled
 from raycloud.split.finetune.wire_dtype import WireDType
-from raycloud.split.finetune.wire_format import WireFormat, WireFormats
 from raycloud.split.parts import CloudPart
 from raycloud.split.plan import PlanSet, SplitPlan
 from raycloud.training.loop import Loss, Step, Trainer
@@ -139,41 +137,18 @@ def split(
         else empty_bottleneck(WIDTH, downlink_rank + DOWNLINK_OUTLIERS, DOWNLINK_OUTLIERS)
     )
     task: Task = Classification(head, "mean") if head is not None else LanguageModelling(last)
-    pooling: Pooling = task.pooling if second == len(blocks_of(model)) else "rows"
-    wire_formats = WireFormats(
-        WireFormat(dtype, cut.width, cut.num_outliers, activation_delta),
-        WireFormat("float32" if downlink_rank is None else dtype, behind.width, behind.num_outliers, activation_delta),
-    )
-    cloud = CloudTrainer(
-        middle,
-        cut.decoder,
-        behind.encoder,
-        wire_formats,
-        pooling,
-        None,
-        SEED,
-    )
-    cloud.trainer = Trainer(cloud.modules, TRAINING, total_steps=STEPS, seed=SEED)
-    groups = {
-        "first": ahead,
-        "encoder": cut.encoder,
-        "decoder": behind.decoder,
-        "last": last,
-        "head": task.head,
-    }
-    edge = UShapedEdge(
-        ahead,
-        cut.encoder,
-        behind.decoder,
-        last,
-        task,
-        wire_formats,
-        pooling,
-        LocalCloudClient(cloud, meter),
-        Trainer(groups, TRAINING, total_steps=STEPS, seed=SEED),
-        trainable=TrainableParts(),
+    config = TuneConfig(
         seed=SEED,
-        max_in_flight=max_in_flight,
+        total_steps=STEPS,
+        training=TRAINING,
+        train_cloud=True,
+        pooling=task.pooling if second == len(blocks_of(model)) else "rows",
+        uplink=agreed(cut, dtype, activation_delta),
+        downlink=agreed(behind, "float32" if downlink_rank is None else dtype, activation_delta),
+    )
+    cloud = CloudTrainer(middle, cut.decoder, behind.encoder, config)
+    edge = UShapedEdge(
+        ahead, cut.encoder, behind.decoder, last, task, config, LocalCloudClient(cloud, meter), max_in_flight
     )
     edge.fit(calibration(language=head is None))
     return edge
@@ -199,13 +174,7 @@ class Service:
             start_block=middle.lo,
             end_block=middle.hi,
             run="0" * 32,
-            seed=SEED,
-            total_steps=STEPS,
-            training=TRAINING,
-            train_cloud=True,
-            pooling=local.pooling,
-            uplink=_agreed(local.wire_formats.uplink, local.decoder),
-            downlink=_agreed(local.wire_formats.downlink, local.encoder),
+            **dict(local.config),
         )
         self._start()
 
@@ -239,14 +208,15 @@ class Service:
         )
 
 
-def _agreed(wire_format: WireFormat, end: nn.Module) -> CutConfig:
+def agreed(cut: Bottleneck, dtype: WireDType = "float32", activation_delta: bool = False) -> CutConfig:
+    """Configuration of a cut with this bottleneck."""
     return CutConfig(
-        dtype=wire_format.dtype,
-        width=wire_format.width,
-        num_outliers=wire_format.num_outliers,
-        low_rank=not isinstance(end, nn.Identity),
+        dtype=dtype,
+        width=cut.width,
+        num_outliers=cut.num_outliers,
+        low_rank=not isinstance(cut.encoder, nn.Identity),
         trained=True,
-        activation_delta=wire_format.activation_delta,
+        activation_delta=activation_delta,
     )
 
 
