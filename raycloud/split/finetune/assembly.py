@@ -280,7 +280,7 @@ def build_edge_setup(
     return EdgeSetup(recipe, plan, config, first, last, task, uplink, downlink)
 
 
-def build_local_edge(
+def build_local_setup(
     model: PreTrainedModel,
     recipe: SplitTuneRecipe,
     calibration: Sequence[Batch],
@@ -288,8 +288,8 @@ def build_local_edge(
     classes: int = 0,
     total_steps: int,
     kept: CheckpointStore | None = None,
-) -> EdgeTrainer:
-    """Build the edge trainer, with the cloud's side in this process.
+) -> tuple[EdgeSetup, LocalCloudClient]:
+    """Build the edge's setup and the cloud's side in this process.
 
     Args:
         model: model to be cut; its weights are trained in place.
@@ -302,15 +302,25 @@ def build_local_edge(
     Raises:
         ModelError: the model cannot be cut so.
     """
-    plan = plan_of(recipe, model.config)
-    pooler = pooler_of(model)
-    first, last = (
-        Segment(model, 0, plan.start_block, embed=True, head=False),
-        Segment(model, plan.end_block, embed=False),
-    )
+    plan, pooler = plan_of(recipe, model.config), pooler_of(model)
+    first = Segment(model, 0, plan.start_block, embed=True, head=False)
     middle = Segment(model, plan.start_block, plan.end_block, embed=False, head=False)
+    last = Segment(model, plan.end_block, embed=False)
     setup = build_edge_setup(recipe, first, last, calibration, classes=classes, total_steps=total_steps, pooler=pooler)
     cloud = build_cloud(setup.config, middle, last, pooler, decoder=setup.uplink_bottleneck.decoder)
-    edge = setup.edge(LocalCloudClient(cloud, kept=kept))
+    return setup, LocalCloudClient(cloud, kept=kept)
+
+
+def build_local_edge(
+    model: PreTrainedModel,
+    recipe: SplitTuneRecipe,
+    calibration: Sequence[Batch],
+    *,
+    classes: int = 0,
+    total_steps: int,
+) -> EdgeTrainer:
+    """Build the edge trainer with a fitted cloud in this process; see :func:`build_local_setup`."""
+    setup, cloud = build_local_setup(model, recipe, calibration, classes=classes, total_steps=total_steps)
+    edge = setup.edge(cloud)
     edge.fit(calibration)
     return edge
