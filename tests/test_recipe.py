@@ -101,7 +101,7 @@ def test_overrides_reach_any_depth() -> None:
         ("training.betas=[0.9, 1.5]", r"training\.betas\.1: input should be less than 1, got 1\.5"),
         ("training.lr=.inf", r"training\.lr: input should be a finite number"),
         ("dtype=float16", "dtype: input should be 'auto', 'float32' or 'bfloat16'"),
-        ("signal.kind=scalars", "'scalars' does not tell enough for objective.kd 'forward_kl'; allowed: hidden"),
+        ("signal.kind=scalars", "'scalars' is not sufficient for objective.kd 'forward_kl'; allowed: hidden"),
         ("objective={kd_weight: 0}", "ce_weight and kd_weight must not both be 0"),
         ("edges.0.name=newsroom", "the name 'newsroom' is given twice"),
         ("edges.0.part=2", "has part 2 of 1; allowed: 0 to 0"),

@@ -56,7 +56,10 @@ class TeacherInfo:
 
 @dataclass(frozen=True)
 class InitialStudent:
-    """Model that the students of a cohort start from; ``blocks`` are the teacher's blocks it was made of, if any."""
+    """Model that the students of a cohort start from.
+
+    ``blocks`` are the blocks it keeps of the teacher, or of ``student.model``; None if that is used whole.
+    """
 
     config: PretrainedConfig
     weights: dict

@@ -67,7 +67,7 @@ class TeacherActors:
 
 
 class EdgeStudent:
-    """Actor with the resource ``edge``. It loses its state with its process and recovers from its own disk.
+    """Actor with the resource ``edge``. It loses its state with its process and recovers from its folder of states.
 
     Args:
         index: index of its edge in the recipe's ``edges``.

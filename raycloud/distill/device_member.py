@@ -1,4 +1,5 @@
-"""Description of a distillation for one of its devices, as the service of rounds sends it."""
+"""Description of a distillation for one of its devices, as the service of rounds sends it before the device joins:
+recipe, student configuration, sizes and files, from which the device derives what is demanded of it."""
 
 from __future__ import annotations
 

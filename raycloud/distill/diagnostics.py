@@ -27,7 +27,7 @@ MIN_GRADIENT_SHARE = 0.01
 published multi-cost program has terms of 1/300."""
 MIN_ALIGNED_SHARE = 0.7
 """Least share of student tokens with a teacher token of the same bytes. Tokenizers in use reach 0.88 to 0.91; pairing
-tokens by index reaches 0.23 to 0.29. Below this value a third of the text or more is not taught."""
+tokens by index reaches 0.23 to 0.29. Below this value more than 30 % of the student's tokens are not taught."""
 MIN_COVERED_VOCAB = 0.6
 """Least share of the student's vocabulary that some teacher token maps to: 0.77 and 0.86 between tokenizers in use."""
 MIN_ENTROPY = 0.05
@@ -227,17 +227,17 @@ def warnings(
     if data.exact_partners < MIN_ALIGNED_SHARE:
         found["alignment"] = (
             f"the alignment is poor: {_percent(data.exact_partners)} of the student's tokens have a partner among the "
-            "teacher's; what goes token by token learns from these alone"
+            "teacher's; objectives that compare token by token use only these"
         )
     if objective.needs.vocabulary_map:
         found |= _vocabulary(objective.kd.name, data)
     entropy = _mean([step.entropy for step in steps if step.entropy is not None])
     temperature = f"objective.kd.temperature {objective.kd.temperature:g}"
     if entropy is not None and entropy < MIN_ENTROPY:
-        found["entropy"] = f"the teacher is sure of itself, {entropy:.3f} nats a token: raise {temperature}"
+        found["entropy"] = f"the teacher's entropy is only {entropy:.3f} nats a token: raise {temperature}"
     elif entropy is not None and entropy > MAX_ENTROPY_SHARE * (most := math.log(data.teacher_vocabulary_size)):
         found["entropy"] = (
-            f"the teacher says next to nothing, {entropy:.2f} nats a token of {most:.2f} at most: "
+            f"the teacher's targets are nearly uniform, {entropy:.2f} nats a token of {most:.2f} at most: "
             f"lower {temperature}, or see whether teacher.model is trained"
         )
     return found | _weak_terms(steps)
@@ -259,7 +259,7 @@ def _weak_terms(steps: Sequence[StepDiagnostics]) -> dict[str, str]:
     names = dict.fromkeys(name for step in steps for name in step.shares)
     means = {name: _mean([step.shares[name] for step in steps if step.shares]) or 0.0 for name in names}
     return {
-        f"dwarfed/{name}": f"objective '{name}' is dwarfed: its gradient is {_percent(share)} of the sum; "
+        f"dwarfed/{name}": f"objective '{name}' contributes only {_percent(share)} of the gradient; "
         f"raise objective.{'ce_weight' if name == 'cross_entropy' else 'kd_weight'}"
         for name, share in means.items()
         if share < MIN_GRADIENT_SHARE

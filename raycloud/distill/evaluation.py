@@ -43,6 +43,7 @@ _BATCH = 16
 _CHUNK = 64
 """Number of tokens whose logits exist at a time, for both models."""
 _PAIRS = 7
+"""Least number of texts that teacher and student generate in turn to compare their speeds."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class GroupMetrics:
     perplexity: float
     agreement: float
     tokens: int
+    """Number of teacher tokens."""
     kl: float
     """KL(teacher‖student) in nats, the mean over the tokens that both tokenizers have."""
 
@@ -325,8 +327,8 @@ def _text_of_each(batches: Sequence[Batch]) -> Tensor:
 
 
 def gap_closed(before: float | None, after: float | None, teacher: float | None) -> float | None:
-    """(ln before − ln after) / (ln before − ln teacher) of perplexities: 0 if nothing was learned, 1 if the gap is
-    closed.
+    """Share (ln before − ln after) / (ln before − ln teacher) of perplexities: 0 if nothing was learned, 1 if the gap
+    is closed.
 
     Returns None if there was no gap, as for a student with all of the teacher's blocks, or if a perplexity is not
     finite.

@@ -115,7 +115,7 @@ class StudentUpdate:
 class StudentLearner:
     """Student that trains on its own shard of the data, round by round.
 
-    It keeps its optimizer state on its own disk, one file per round, and continues from there in another process.
+    It keeps its optimizer state in ``folder``, one file per round, and continues from there in another process.
 
     Args:
         recipe: whole distillation recipe.

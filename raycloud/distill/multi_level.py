@@ -83,7 +83,7 @@ def same_index(teacher_mask: Tensor, student_mask: Tensor) -> Tensor:
 
 
 def absolute_difference(teacher: Tensor, student: Tensor, partners: Tensor) -> Tensor:
-    """Σ_i Σ_k \\|t_k − s_k\\| (B,) over student tokens with a partner.
+    """Distance Σ_i Σ_k \\|t_k − s_k\\| (B,) over student tokens with a partner.
 
     Args:
         teacher: probabilities (B, M, K) in the teacher's ranking.
@@ -95,7 +95,7 @@ def absolute_difference(teacher: Tensor, student: Tensor, partners: Tensor) -> T
 
 
 def logarithmic(teacher: Tensor, student: Tensor, partners: Tensor) -> Tensor:
-    """Σ_i of the cross-entropy −Σ_k t_k log s_k (B,), with the mass outside the K as one more entry.
+    """Sum over i of the cross-entropy −Σ_k t_k log s_k (B,), with the mass outside the K as one more entry.
 
     Without that entry the optimum would put all of the student's mass on the K. Arguments as in
     :func:`absolute_difference`.
@@ -107,7 +107,7 @@ def logarithmic(teacher: Tensor, student: Tensor, partners: Tensor) -> Tensor:
 def sinkhorn_distance(
     teacher: Tensor, student: Tensor, teacher_mask: Tensor, student_mask: Tensor, share: float = 0.1, sweeps: int = 30
 ) -> Tensor:
-    """N ⟨P, C⟩ (B,): transport cost between the tokens of two texts, with C the L1 distance of two tokens.
+    """Transport cost N ⟨P, C⟩ (B,) between the tokens of two texts, with C the L1 distance of two tokens.
 
     Args:
         teacher: probabilities (B, M, K).
@@ -200,18 +200,18 @@ def published_levels(
     else:
         absolute = gaps.mean(dim=1)
         target, other, count = t, s, shorter.sum()
-    entropies = -(target.softmax(dim=-1) * other.log_softmax(dim=-1)).sum(dim=-1)
+    cross_entropy = -(target.softmax(dim=-1) * other.log_softmax(dim=-1)).sum(dim=-1)
     rows, columns = (t, s) if official else (s, t)
     batch = len(gaps)
     return Levels(
         absolute * count / batch,
-        entropies.mean(dim=1) * count / batch,
+        cross_entropy.mean(dim=1) * count / batch,
         0.001 * _normalised_transport((rows / 2).softmax(dim=-1), (columns / 2).softmax(dim=-1)) * count,
     )
 
 
 def _paired(teacher: Tensor, student: Tensor, partners: Tensor) -> tuple[Tensor, Tensor]:
-    """The teacher's vectors at the student's positions (B, N, K), and the student's."""
+    """Teacher's vectors at the student's positions (B, N, K), and the student's."""
     at = partners.clamp_min(0)[..., None].expand(-1, -1, teacher.shape[-1])
     return at_least_float32(teacher).gather(1, at), at_least_float32(student)
 
@@ -221,7 +221,7 @@ def _append_tail_mass(p: Tensor) -> Tensor:
 
 
 def _ranked_over_batch(logits: Tensor, mask: Tensor, length: int, keep: int, answers_only: bool) -> Tensor:
-    """(B, length, keep): probabilities with the response moved to the front, ids with the most mass in the batch
+    """Probabilities (B, length, keep) with the response moved to the front, ids with the most mass in the batch
     first."""
     logits = at_least_float32(logits)
     temperature = 1.0 if answers_only else 2.0

@@ -1,7 +1,8 @@
 """Base classes of objectives, their inputs and outputs, and the weighted sum of several objectives.
 
-Every objective is a pure function of the student's and the teacher's outputs at response tokens and returns sums over
-tokens. The trainer divides by the number of student tokens in the whole step.
+An objective is a function of the student's and the teacher's outputs at response tokens. It is stateless, except for
+the parameters and buffers of its extras. It returns sums over tokens; the trainer divides by the number of student
+tokens in the whole step.
 """
 
 from __future__ import annotations
@@ -258,7 +259,10 @@ class Objective(ObjectiveOptions):
     """A loss on response tokens. Its options are its fields, and :attr:`needs` says what it needs."""
 
     def extras(self, sizes: ModelSizes) -> nn.Module | None:
-        """Module that is trained beside the student and saved with it, such as projectors; None if there is none."""
+        """Module that is trained beside the student, such as projectors; None if there is none.
+
+        It stays at its edge: it is saved with the edge's optimizer state and is no part of the exported student.
+        """
         return None
 
     def loss(
@@ -310,7 +314,7 @@ def weighted_sum(
     *,
     chunk: int = 64,
 ) -> Loss:
-    """Σ weight · objective over all response tokens, with the raw sums by objective name.
+    """Weighted sum Σ weight · objective over all response tokens, with the raw sums by objective name.
 
     Args:
         objectives: weights and objectives.
@@ -325,7 +329,7 @@ def weighted_sum(
     """
     count = len(student.labels)
     if teacher is not None and teacher.partner is None and teacher.signal.count != count:
-        raise ValueError(f"the signal speaks of {teacher.signal.count} tokens, the batch has {count}")
+        raise ValueError(f"the signal holds {teacher.signal.count} tokens, the batch has {count}")
     simple = [(weight, one) for weight, one in objectives if isinstance(one, TokenObjective)]
     total = student.hidden.new_zeros((), dtype=torch.promote_types(student.hidden.dtype, torch.float32))
     parts: dict[str, Tensor] = {}

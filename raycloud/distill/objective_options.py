@@ -15,7 +15,8 @@ from raycloud.distill.signal_recipe import SignalKind
 from raycloud.recipe import Recipe, Registered
 
 Compat = Literal["ours", "published"]
-"""``published`` reproduces the published program; ``ours`` departs from it where the objective's docstring says so."""
+"""``published`` reproduces the published program; ``ours`` departs from it where the docstring of the field ``compat``
+or of the objective's class says so."""
 Weights = tuple[float, float, float]
 
 
@@ -31,11 +32,11 @@ class Needs:
     tokenizers: Literal["one", "two", "any"] = "any"
     """``one``: student and teacher must share a tokenizer; ``two``: they must not; ``any``: both work."""
     vocabulary_map: bool = False
-    """With two tokenizers it uses the map between the vocabularies, so that ids outside the map are not taught."""
+    """Use of the map between the vocabularies with two tokenizers: ids outside the map are not taught."""
     teacher_embedding: bool = False
-    """It uses the teacher's input embedding (W, D)."""
+    """Use of the teacher's input embedding (W, D)."""
     extras: bool = False
-    """It trains a module beside the student, see :meth:`raycloud.distill.objective.Objective.extras`."""
+    """Training of a module beside the student, see :meth:`raycloud.distill.objective.Objective.extras`."""
 
 
 class ObjectiveOptions(Recipe):
@@ -55,7 +56,6 @@ class TeacherObjectiveOptions(ObjectiveOptions):
     """Options of an objective that learns from a teacher."""
 
     requires: ClassVar[Needs] = Needs(signals=("hidden",))
-    """Needs of the objective with its default options."""
     temperature: float = Field(1.0, gt=0)
     """Divides the logits of both models."""
 
@@ -75,7 +75,6 @@ class DivergenceOptions(TeacherObjectiveOptions):
     """Options that all divergences have."""
 
     requires: ClassVar[Needs] = Needs(signals=("hidden", "logits", "topk"), tokenizers="one")
-    """Needs of the objective with its default options."""
     tau2_scale: bool = False
     """Multiply by temperature², as some programs do to keep the gradient's size. Published numbers here are without
     it."""
@@ -86,7 +85,6 @@ class ForwardKLOptions(DivergenceOptions):
     """Forward KL."""
 
     requires: ClassVar[Needs] = Needs(signals=("hidden", "logits", "topk", "hybrid", "sampled"), tokenizers="one")
-    """Needs of the objective with its default options."""
     name: Literal["forward_kl"] = "forward_kl"
 
 
@@ -144,10 +142,9 @@ class DSKDOptions(TeacherObjectiveOptions):
 
     name: Literal["dskd"] = "dskd"
     requires: ClassVar[Needs] = Needs(signals=("hidden",), vocabulary_map=True, extras=True)
-    """Needs of the objective with its default options."""
     version: Literal[1, 2] = 2
-    """2 starts with fitted projectors and uses the tokens at which the projected teacher's choice is the teacher's own;
-    1 starts with random projectors and trains them on the next token of the text."""
+    """Version of the method. 2 starts with fitted projectors and uses the tokens at which the projected teacher's
+    choice is the teacher's own; 1 starts with random projectors and trains them on the next token of the text."""
     temperature: float = Field(2.0, gt=0)
     divergence: AnyDivergenceOptions = Field(default={"name": "forward_kl"}, validate_default=True)
     """Divergence in the student's space, and in version 2 in the teacher's space too if ``compat`` is ``published``;
@@ -165,7 +162,6 @@ class DSKDCMAOptions(TeacherObjectiveOptions):
 
     name: Literal["dskd_cma"] = "dskd_cma"
     requires: ClassVar[Needs] = Needs(signals=("hidden",), teacher_embedding=True, extras=True)
-    """Needs of the objective with its default options."""
     temperature: float = Field(2.0, gt=0)
     teacher_temperature: float = Field(1.0, gt=0)
     """Additional divisor of the projected teacher's logits."""
@@ -185,9 +181,6 @@ class ULDOptions(TeacherObjectiveOptions):
 
     name: Literal["uld"] = "uld"
     requires: ClassVar[Needs] = Needs(signals=("hidden", "logits", "topk", "sorted"))
-    """Needs of the objective with its default options."""
-    temperature: float = Field(1.0, gt=0)
-    """Divides the logits of both models."""
     k: int | None = Field(128, gt=0)
     """Number of largest probabilities that are compared one by one; the rest is compared as one sum, with an error of
     at most the two sums. None sorts the whole vocabularies."""
@@ -211,9 +204,7 @@ class MinEDOptions(TeacherObjectiveOptions):
 
     name: Literal["mined"] = "mined"
     requires: ClassVar[Needs] = Needs(signals=("hidden", "logits"), tokenizers="two", vocabulary_map=True)
-    """Needs of the objective with its default options."""
     temperature: float = Field(2.0, gt=0)
-    """Divides the logits of both models."""
     k: int | None = Field(None, gt=0)
     """Number of most likely teacher tokens that are mapped; None maps all."""
     compat: Compat = "ours"
@@ -228,8 +219,6 @@ class MultiLevelOTOptions(TeacherObjectiveOptions):
 
     name: Literal["multi_level_ot"] = "multi_level_ot"
     renamed: ClassVar[dict[str, str]] = {"words": "k"}
-    temperature: float = Field(1.0, gt=0)
-    """Divides the logits of both models."""
     k: int = Field(128, gt=0)
     """Number of most likely ids considered at each token."""
     keep: int = Field(50, gt=0)

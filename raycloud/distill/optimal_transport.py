@@ -33,7 +33,7 @@ class TransportPlan:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """The same numbers, in float32 if they had lower precision."""
+    """Numbers as given, in float32 if they had lower precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -43,14 +43,14 @@ def uniform_marginal(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 def mean_cost(cost: Tensor, mu: Tensor, nu: Tensor) -> Tensor:
-    """⟨C, μ⊗ν⟩ (B,), the cost of the independent plan: a reference for transport, and the limit of OT as ε grows."""
+    """Cost ⟨C, μ⊗ν⟩ (B,) of the independent plan: a reference for transport, and the limit of OT as ε grows."""
     pairs = mu[:, :, None] * nu[:, None, :]
     return (pairs * _where_mass(cost, pairs)).sum(dim=(1, 2))
 
 
 @torch.no_grad()
 def relative_epsilon(cost: Tensor, mu: Tensor, nu: Tensor, share: float = 0.1) -> Tensor:
-    """ε (B,) as a share of the median cost of each sequence, so that it has the same effect for costs of any scale.
+    """Regularisation ε (B,) as a share of the median cost of each sequence: the same effect for costs of any scale.
 
     A median below a thousandth of the largest cost is replaced by that value: if most pairs have zero cost the median
     is not informative, and the exponents C/ε would exceed the precision of float32. If all costs are zero, ε is the
@@ -115,7 +115,7 @@ def sinkhorn(
 
 
 def transport_loss(cost: Tensor, plan: TransportPlan, *, entropic: bool = False) -> Tensor:
-    """⟨P, C⟩ (B,), whose gradient in the cost is the plan.
+    """Transport cost ⟨P, C⟩ (B,), whose gradient in the cost is the plan.
 
     That is the gradient of the entropic optimum, exact once the sweeps have converged. It is the same with or without
     the entropy term: at the optimal plan that term is constant in the cost to first order.
@@ -135,7 +135,7 @@ def transport_loss(cost: Tensor, plan: TransportPlan, *, entropic: bool = False)
 
 
 def c_transform(phi: Tensor, cost: Tensor, mu: Tensor, epsilon: float | Tensor) -> Tensor:
-    """φᶜ(y_j) = −ε logsumexp_i((φ(x_i) − C_ij) / ε + log μ_i): the best potential of the columns given one of the rows.
+    """Best potential of the columns given one of the rows: φᶜ(y_j) = −ε logsumexp_i((φ(x_i) − C_ij) / ε + log μ_i).
 
     See Genevay et al. 2016 (arXiv 1605.08527).
 
@@ -159,7 +159,7 @@ def c_transform(phi: Tensor, cost: Tensor, mu: Tensor, epsilon: float | Tensor) 
 def semi_dual(
     phi: Tensor, costs: Tensor, mu: Tensor, nu: Tensor, epsilon: float | Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """⟨φ, μ⟩ + Σ_k w_k ⟨φᶜₖ, ν⟩ (B,): a lower bound of Σ_k w_k OT(C_k) for every φ, tight for one cost and its best φ.
+    """Lower bound ⟨φ, μ⟩ + Σ_k w_k ⟨φᶜₖ, ν⟩ (B,) of Σ_k w_k OT(C_k) for every φ, tight for one cost and its best φ.
 
     The bound is concave in φ. Maximise it in φ with the costs detached, then minimise it in the costs with φ detached:
     at the best φ its own gradient is zero, and elsewhere that gradient would only train the models to loosen the bound.
@@ -217,7 +217,7 @@ def _log(mass: Tensor) -> Tensor:
 
 
 def _epsilon_per_pair(epsilon: float | Tensor, cost: Tensor) -> Tensor:
-    """ε (…, B, 1, 1), in the cost's dtype."""
+    """Regularisation ε (…, B, 1, 1), in the cost's dtype."""
     if not isinstance(epsilon, Tensor):
         if not epsilon > 0:
             raise ValueError(f"epsilon must be above 0, got {epsilon}")
@@ -228,7 +228,7 @@ def _epsilon_per_pair(epsilon: float | Tensor, cost: Tensor) -> Tensor:
 
 
 def _where_mass(values: Tensor, mass: Tensor) -> Tensor:
-    """The values where there is mass and 0 elsewhere; padding may hold any value, and a NaN at a position with mass is
+    """Values where there is mass and 0 elsewhere; padding may hold any value, and a NaN at a position with mass is
     kept."""
     return torch.where(mass == 0, 0.0, at_least_float32(values))
 

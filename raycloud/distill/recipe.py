@@ -29,17 +29,19 @@ class TeacherRecipe(Recipe):
     """Number of teacher actors; each takes one unit of the ``cloud`` resource."""
     placement: Placement = Placement()
     timeout_s: float = Field(300.0, gt=0)
-    """Seconds that a student waits for one signal."""
+    """Seconds that a student waits for one answer of the teacher: a signal, the tokenizer, the head, the embedding or
+    frozen weights."""
     signals: str | None = None
     """Folder for the teacher's signals, computed once for all epochs, students and runs; None asks for them batch by
     batch."""
 
 
 class StudentRecipe(Recipe):
-    """Initial student model: the teacher, another model with its own tokenizer, or some blocks of either."""
+    """Initial student model: the teacher or another model, whole or only some of its blocks."""
 
     model: str | None = None
-    """Hub id, directory or built-in name; None for the teacher."""
+    """Hub id, directory, GGUF file or built-in name; None for the teacher. Its tokenizer may be the teacher's or
+    another."""
     blocks: int | list[Annotated[int, Field(ge=0)]] | None = None
     """Number of blocks to keep, or their indices; None keeps all."""
     choose: Literal["importance", "spacing"] = "importance"
@@ -48,7 +50,7 @@ class StudentRecipe(Recipe):
     calibration: int = Field(64, gt=0)
     """Number of training samples on which importance is measured."""
     lora: LoraRecipe | None = None
-    """Train adapters only; then only the adapters cross the link in rounds. None trains all weights."""
+    """Train adapters only: only adapters, not all weights, are exchanged after a round. None trains all weights."""
     placement: Placement = Placement()
 
 
@@ -137,7 +139,7 @@ class DistillRoundsRecipe(Recipe):
     rejoin_s: float = Field(120.0, gt=0)
     """Seconds that the start of a round waits for students that are restarting."""
     empty: int = Field(3, gt=0)
-    """Number of consecutive rounds without any answer after which the run fails."""
+    """Number of attempts at a round without any answer after which the run fails."""
 
 
 class DistillEvaluationRecipe(Recipe):
@@ -180,6 +182,7 @@ class DistillRecipe(Recipe):
     signal: SignalRecipe = SignalRecipe()
     objective: ObjectiveRecipe = ObjectiveRecipe()
     training: TrainingRecipe = TrainingRecipe()
+    """Settings of the students' training."""
     rounds: DistillRoundsRecipe = DistillRoundsRecipe()
     evaluation: DistillEvaluationRecipe = DistillEvaluationRecipe()
 
@@ -236,7 +239,7 @@ class DistillRecipe(Recipe):
             if kind not in needs.signals:
                 allowed = ", ".join(needs.signals)
                 raise ValueError(
-                    f"signal.kind '{kind}' does not tell enough for objective.kd '{kd.name}'; allowed: {allowed}"
+                    f"signal.kind '{kind}' is not sufficient for objective.kd '{kd.name}'; allowed: {allowed}"
                 )
         if self.evaluation.answers and self.data.format == "plain":
             raise ValueError("evaluation.answers needs a data.format with instructions; allowed: alpaca, chat")

@@ -19,7 +19,8 @@ class SignalRecipe(Recipe):
     """``hidden``: the hidden state before the head, with one frozen copy of the head (exact); ``logits``: all logits
     (exact); ``topk``: the k largest logits with their ids, and the mass of all others; ``hybrid``: as ``topk``, and ids
     drawn from the others; ``sampled``: ids drawn from the whole distribution; ``sorted``: the k largest logits without
-    ids; ``scalars``: the log-probability of the next token in the text."""
+    ids; ``scalars``: the log-probability of the next token in the text, which no objective learns from: for benchmarks
+    only."""
     codec: SignalCodec = "bfloat16"
     """Codec of hidden states or logits; ``int8`` only for ``hidden``."""
     k: int = Field(64, gt=0)

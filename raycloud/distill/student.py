@@ -82,8 +82,8 @@ def initial_student(
     calibration: Callable[[PreTrainedTokenizerBase], Sequence[Sample]],
     device: Device,
 ) -> tuple[PreTrainedModel, list[int] | None]:
-    """Build the model that students start from, in float32, and the indices of the blocks it keeps; None if it is
-    whole.
+    """Build the model that students start from, in float32, and the indices of the blocks it keeps; None if
+    ``student.model`` is used whole.
 
     Args:
         teacher: source of the blocks, unless the recipe names another model.

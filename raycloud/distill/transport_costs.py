@@ -71,7 +71,7 @@ def rank_kl(teacher: Tensor, student: Tensor, floor: float = 1e-7) -> Tensor:
 
 
 def rank_kl_published(teacher: Tensor, student: Tensor, floor: float = 1e-7) -> Tensor:
-    """Σ p log(p / (q + floor)), as in MCW-KD's program, for probabilities that sum to 1. Arguments as in
+    """Divergence Σ p log(p / (q + floor)), as in MCW-KD's program, for probabilities that sum to 1. Arguments as in
     :func:`rank_kl`."""
     _check_widths("ranks", teacher, student)
     p, q = _same_type(teacher, student)
@@ -114,7 +114,7 @@ def information_marginal(log_p: Tensor, mask: Tensor) -> Tensor:
 
 
 def span_cost(teacher: Tensor, student: Tensor) -> Tensor:
-    """1 − intersection over union of the bytes of two tokens: 0 for the same piece of text, 1 for disjoint ones.
+    """Cost 1 − intersection over union of the bytes of two tokens: 0 for the same piece of text, 1 for disjoint ones.
 
     It replaces the published edit distance along a warping path, which is zero off the path and so moves mass away from
     it. Tokens without bytes, such as an end of text, cost 0 with each other at the same position, else 1.
@@ -166,7 +166,7 @@ def state_distance(teacher: Tensor, student: Tensor, scale: float | Tensor) -> T
 
 
 def state_cosine(teacher: Tensor, student: Tensor) -> Tensor:
-    """1 − the cosine between hidden states, 0 to 2; a zero vector costs 1 with any other. Arguments as in
+    """Cost 1 − cosine between hidden states, 0 to 2; a zero vector costs 1 with any other. Arguments as in
     :func:`state_distance`."""
     _check_widths("numbers", teacher, student)
     a, b = (x / _never_zero(x.norm(dim=-1, keepdim=True)) for x in _same_type(teacher, student))

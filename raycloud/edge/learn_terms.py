@@ -50,6 +50,7 @@ class JobDemands:
 
     job: str
     model: str
+    """Student that the device trains, in words."""
     trained: str
     """``weights`` or ``adapters``."""
     rounds: int

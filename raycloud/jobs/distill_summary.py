@@ -1,4 +1,7 @@
-"""Headline numbers of a distillation, from its last checkpoint."""
+"""Headline numbers of a distillation, from its last checkpoint: the content of ``summary.json``.
+
+:mod:`raycloud.report.distill` prints them as a table and writes them into the report page.
+"""
 
 from __future__ import annotations
 

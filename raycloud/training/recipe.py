@@ -21,6 +21,7 @@ class TrainingRecipe(Recipe):
     """Learning rate at the end of the schedule, as a share of the peak."""
     schedule: Schedule = "cosine"
     warmup_steps: int = Field(0, ge=0)
+    """Number of first optimiser steps in which the learning rate rises to its peak."""
     weight_decay: float = Field(0.01, ge=0)
     """Weight decay of matrices; biases and norms have none."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)

@@ -131,9 +131,7 @@ def test_the_published_uld_stands_beside_one_that_goes_by_bytes() -> None:
 def test_a_recipe_whose_uld_needs_the_whole_vocabulary_refuses_the_largest(option: str) -> None:
     name, value = option.split("=")
     objective = {"kd": {"name": "uld", name: None if value == "null" else value}}
-    with pytest.raises(
-        ValueError, match=r"'topk' does not tell enough for objective\.kd 'uld'; allowed: hidden, logits"
-    ):
+    with pytest.raises(ValueError, match=r"'topk' is not sufficient for objective\.kd 'uld'; allowed: hidden, logits"):
         DistillRecipe.model_validate({"objective": objective, "signal": {"kind": "topk"}})
 
 

@@ -164,7 +164,7 @@ def test_data_warns(about: str, sentence: str, ill: dict[str, float], well: dict
     [
         (
             "dwarfed/forward_kl",
-            "objective 'forward_kl' is dwarfed: its gradient is 0.2 % of the sum; raise objective.kd_weight",
+            "objective 'forward_kl' contributes only 0.2 % of the gradient; raise objective.kd_weight",
             steps({"forward_kl": 0.002, "cross_entropy": 0.998}),
             steps({"forward_kl": 0.02, "cross_entropy": 0.98}),
         ),

@@ -81,7 +81,7 @@ def test_a_recipe_reads_checks_and_writes_it() -> None:
     assert DistillRecipe.model_validate(recipe.model_dump()) == recipe
     for override, line in (
         ("objective.kd.strength=0", "objective.kd.strength: input should be greater than 0, got 0"),
-        ("signal.kind=topk", "'topk' does not tell enough for objective.kd 'toy'; allowed: hidden"),
+        ("signal.kind=topk", "'topk' is not sufficient for objective.kd 'toy'; allowed: hidden"),
         ("objective.kd.weight=1", "unknown key 'objective.kd.weight'"),
         ("objective.kd.name=toys", "input tag 'toys' found using 'name' does not match"),
     ):

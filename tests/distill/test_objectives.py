@@ -143,7 +143,7 @@ def test_tau2_scale_multiplies_by_the_squared_temperature() -> None:
 
 def test_a_signal_for_other_tokens_is_refused() -> None:
     objectives: list[tuple[float, Objective]] = [(1.0, DIVERGENCES["forward_kl"]())]
-    with pytest.raises(ValueError, match="speaks of 36 tokens, the batch has 37"):
+    with pytest.raises(ValueError, match="holds 36 tokens, the batch has 37"):
         weighted_sum(objectives, student(), said(teacher_logits(36)))
     with pytest.raises(ValueError, match="needs a teacher's signal"):
         weighted_sum(objectives, student())

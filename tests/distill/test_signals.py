@@ -246,7 +246,7 @@ def test_sorted_values_and_scalars(teacher: Segment, batch: Batch) -> None:
     actual = whole(compute_signal(teacher, "t", batch, SignalRecipe(kind="scalars"), [1.0, 2.0]), 2.0)
     labels = batch.labels[batch.labels != IGNORE]
     assert torch.allclose(actual.log_p, expected.gather(-1, labels[:, None]), atol=1e-5)
-    with pytest.raises(ValueError, match="not of a distribution"):
+    with pytest.raises(ValueError, match="not a distribution"):
         actual.log_q(z, 2.0)
 
 

@@ -11,7 +11,7 @@ from raycloud.distill.diagnostics import DataDiagnostics, StepDiagnostics, Stude
 from raycloud.report.console import console
 from raycloud.report.distill import print_summary, write_page
 
-MIN_GRADIENT_SHARE = "objective 'forward_kl' is dwarfed: its gradient is 0.2 % of the sum; raise objective.kd_weight"
+MIN_GRADIENT_SHARE = "objective 'forward_kl' contributes only 0.2 % of the gradient; raise objective.kd_weight"
 
 
 def summary() -> dict[str, Any]:
@@ -68,7 +68,7 @@ def test_the_page_shows_health_by_edge(tmp_path: Path) -> None:
         "&lt;/s&gt;",
     ):
         assert cell in html
-    assert "its gradient is 0.2 % of the sum" in html
+    assert "contributes only 0.2 % of the gradient" in html
     assert html.count("data:image/png;base64,") == 3
 
 

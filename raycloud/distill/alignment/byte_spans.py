@@ -208,6 +208,8 @@ def align(
 ) -> Alignment:
     """Align two tokenisations of the same texts by the byte lengths of their tokens alone, without the texts.
 
+    Training has the texts and uses :func:`align_texts`.
+
     Args:
         student_ids: ids of each text.
         teacher_ids: ids of each text.
@@ -238,7 +240,7 @@ def align(
 
 
 def leading_spaces(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Ints:
-    """(B,): 1 if the tokenizer adds a space before the text, which is in the tokens and not in the text."""
+    """Number (B,) of spaces that the tokenizer adds before each text: 1 if it is in the tokens and not in the text."""
     plain, spaced = token_bytes(tokenizer).lead
     return np.array([(spaced if text[0] == " " else plain) if text else 0 for text in texts], np.int64)
 
@@ -264,7 +266,7 @@ def _check_range(side: str, flat: Ints, size: int) -> None:
 
 
 def _closed(offsets: Ints, flat: Ints, ends: Collection[int]) -> Bools:
-    """(B,): whether the last token ends the text."""
+    """Mask (B,) of the texts whose last token ends the text."""
     closed = np.zeros(len(offsets) - 1, bool)
     some = np.flatnonzero(np.diff(offsets))
     closed[some] = np.isin(flat[offsets[some + 1] - 1], list(ends))

@@ -24,7 +24,7 @@ from raycloud.models.texts import Bos
 
 @dataclass(frozen=True)
 class DeviceVocabularyMap:
-    """A :class:`~raycloud.distill.alignment.vocabulary.VocabularyMap` on a device, in the form that objectives need."""
+    """Map between the vocabularies on a device, in the form that objectives need."""
 
     map: VocabularyMap
     device: torch.device

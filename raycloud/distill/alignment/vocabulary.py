@@ -48,7 +48,7 @@ class ByteStrings:
 
     @cached_property
     def lengths(self) -> Ints:
-        """(count,) bytes."""
+        """Number of bytes (count,) of each string."""
         return np.diff(self.offsets)
 
     def take(self, chosen: Ints) -> ByteStrings:
@@ -83,7 +83,7 @@ def ranges(starts: Ints, lengths: Ints) -> Ints:
 
 
 def offsets_of(lengths: Ints) -> Ints:
-    """(count + 1,): start of each part if parts of these lengths are concatenated, and the end of the last one."""
+    """Start (count + 1,) of each part if parts of these lengths are concatenated, and the end of the last one."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 

@@ -38,7 +38,7 @@ def _threshold(descending: Tensor, mass: float) -> Tensor:
 
 
 def adaptive_kl(log_p: Tensor, log_q: Tensor, mass: float = 0.5) -> Tensor:
-    """a·KL(p‖q) + (1−a)·KL(q‖p), (c, S) to (c,), where a is the head's share of Σ|p − q|.
+    """Divergence a·KL(p‖q) + (1−a)·KL(q‖p), (c, S) to (c,), where a is the head's share of Σ|p − q|.
 
     If p and q differ most in the teacher's head, forward KL corrects it faster, otherwise reverse KL. The share is a
     constant for the gradient; identical distributions have a = ½ and not 0/0.

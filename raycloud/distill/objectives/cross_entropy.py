@@ -11,7 +11,8 @@ from raycloud.distill.objective import TeacherAtTokens, TokenObjective
 
 
 class _NegativeLogLikelihood(torch.autograd.Function):
-    """−log q(label). Its gradient, q minus one at the label, is written into one tensor; autograd would make four."""
+    """Cross-entropy −log q(label). Its gradient, q minus one at the label, is written into one tensor; autograd would
+    make four."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ class _NegativeLogLikelihood(torch.autograd.Function):
 
 
 class CrossEntropy(TokenObjective):
-    """−log q(label), without a temperature."""
+    """Cross-entropy −log q(label), without a temperature."""
 
     name: Literal["cross_entropy"] = "cross_entropy"
 
@@ -37,5 +38,5 @@ class CrossEntropy(TokenObjective):
 
     @property
     def requires_partner(self) -> bool:
-        """False, because no teacher is involved."""
+        """Skipping of tokens without a partner: none, because no teacher is involved."""
         return False

@@ -79,8 +79,8 @@ class FittedProjectors(nn.Module):
 
 
 def inverse_gram(head: Tensor) -> Tensor:
-    """(HᵀH)⁻¹ (d, d) of a head (s, d) in float64; a pseudo-inverse if the vocabulary rows do not span the hidden
-    size."""
+    """Inverse (HᵀH)⁻¹ (d, d) of a head (s, d) in float64; a pseudo-inverse if the vocabulary rows do not span the
+    hidden size."""
     head = head.double()
     return torch.linalg.pinv(head.T @ head, hermitian=True)
 
@@ -133,7 +133,10 @@ class DSKD(DSKDOptions, Objective):
         self, student: StudentOutput, teacher: TeacherOutput, extras: nn.Module | None, *, chunk: int = 64
     ) -> LossTerms:
         """Sum of ``student_space`` and ``teacher_space`` (divergences) and ``projected`` (cross-entropy of the
-        projector)."""
+        projector).
+
+        The part ``taught``, the number of tokens whose divergence is in ``student_space``, is not in the sum.
+        """
         student_index, teacher_index = paired_tokens(student, teacher)
         h, labels, g = student.hidden[student_index], student.labels[student_index], teacher.hidden(teacher_index)
         assert isinstance(extras, Projectors | FittedProjectors)
@@ -282,14 +285,14 @@ def student_space(
     def terms(z: Tensor, aim: Tensor, at: slice) -> Tensor:
         wanted = targets[at]
         known = wanted >= 0
-        entropy = nn.functional.cross_entropy(aim, wanted, ignore_index=-1, reduction="sum")
+        cross_entropy = nn.functional.cross_entropy(aim, wanted, ignore_index=-1, reduction="sum")
         fixed = aim.detach()
         right = known & (fixed.argmax(dim=-1) == wanted) if only_right else torch.ones_like(known)
         log_p = (fixed[right] / (temperature * teacher_temperature)).log_softmax(dim=-1)
         log_q = (z[right] / temperature).log_softmax(dim=-1)
-        return torch.stack([divergence.between(log_p, log_q).sum(), entropy, right.sum().to(z.dtype)])
+        return torch.stack([divergence.between(log_p, log_q).sum(), cross_entropy, right.sum().to(z.dtype)])
 
     factors = torch.tensor([*weights, 0.0], dtype=torch.float64, device=student_view.hidden.device)
     total, sums = head_loss([student_view, projected], terms, factors, chunk=chunk)
-    divergence_sum, entropy, taught = sums[0] * weights[0], sums[1] * weights[1], sums[2]
-    return LossTerms(total, {"student_space": divergence_sum, "projected": entropy, "taught": taught})
+    divergence_sum, cross_entropy, taught = sums[0] * weights[0], sums[1] * weights[1], sums[2]
+    return LossTerms(total, {"student_space": divergence_sum, "projected": cross_entropy, "taught": taught})

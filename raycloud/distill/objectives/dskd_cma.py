@@ -87,7 +87,10 @@ class DSKDCMA(DSKDCMAOptions, Objective):
         self, student: StudentOutput, teacher: TeacherOutput, extras: nn.Module | None, *, chunk: int = 64
     ) -> LossTerms:
         """Sum of ``student_space`` and ``teacher_space`` (divergences) and ``projected`` (cross-entropy of the
-        projector)."""
+        projector).
+
+        The part ``taught``, the number of tokens whose divergence is in ``student_space``, is not in the sum.
+        """
         assert isinstance(extras, CrossAttentionProjectors)
         g = teacher.hidden().to(extras.t2s.weight.dtype)
         normalise = unit_batch_deviation if self.compat == "published" else unit_rms

@@ -11,14 +11,14 @@ from raycloud.distill.signals import Targets
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p‖q) = Σ p (log p − log q), (c, S) to (c,). It penalises a student that misses what the teacher finds
-    likely."""
+    """Divergence KL(p‖q) = Σ p (log p − log q), (c, S) to (c,). It penalises a student that misses what the teacher
+    finds likely."""
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
 
 @register
 class ForwardKL(ForwardKLOptions, Divergence):
-    """KL(teacher‖student)."""
+    """Forward KL, KL(teacher‖student)."""
 
     def towards(self, aim: Targets, log_q: Tensor) -> Tensor:
         """Divergence (c,); from drawn ids an unbiased estimate with an unbiased gradient.

@@ -15,7 +15,7 @@ from raycloud.distill.objectives.reverse_kl import reverse_kl
 
 
 def js_divergence(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
-    """β·KL(p‖m) + (1−β)·KL(q‖m) with m = β·p + (1−β)·q, (c, S) to (c,); at most log 2 for β = ½.
+    """Divergence β·KL(p‖m) + (1−β)·KL(q‖m) with m = β·p + (1−β)·q, (c, S) to (c,); at most log 2 for β = ½.
 
     At β = 0 and β = 1 this formula is zero. There the function returns what it is proportional to near these values:
     forward KL at β = 0 and reverse KL at β = 1, as in TRL. The mixture is computed from logarithms, so that a

@@ -143,7 +143,7 @@ class MCWKDExtras(CrossAttentionProjectors):
 
 @register
 class MCWKD(MCWKDOptions, DSKDCMA):
-    """:class:`DSKDCMA` and two optimal transports between the teacher's and the student's tokens.
+    """Cross-model attention (:class:`DSKDCMA`) and two optimal transports between teacher tokens and student tokens.
 
     One transport uses what the tokens predict (distance and divergence of ranked probabilities, and a learned
     salience), the other what they represent (their bytes, and distance and cosine of hidden states averaged over a
@@ -227,7 +227,7 @@ class MCWKD(MCWKDOptions, DSKDCMA):
     def transports(
         self, extras: MCWKDExtras, teacher: Side, student: Side, covered: Tensor, mass: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Both transports, summed over the student's tokens.
+        """Transports by predictions and by states, summed over the student's tokens.
 
         Args:
             extras: module of this objective.

@@ -21,7 +21,7 @@ def map_to_student_vocab(p: Tensor, vocabulary: SharedVocabulary, size: int) -> 
 
 
 def covered_kl(p: Tensor, logits: Tensor, covered: Tensor) -> Tensor:
-    """KL(p‖q) (c,) with q normalised over the covered ids (V,) only.
+    """Divergence KL(p‖q) (c,) with q normalised over the covered ids (V,) only.
 
     An id that no teacher id maps to has p = 0 because the teacher cannot produce it; the student should not unlearn it.
     """
@@ -51,7 +51,7 @@ class MinED(MinEDOptions, TokenObjective):
 
     @property
     def requires_partner(self) -> bool:
-        """False if published, which has a loss term for tokens without a partner."""
+        """Skipping of tokens without a partner; ``compat: published`` has a loss term for them instead."""
         return self.compat == "ours"
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher: TeacherAtTokens) -> Tensor:

@@ -23,7 +23,7 @@ def append_rest(top: Tensor) -> Tensor:
 
 
 def sorted_l1_distance(p: Tensor, q: Tensor) -> Tensor:
-    """Σ |p − q| (c,) of ranked probabilities (c, R) and (c, S), the shorter padded with zeros.
+    """Distance Σ |p − q| (c,) of ranked probabilities (c, R) and (c, S), the shorter padded with zeros.
 
     This is the Wasserstein distance of two distributions over different vocabularies if every move between two ids
     costs the same. It compares how certain the two models are, and not which ids they prefer.
@@ -45,7 +45,7 @@ class ULD(ULDOptions, TokenObjective):
 
     @property
     def by_position(self) -> bool:
-        """True if published."""
+        """Pairing of tokens by position, with ``compat: published``."""
         return self.compat == "published"
 
     def _reduced(self, p: Tensor) -> Tensor:

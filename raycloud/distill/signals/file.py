@@ -81,7 +81,7 @@ class _SampleTokens:
 
 
 class FileSignals:
-    """A :class:`~raycloud.distill.signals.SignalStore` that reads computed signals from a folder.
+    """Store that reads computed signals from a folder, a :class:`~raycloud.distill.signals.SignalStore`.
 
     Tensors are memory-mapped: what no batch asks for takes no memory.
 
@@ -147,7 +147,7 @@ class FileSignals:
 
 
 class MeteredSignals:
-    """A :class:`~raycloud.distill.signals.SignalStore` that counts the bytes it returns as ``signals``."""
+    """Store that counts the bytes it returns as ``signals``, a :class:`~raycloud.distill.signals.SignalStore`."""
 
     def __init__(self, inner: FileSignals, meter: Meter) -> None:
         self._inner, self._meter = inner, meter

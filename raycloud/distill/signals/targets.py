@@ -42,7 +42,7 @@ class Targets:
             ValueError: there is no support, as for ``scalars``.
         """
         if self.kind == "scalars":
-            raise ValueError("a scalars signal speaks of the text's own next tokens only, not of a distribution")
+            raise ValueError("a scalars signal holds only the label's log-probability, not a distribution")
         log_q = torch.log_softmax(scale_by_temperature(logits, temperature), dim=-1)
         if self.kind == "sorted":
             return with_tail(log_q.topk(self.log_p.shape[-1] - 1, dim=-1).values)
