@@ -125,7 +125,7 @@ class Unsplit:
 
     def _outputs(self, batch: Batch) -> torch.Tensor:
         hidden = self.model.hidden(batch.ids, valid=batch.valid, types=batch.types)
-        if self.task.pooling != "rows":
+        if self.task.pooling != "none":
             hidden = pooled(hidden, batch.valid, self.task.pooling)
         return self.task.outputs(hidden, batch)
 

@@ -119,7 +119,7 @@ class LanguageBench:
         sizes = Counter(codes)
         for step in range(self.steps):
             lengths = [self.train.lengths[place] for place in self.order.indices(step)]
-            sizes += step_traffic(step, [lengths], wire_formats, "rows", trainable)
+            sizes += step_traffic(step, [lengths], wire_formats, "none", trainable)
         return sizes
 
     def cut_traffic(self, name: str, wire_formats: WireFormats) -> Counter[str]:

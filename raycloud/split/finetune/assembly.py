@@ -77,7 +77,7 @@ def head_config(recipe: SplitTuneRecipe, classes: int) -> HeadConfig | None:
         case RegressionRecipe() as task:
             return HeadConfig(kind=task.kind, outputs=1, pooling=task.pooling, dropout=task.dropout)
         case SpanRecipe() as task:
-            return HeadConfig(kind=task.kind, outputs=2, pooling="rows", dropout=0.0)  # BERT's has none
+            return HeadConfig(kind=task.kind, outputs=2, pooling="none", dropout=0.0)  # BERT's head has no dropout
         case _:
             return None
 
@@ -103,7 +103,7 @@ def trainable_parts(recipe: SplitTuneRecipe) -> TrainableParts:
 def downlink_pooling(pooling: Pooling, last: Segment) -> Pooling:
     """Pooling of a text's hidden states before they leave the cloud, for a head with this pooling."""
     commutes = pooling == "first" or not last.anatomy.after
-    return pooling if not len(last.blocks) and commutes else "rows"
+    return pooling if not len(last.blocks) and commutes else "none"
 
 
 @torch.no_grad()
@@ -272,7 +272,7 @@ def build_edge_setup(
         training=recipe.training,
         lora=recipe.lora,
         train_cloud=trainable.cloud,
-        pooling=downlink_pooling("rows" if head is None else head.pooling, last),
+        pooling=downlink_pooling("none" if head is None else head.pooling, last),
         uplink=_cut_config(recipe, recipe.uplink, uplink),
         downlink=_cut_config(recipe, recipe.downlink, downlink),
         head=head if labels_cross else None,

@@ -184,7 +184,7 @@ class CloudTrainer:
             out = self.encoder(self._through(numbers, lengths))
         if request.backward:
             self._passes[request.micro_batch] = _ForwardPass(numbers, out)
-        counts = request.lengths if self.pooling == "rows" else [1] * len(request.lengths)
+        counts = request.lengths if self.pooling == "none" else [1] * len(request.lengths)
         coded = self.activation_cache.pack("second", out, sample_indices, counts)
         reply = ForwardReply(scale=coded.scale, seconds=time.perf_counter() - started)
         return Frame.of(TuneKind.FWD_OK, reply, coded.payload)
@@ -203,7 +203,7 @@ class CloudTrainer:
         hidden = decoded.new_zeros(*valid.shape, decoded.shape[-1])
         hidden[valid] = decoded
         hidden = self.middle.hidden(hidden, valid=None if bool(valid.all()) else valid)
-        return hidden[valid] if self.pooling == "rows" else pooled(hidden, valid, self.pooling)
+        return hidden[valid] if self.pooling == "none" else pooled(hidden, valid, self.pooling)
 
     def _backward(self, request: BackwardRequest, raw: bytes, started: float) -> Frame:
         found = self._passes.pop(request.micro_batch, None)

@@ -87,7 +87,7 @@ class UShapedEdge(EdgeTrainer):
         decoder: decoder of the second cut.
         last: blocks [second, L) with everything after them.
         task: head and loss.
-        config: configuration of the run; its pooling is ``rows`` if the task pools hidden states itself.
+        config: configuration of the run; its pooling is ``none`` if the task pools hidden states itself.
         cloud: client of the cloud.
         max_in_flight: largest number of micro-batches in flight.
     """
@@ -199,7 +199,7 @@ class UShapedEdge(EdgeTrainer):
         return Frame.of(TuneKind.FWD, request, which + coded.payload)
 
     def _arrived(self, scale: float, raw: bytes, batch: Batch, sample_indices: Sequence[int]) -> Tensor:
-        counts = token_counts(batch) if self.pooling == "rows" else [1] * len(batch.ids)
+        counts = token_counts(batch) if self.pooling == "none" else [1] * len(batch.ids)
         try:
             numbers = self.activation_cache.unpack("second", EncodedTensor(scale, raw), sample_indices, counts)
         except ValueError as error:

@@ -126,7 +126,7 @@ class _SplitTuneRun:
             "bytes_per_step": total,
             "bytes_up_per_step": up,
             "bytes_down_per_step": down,
-            "bytes_of_codes": data.bottleneck_traffic(edge).total(),
+            "bottleneck_bytes": data.bottleneck_traffic(edge).total(),
             "seconds_per_step": taken / made,
             "edge_seconds_per_step": clock.edge / made,
             "cloud_seconds_per_step": clock.cloud / made,

@@ -15,8 +15,8 @@ from raycloud.models.segments import Segment
 from raycloud.training.loop import Loss
 from raycloud.training.seeding import derive_seed, seeded
 
-Pooling = Literal["rows", "mean", "first"]
-"""Pooling of a text's hidden states: every one (``rows``), their mean, or the first one."""
+Pooling = Literal["none", "mean", "first"]
+"""Pooling of a text's hidden states: every one (``none``), their mean, or the first one."""
 
 
 class Task(Protocol):
@@ -53,12 +53,12 @@ def head_outputs(task: Task, last: Segment, hidden: Tensor, batch: Batch, poolin
         batch: batch with the valid and the labelled tokens.
         pooling: pooling of ``hidden``.
     """
-    if pooling != "rows":
+    if pooling != "none":
         return task.outputs(last.hidden(hidden[:, None])[:, 0], batch)
     padded = hidden.new_zeros(*batch.valid.shape, hidden.shape[-1])
     padded[batch.valid] = hidden
     padded = last.hidden(padded, valid=None if bool(batch.valid.all()) else batch.valid)
-    if task.pooling != "rows":
+    if task.pooling != "none":
         padded = pooled(padded, batch.valid, task.pooling)
     return task.outputs(padded, batch)
 
@@ -127,7 +127,7 @@ class Regression:
 class SpanExtraction:
     """Task of predicting where an answer begins and ends in a text; labels (B, 2), two targets per text."""
 
-    pooling: Pooling = "rows"
+    pooling: Pooling = "none"
 
     def __init__(self, head: nn.Module) -> None:
         self.head = head
@@ -146,7 +146,7 @@ class SpanExtraction:
 class LanguageModelling:
     """Task of predicting the next token, with the model's own head; labels (B, T)."""
 
-    pooling: Pooling = "rows"
+    pooling: Pooling = "none"
 
     def __init__(self, last: Segment) -> None:
         self._last = last

@@ -45,7 +45,7 @@ def check_batch_size(tokens: int, wire_formats: WireFormats, pooling: Pooling, f
         RecipeError: a batch takes more bytes than a message may have.
     """
     first, second = wire_formats.uplink.bytes_per_row, wire_formats.downlink.bytes_per_row
-    row = max(first, second) if pooling == "rows" else first  # otherwise one hidden state per text
+    row = max(first, second) if pooling == "none" else first  # otherwise one hidden state per text
     if fitted * first > tokens * row:
         tokens, row = fitted, first
     if tokens * row > (room := MAX_MESSAGE - _SMALL_BYTES):
@@ -101,7 +101,7 @@ def step_traffic(
     backward = trainable.first_part or trainable.cloud
     for micro, lengths in enumerate(micros):
         tokens = sum(lengths)
-        count = tokens if pooling == "rows" else len(lengths)
+        count = tokens if pooling == "none" else len(lengths)
         first, second = wire_formats.uplink.bytes_per_row, wire_formats.downlink.bytes_per_row
         sent = ForwardRequest(
             step=step, micro_batch=micro, training=True, backward=backward, lengths=list(lengths), scale=0.0

@@ -117,7 +117,7 @@ def test_a_run_with_codes_at_both_cuts_ends_alike_after_a_stop(
     }
     summary = run(recipe(tiny_llama, tmp_path / "whole", downlink=downlink, epochs=2))
     assert summary["perplexity"] < summary["perplexity_before"]
-    assert summary["bytes_of_codes"] > 0
+    assert summary["bottleneck_bytes"] > 0
     monkeypatch.setattr(UShapedEdge, "step", _stopping(UShapedEdge.step, at=9))
     with pytest.raises(Interrupted, match="--resume"):
         run(recipe(tiny_llama, tmp_path / "parts", downlink=downlink, epochs=2))
@@ -321,8 +321,8 @@ def test_codes_are_fitted_to_no_more_texts_at_once_than_are_learned_from(tmp_pat
 def test_what_codes_are_fitted_to_must_fit_a_message_of_the_first_cut_alone() -> None:
     wide, slim = WireFormat("float32", 1024), WireFormat("int8", 8)
     with pytest.raises(RecipeError, match=r"3,000 tokens of 4,\d+ bytes take 12\.\d MB"):
-        check_batch_size(10, WireFormats(wide, slim), "rows", fitted=3000)
-    check_batch_size(10, WireFormats(slim, wide), "rows", fitted=3000)
+        check_batch_size(10, WireFormats(wide, slim), "none", fitted=3000)
+    check_batch_size(10, WireFormats(slim, wide), "none", fitted=3000)
 
 
 @pytest.mark.parametrize("kind", ["plain", "low_rank"])
@@ -351,7 +351,7 @@ def test_every_published_recipe_fits_the_messages_of_a_link() -> None:
     for path in published:
         mine = SplitTuneRecipe.load(path)
         width = 1024 if "large" in mine.model else 768
-        pooling = "rows" if mine.task.kind == "span" else "mean"
+        pooling = "none" if mine.task.kind == "span" else "mean"
         wire_formats = WireFormats(
             WireFormat(mine.uplink.dtype, mine.uplink.rank), WireFormat(mine.downlink.dtype, width)
         )

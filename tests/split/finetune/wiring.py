@@ -142,7 +142,7 @@ def split(
         total_steps=STEPS,
         training=TRAINING,
         train_cloud=True,
-        pooling=task.pooling if second == len(blocks_of(model)) else "rows",
+        pooling=task.pooling if second == len(blocks_of(model)) else "none",
         uplink=agreed(cut, dtype, activation_delta),
         downlink=agreed(behind, "float32" if downlink_rank is None else dtype, activation_delta),
     )
