@@ -95,6 +95,10 @@ def test_overrides_reach_any_depth() -> None:
             "objective.kd={name: js_divergence, betaa: 1}",
             r"betaa' \(allowed: name, temperature,.*beta\)",
         ),
+        (
+            "objective.kd={name: dskd, divergence: {name: reverse_kl, temperature: 2}}",
+            r"divergence\.temperature is 2\.0 and has no effect; allowed: 1\.0, the objective's applies",
+        ),
         ("objective.kd={temperature: 2}", r"missing key 'objective\.kd\.name'"),
         ("evaluation.prompts=[]", r"evaluation\.prompts: list should have at least 1 item"),
         ("evaluation.prompts.0.x=1", "'0' is a value and has no keys"),

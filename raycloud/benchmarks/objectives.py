@@ -197,7 +197,8 @@ class ObjectiveCase:
             every = torch.ones(p.shape[:2], dtype=torch.bool)
             both.append(sequence_ranking(p, ids, every, one.keep))
         teacher, student = both
-        levels = multi_level(teacher, student, every, every, share=one.share, sweeps=one.sweeps)
+        partners = torch.arange(every.shape[1]).expand_as(every)
+        levels = multi_level(teacher, student, every, every, partners, share=one.share, sweeps=one.sweeps)
         return (
             one.absolute * levels.absolute + one.logarithmic * levels.logarithmic + one.transport * levels.transport
         ).sum()

@@ -125,7 +125,9 @@ def chat(
 def learn(
     cloud: Annotated[str, typer.Option(help="Address of the cloud, wss://host/v1/rounds.")],
     job: Annotated[str, typer.Option(help="Name of the job: the last part of its result directory.")],
-    data: Annotated[str, typer.Option(help="This device's texts: a JSONL or Parquet file, a built-in set, a hub id.")],
+    data: Annotated[
+        str, typer.Option(help="This device's texts: a JSONL, JSON or Parquet file, a built-in set, a hub id.")
+    ],
     device: Annotated[
         str | None, typer.Option(help="Name of this device's edge in the job's recipe; default: the only one.")
     ] = None,

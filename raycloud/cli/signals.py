@@ -21,7 +21,7 @@ def _group() -> None:
 def fetch(
     teacher: Annotated[str, typer.Option(help="Address of the teacher, wss://host/v1/signals.")],
     tokenizer: Annotated[str, typer.Option(help="A model with the teacher's tokenizer; its weights are not read.")],
-    data: Annotated[str, typer.Option(help="A built-in set, a JSONL or Parquet file, or a hub id.")],
+    data: Annotated[str, typer.Option(help="A built-in set, a JSONL, JSON or Parquet file, or a hub id.")],
     out: Annotated[Path, typer.Option(help="Folder for the signals; signals that it has are kept.")],
     overrides: Annotated[
         list[str] | None,

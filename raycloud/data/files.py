@@ -15,6 +15,7 @@ from raycloud.data.splits import Row
 from raycloud.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+"""Suffixes of data files; other files are no source."""
 _BOM = b"\xef\xbb\xbf"
 _BLANK = re.compile(r"[ \t\r\n]*")
 _ALLOWED = "allowed: an object a line, or one list of objects"

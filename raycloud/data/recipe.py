@@ -17,7 +17,7 @@ class DataRecipe(Recipe):
     renamed: ClassVar[dict[str, str]] = {"max_prompt": "max_prompt_length"}
 
     source: str = "builtin:reviews"
-    """Source of the rows: ``builtin:reviews``, ``builtin:instruct``, a JSON lines, JSON or Parquet file, a hub id."""
+    """Source of the rows: ``builtin:reviews``, ``builtin:instruct``, a JSONL, JSON or Parquet file, a hub id."""
     validation: str | None = None
     """Another source, all of which is held out; then nothing of ``source`` is held out. If None, a tenth of ``source``
     is held out for validation and a tenth for the test, by content, unless the source has splits of its own."""

@@ -71,17 +71,6 @@ def sequence_ranking(probabilities: Tensor, ids: Tensor, mask: Tensor, keep: int
     return ranked[..., :keep]
 
 
-def same_index(teacher_mask: Tensor, student_mask: Tensor) -> Tensor:
-    """Partners (B, N) by position, as published: the i-th teacher token for the i-th student token, −1 past the end.
-
-    Tokens at the same position seldom cover the same text; partners by byte spans are better if they are known.
-    """
-    count = student_mask.shape[1]
-    positions = torch.arange(count, device=student_mask.device).expand(student_mask.shape)
-    held = nn.functional.pad(teacher_mask, (0, max(0, count - teacher_mask.shape[1])))[:, :count]
-    return positions.masked_fill(~(held & student_mask), -1)
-
-
 def absolute_difference(teacher: Tensor, student: Tensor, partners: Tensor) -> Tensor:
     """Distance Σ_i Σ_k \\|t_k − s_k\\| (B,) over student tokens with a partner.
 
@@ -130,16 +119,14 @@ def multi_level(
     student: Tensor,
     teacher_mask: Tensor,
     student_mask: Tensor,
-    partners: Tensor | None = None,
+    partners: Tensor,
     *,
     share: float = 0.1,
     sweeps: int = 30,
 ) -> Levels:
-    """Compute all three terms over response tokens; see the functions above. Partners are by position unless given."""
+    """Compute all three terms over response tokens; see the functions above."""
     if teacher.shape[-1] != student.shape[-1]:
         raise ValueError(f"both sides must keep as many ranks, got {teacher.shape[-1]} and {student.shape[-1]}")
-    if partners is None:
-        partners = same_index(teacher_mask, student_mask)
     return Levels(
         absolute_difference(teacher, student, partners),
         logarithmic(teacher, student, partners),

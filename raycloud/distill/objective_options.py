@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from raycloud.distill.signal_recipe import SignalKind
 from raycloud.recipe import Recipe, Registered
@@ -136,6 +136,25 @@ AnyDivergenceOptions = Annotated[DivergenceOptions, Registered(OPTIONS)]
 """Divergences that a recipe may name; the field ``name`` selects one."""
 
 
+def _check_inner(given: DivergenceOptions) -> DivergenceOptions:
+    """Refuse options that have no effect in a divergence inside of another objective.
+
+    Raises:
+        ValueError: one of them differs from its default.
+    """
+    for name in ("temperature", "tau2_scale"):
+        value, default = getattr(given, name), DivergenceOptions.model_fields[name].default
+        if value != default:
+            raise ValueError(
+                f"divergence.{name} is {value} and has no effect; allowed: {default}, the objective's applies"
+            )
+    return given
+
+
+InnerDivergenceOptions = Annotated[AnyDivergenceOptions, AfterValidator(_check_inner)]
+"""Divergences inside of another objective, at the objective's temperature."""
+
+
 @register_options
 class DSKDOptions(TeacherObjectiveOptions):
     """Dual-space distillation."""
@@ -146,9 +165,9 @@ class DSKDOptions(TeacherObjectiveOptions):
     """Version of the method. 2 starts with fitted projectors and uses the tokens at which the projected teacher's
     choice is the teacher's own; 1 starts with random projectors and trains them on the next token of the text."""
     temperature: float = Field(2.0, gt=0)
-    divergence: AnyDivergenceOptions = Field(default={"name": "forward_kl"}, validate_default=True)
+    divergence: InnerDivergenceOptions = Field(default={"name": "forward_kl"}, validate_default=True)
     """Divergence in the student's space, and in version 2 in the teacher's space too if ``compat`` is ``published``;
-    otherwise the teacher's space uses forward KL. Its temperature is not used."""
+    otherwise the teacher's space uses forward KL. It takes the objective's temperature."""
     refresh: int = Field(8, gt=0)
     """Micro-batches between two fits of version 2's projector to the teacher's space, if ``compat`` is ``ours``."""
     compat: Compat = "published"
@@ -165,8 +184,8 @@ class DSKDCMAOptions(TeacherObjectiveOptions):
     temperature: float = Field(2.0, gt=0)
     teacher_temperature: float = Field(1.0, gt=0)
     """Additional divisor of the projected teacher's logits."""
-    divergence: AnyDivergenceOptions = Field(default={"name": "forward_kl"}, validate_default=True)
-    """Divergence in the student's space; its temperature is not used. The teacher's space uses forward KL."""
+    divergence: InnerDivergenceOptions = Field(default={"name": "forward_kl"}, validate_default=True)
+    """Divergence in the student's space, at the objective's temperature. The teacher's space uses forward KL."""
     prior: float = Field(0.0, ge=0)
     """Strength of a byte-overlap prior on attention: the logarithm of the shared byte fraction, times this, is added to
     the scores."""

@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from raycloud.data.files import SUFFIXES
 from raycloud.data.prompts import Format
 from raycloud.fetch import PREFIX
 from raycloud.models.devices import Device, DType
@@ -50,8 +51,8 @@ class EvaluateRecipe(Recipe):
     models: list[str] = Field(min_length=1)
     """Models: hub ids, directories, GGUF files or built-in names."""
     data: list[str] = Field(["builtin:instruct"], min_length=1)
-    """Data sets with instruction, input and output: built-in names, JSONL or Parquet files, or hub ids. For data sets
-    with a ``text`` column instead, ``plain`` measures only the perplexity."""
+    """Data sets with instruction, input and output: built-in names, JSONL, JSON or Parquet files, or hub ids. For data
+    sets with a ``text`` column instead, ``plain`` measures only the perplexity."""
     split: Literal["train", "valid", "test", "all"] = "test"
     """Split to evaluate on; ``all`` for a file that is a test set as a whole."""
     limit: int | None = Field(None, gt=0)
@@ -94,6 +95,6 @@ def folders(sources: Sequence[str]) -> list[str]:
 
 def _folder(source: str) -> str:
     path = PurePath(source.removeprefix(PREFIX))
-    if path.suffix in (".jsonl", ".json", ".parquet", ".gguf"):
+    if path.suffix in (*SUFFIXES, ".gguf"):
         path = path.with_suffix("")
     return re.sub(r"[^\w.-]+", "-", "-".join(path.parts[-2:])).strip("-.") or "unnamed"

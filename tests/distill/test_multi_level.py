@@ -15,7 +15,6 @@ from raycloud.distill.multi_level import (
     logarithmic,
     multi_level,
     published_levels,
-    same_index,
     sequence_ranking,
     sinkhorn_distance,
 )
@@ -41,6 +40,13 @@ def vectors() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def fields(levels: Levels) -> list[Tensor]:
     return [levels.absolute, levels.logarithmic, levels.transport]
+
+
+def by_position(teacher: Tensor, student: Tensor) -> Tensor:
+    """Partners (B, N) by position: the i-th teacher token for the i-th student token, −1 past the end."""
+    count = student.shape[1]
+    held = torch.nn.functional.pad(teacher, (0, max(0, count - teacher.shape[1])))[:, :count]
+    return torch.arange(count).expand(student.shape).masked_fill(~(held & student), -1)
 
 
 @pytest.mark.parametrize("k", [4, V])
@@ -83,20 +89,19 @@ def test_the_ranking_knows_neither_padding_nor_batch() -> None:
         assert torch.equal(ranked[b, :n], one[0]) and (ranked[b, n:] == 0).all()
 
 
-def test_partners_by_position() -> None:
-    assert same_index(mask([3, 1]), mask([2, 4])).tolist() == [[0, 1, -1, -1], [0, -1, -1, -1]]
-    assert same_index(mask([5, 1]), mask([2, 1])).tolist() == [[0, 1], [0, -1]]
-
-
 @pytest.mark.parametrize("aligned", [False, True])
 def test_the_terms_equal_plain_loops(aligned: bool) -> None:
     t, s, teacher, student = vectors()
-    partners = torch.tensor([[5, 0, -1, 2, 2, -1], [-1, 3, 1, -1, -1, -1], [-1] * 6]) if aligned else None
+    partners = (
+        torch.tensor([[5, 0, -1, 2, 2, -1], [-1, 3, 1, -1, -1, -1], [-1] * 6])
+        if aligned
+        else by_position(teacher, student)
+    )
     levels = multi_level(t, s, teacher, student, partners, share=0.2, sweeps=40)
     for b in range(3):
         absolute = entropy = 0.0
         for i in range(STUDENT[b]):
-            j = int(partners[b, i]) if partners is not None else (i if i < TEACHER[b] else -1)
+            j = int(partners[b, i]) if aligned else (i if i < TEACHER[b] else -1)
             if j < 0:
                 continue
             p, q = t[b, j].tolist(), s[b, i].tolist()
@@ -122,7 +127,7 @@ def test_the_terms_equal_plain_loops(aligned: bool) -> None:
 def test_gradients() -> None:
     t, s, teacher, student = vectors()
     s.requires_grad_()
-    partners = same_index(teacher, student)
+    partners = by_position(teacher, student)
     for term in (absolute_difference, logarithmic):
         assert torch.autograd.gradcheck(lambda x, term=term: term(t, x, partners), (s,))
     (gradient,) = torch.autograd.grad(sinkhorn_distance(t, s, teacher, student).sum(), s)
@@ -137,10 +142,11 @@ def test_gradients() -> None:
 
 def test_neither_padding_nor_the_rest_of_the_batch_changes_a_sequence() -> None:
     t, s, teacher, student = vectors()
-    together = multi_level(t, s, teacher, student)
+    together = multi_level(t, s, teacher, student, by_position(teacher, student))
     for b, (m, n) in enumerate(zip(TEACHER, STUDENT, strict=True)):
         at = slice(b, b + 1)
-        alone = multi_level(t[at, :m], s[at, :n], teacher[at, :m], student[at, :n])
+        masks = teacher[at, :m], student[at, :n]
+        alone = multi_level(t[at, :m], s[at, :n], *masks, by_position(*masks))
         for whole, one in zip(fields(together), fields(alone), strict=True):
             assert float(whole[b]) == pytest.approx(float(one[0]), rel=1e-10)
 
@@ -148,13 +154,13 @@ def test_neither_padding_nor_the_rest_of_the_batch_changes_a_sequence() -> None:
 def test_an_identical_teacher_is_the_minimum() -> None:
     t, _, teacher, _ = vectors()
     same = t.clone().requires_grad_()
-    levels = multi_level(t, same, teacher, teacher, share=0.01, sweeps=100)
+    levels = multi_level(t, same, teacher, teacher, by_position(teacher, teacher), share=0.01, sweeps=100)
     assert (levels.absolute == 0).all() and levels.transport.abs().max() <= 1e-2
     (gradient,) = torch.autograd.grad(levels.absolute.sum(), same)
     assert (gradient == 0).all()
     # Truncated vectors: more mass on the K than the teacher has is dearer, not cheaper.
     for factor in (0.95, 1.02):
-        moved = multi_level(t, factor * t, teacher, teacher)
+        moved = multi_level(t, factor * t, teacher, teacher, by_position(teacher, teacher))
         assert (moved.logarithmic > levels.logarithmic).all() and (moved.absolute > 0).all()
 
 
@@ -170,7 +176,7 @@ def test_finite_at_the_extremes(dtype: torch.dtype) -> None:
             sequence_ranking(top.values, top.indices, present, KEEP)
             for top, present in zip(tops, (teacher, student), strict=True)
         )
-        levels = multi_level(t, s, teacher, student)
+        levels = multi_level(t, s, teacher, student, by_position(teacher, student))
         (gradient,) = torch.autograd.grad(sum(x.sum() for x in fields(levels)), leaf)
         assert torch.isfinite(gradient).all()
         for term in fields(levels):
@@ -180,9 +186,11 @@ def test_finite_at_the_extremes(dtype: torch.dtype) -> None:
 def test_half_precision_and_autocast_are_computed_in_float32() -> None:
     t, s, teacher, student = vectors()
     t, s = t.bfloat16(), s.bfloat16()
-    expected = multi_level(t.float(), s.float(), teacher, student)
+    expected = multi_level(t.float(), s.float(), teacher, student, by_position(teacher, student))
     with torch.autocast("cpu", torch.bfloat16):
-        for got, want in zip(fields(multi_level(t, s, teacher, student)), fields(expected), strict=True):
+        for got, want in zip(
+            fields(multi_level(t, s, teacher, student, by_position(teacher, student))), fields(expected), strict=True
+        ):
             assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
@@ -264,6 +272,6 @@ def test_the_published_terms_are_those_of_the_batch_and_leave_logits_alone(compa
 def test_wrong_arguments_are_named() -> None:
     t, s, teacher, student = vectors()
     with pytest.raises(ValueError, match="must keep as many ranks, got 6 and 4"):
-        multi_level(t, s[..., :4], teacher, student)
+        multi_level(t, s[..., :4], teacher, student, by_position(teacher, student))
     with pytest.raises(ValueError, match="compat must be 'official' or 'mcwkd', got 'ours'"):
         published_levels(t, s, teacher, student, "ours")  # type: ignore[arg-type]
