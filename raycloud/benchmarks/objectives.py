@@ -88,7 +88,7 @@ class _SharedVocabulary:
         same = torch.arange(shape.shared)
         others = torch.arange(shape.shared, shape.teacher_vocab, 3)
         self.shared = (same, same)
-        self.edges = (
+        self.entries = (
             torch.cat([same, others % shape.shared]),
             torch.cat([same, others]),
             torch.ones(shape.shared + len(others)),
@@ -181,7 +181,7 @@ class ObjectiveCase:
         else:
             with torch.no_grad():
                 log_p = (self._u / _TAU).log_softmax(-1)
-            values = one.between(log_p, (self._z / _TAU).log_softmax(-1))  # type: ignore[attr-defined]
+            values = one.value(log_p, (self._z / _TAU).log_softmax(-1))  # type: ignore[attr-defined]
             loss = (values * self.mask).sum()
         return self._found(loss)
 
@@ -232,7 +232,7 @@ class ObjectiveCase:
 
     def _mapped(self) -> Tensor:
         assert self.vocabulary_map is not None
-        mine, theirs, weights = self.vocabulary_map.edges
+        mine, theirs, weights = self.vocabulary_map.entries
         with torch.no_grad():
             p = (self._u / _TAU).softmax(-1)
             named = torch.zeros(self.shape.batch, self.shape.length, self.shape.student_vocab).index_add_(

@@ -27,7 +27,7 @@ from raycloud.distill.recipe import Cohort, DistillRecipe
 from raycloud.distill.shard import Shard, signal_source
 from raycloud.distill.signals import FrozenHead, Signal, compute_signal, frozen_head, signal_key
 from raycloud.distill.signals.file import build_signals, tokenizer_fingerprint
-from raycloud.distill.student import initial_student, own_tokenizer, student_from
+from raycloud.distill.student import build_student, differing_tokenizer, initial_student
 from raycloud.errors import ClusterError
 from raycloud.models.loading import Pretrained, load, pick_device
 from raycloud.models.segments import Segment
@@ -219,7 +219,7 @@ class CloudTeacher:
 
     def _evaluator(self, cohort: str) -> StudentEvaluator:
         """Return the cohort's evaluator; cohorts with the same tokenizer share one."""
-        own = own_tokenizer(self._cohort(cohort).student, self._teacher.tokenizer)
+        own = differing_tokenizer(self._cohort(cohort).student, self._teacher.tokenizer)
         vocabulary = None if own is None else tokenizer_fingerprint(own)
         if vocabulary not in self._evaluators:
             recipe, data = self._recipe.evaluation, self._recipe.data
@@ -251,7 +251,7 @@ class CloudTeacher:
         """
         with torch_threads(cores()):
             evaluator = self._evaluator(cohort)
-            return ModelEvaluation(StudentEvaluation(evaluator.teacher(), []), self._rouge_l(evaluator, None))
+            return ModelEvaluation(StudentEvaluation(evaluator.evaluate_teacher(), []), self._rouge_l(evaluator, None))
 
     def scores(
         self, cohort: str, config: PretrainedConfig, weights: Weights, *, answer: bool = True
@@ -259,7 +259,9 @@ class CloudTeacher:
         """Evaluate a student on held-out text; with ``answer=False`` no answers are generated."""
         with torch_threads(cores()):
             evaluator, model = self._evaluator(cohort), self._built(cohort, config, weights)
-            return ModelEvaluation(evaluator.student(model), self._rouge_l(evaluator, model) if answer else None)
+            return ModelEvaluation(
+                evaluator.evaluate_student(model), self._rouge_l(evaluator, model) if answer else None
+            )
 
     def _rouge_l(self, evaluator: StudentEvaluator, model: PreTrainedModel | None) -> float | None:
         """Return ROUGE-L (%) of generated answers; None without ``evaluation.answers``.
@@ -301,5 +303,5 @@ class CloudTeacher:
     def _built(self, cohort: str, config: PretrainedConfig, weights: Weights) -> PreTrainedModel:
         student, device = self._cohort(cohort).student, pick_device(self._recipe.device)
         if student.lora is not None:
-            weights = weights_of(merge_adapters(student_from(config, weights, self.frozen(cohort), student, device)))
+            weights = weights_of(merge_adapters(build_student(config, weights, self.frozen(cohort), student, device)))
         return build(config, weights, device=device, dtype=self._teacher.model.dtype)

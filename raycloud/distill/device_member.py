@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from raycloud.distill.learner import TeacherClient
 from raycloud.distill.recipe import DistillEdgeRecipe, DistillRecipe
 from raycloud.distill.round_report import RoundReport
-from raycloud.distill.student import own_tokenizer
+from raycloud.distill.student import differing_tokenizer
 from raycloud.rounds.service import DeviceMember
 
 
@@ -38,7 +38,7 @@ def device_member(
         run: id of the run; a resumed run keeps it, and so devices keep their state.
     """
     cohort, frozen = recipe.cohort_of(edge), teacher.frozen()
-    own = own_tokenizer(cohort.student, teacher.tokenizer)
+    own = differing_tokenizer(cohort.student, teacher.tokenizer)
     blobs = _files("tokenizer", teacher.tokenizer) | ({} if own is None else _files("student_tokenizer", own))
     if frozen:
         blobs["frozen"] = save({name: tensor.contiguous() for name, tensor in frozen.items()})

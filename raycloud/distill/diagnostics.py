@@ -208,7 +208,7 @@ def entropies(targets: Targets, vocabulary_size: int) -> Tensor:
     return known
 
 
-def warnings(
+def find_warnings(
     objective: ObjectiveRecipe, data: DataDiagnostics, steps: Sequence[StepDiagnostics] = ()
 ) -> dict[str, str]:
     """Problems found, one sentence each, by subject. Step measurements are averaged."""
@@ -323,4 +323,4 @@ class DiagnosticsMonitor:
 
     def report(self, data: DataDiagnostics) -> StudentDiagnostics:
         """Combine the measured steps with the diagnostics of the data they were made from."""
-        return StudentDiagnostics(data, tuple(self.steps), warnings(self._objective, data, self.steps))
+        return StudentDiagnostics(data, tuple(self.steps), find_warnings(self._objective, data, self.steps))

@@ -18,21 +18,21 @@ class Divergence(DivergenceOptions, TokenObjective):
         Raises:
             ValueError: signals of this kind hold too little for it.
         """
-        aim = teacher(self.temperature)
-        if aim.kind not in self.needs.signals:
+        targets = teacher(self.temperature)
+        if targets.kind not in self.needs.signals:
             raise ValueError(
-                f"objective '{self.name}' cannot be taken from a signal of kind '{aim.kind}'; "
+                f"objective '{self.name}' cannot be taken from a signal of kind '{targets.kind}'; "
                 f"allowed: {', '.join(self.needs.signals)}"
             )
-        values = self.towards(aim, aim.log_q(logits, self.temperature))
+        values = self.value_from_targets(targets, targets.log_q(logits, self.temperature))
         return values * self.temperature**2 if self.tau2_scale else values
 
-    def towards(self, aim: Targets, log_q: Tensor) -> Tensor:
+    def value_from_targets(self, targets: Targets, log_q: Tensor) -> Tensor:
         """Divergence (c,) from targets of an allowed kind, given the student's log-probabilities (c, S) on their
         support."""
-        return self.between(aim.log_p, log_q)
+        return self.value(targets.log_p, log_q)
 
-    def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """Divergence D (c,) of the student's q from the teacher's p, both given as log-probabilities (c, S)."""
         raise NotImplementedError
 

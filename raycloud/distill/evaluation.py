@@ -188,13 +188,13 @@ class StudentEvaluator:
     def _on_device(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         return (batch.to(self._device) for batch in batches)
 
-    def teacher(self) -> dict[str, GroupMetrics]:
+    def evaluate_teacher(self) -> dict[str, GroupMetrics]:
         """Metrics of the teacher by group and over all text."""
         references = {name: group.reference for name, group in self._groups.items()}
         references = {ALL: TokenPredictions.join(references.values()), **references}
         return {name: GroupMetrics(one.perplexity, 1.0, len(one.nll), 0.0) for name, one in references.items()}
 
-    def student(self, model: PreTrainedModel) -> StudentEvaluation:
+    def evaluate_student(self, model: PreTrainedModel) -> StudentEvaluation:
         """Metrics of a student by group, over all text, and text by text."""
         segment, texts = Segment(model), list[TextMetrics]()
         for name, group in self._groups.items():
@@ -216,7 +216,7 @@ class StudentEvaluator:
         else:
             named = map_to_student_vocab(teacher_logits.softmax(dim=-1), self._vocabulary, logits.shape[-1])
             covered = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            covered[self._vocabulary.edges[0]] = True
+            covered[self._vocabulary.entries[0]] = True
             divergence[found] = covered_kl(named, logits[found], covered)
         return divergence
 

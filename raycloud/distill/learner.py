@@ -30,7 +30,7 @@ from raycloud.distill.recipe import DistillEdgeRecipe, DistillRecipe
 from raycloud.distill.shard import Shard, signal_source
 from raycloud.distill.signals import FrozenHead, SignalStore
 from raycloud.distill.signals.file import FileSignals, MeteredSignals
-from raycloud.distill.student import DistillMicroBatch, distillation_loss, student_from
+from raycloud.distill.student import DistillMicroBatch, build_student, distillation_loss
 from raycloud.durable import remove, write_folder
 from raycloud.errors import ChecksumError, TrainingError
 from raycloud.link.meter import Meter
@@ -257,7 +257,7 @@ class StudentLearner:
             if student.lora is not None:
                 frozen = self._teacher.frozen()
                 meter.add("frozen", nbytes(frozen))
-            self._model = student_from(self._config, weights, frozen, student, self._device).train()
+            self._model = build_student(self._config, weights, frozen, student, self._device).train()
             if recipe.training.gradient_checkpointing:
                 self._model.gradient_checkpointing_enable()
             self._segment = Segment(self._model)

@@ -105,7 +105,7 @@ class SharedVocabulary(Protocol):
         ...
 
     @property
-    def edges(self) -> tuple[Tensor, Tensor, Tensor]:
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """Student ids, teacher ids and weights, (e,) each: which share of a teacher id's probability goes to which
         student id."""
         ...

@@ -17,7 +17,7 @@ from raycloud.recipe import Recipe, Registered
 Compat = Literal["ours", "published"]
 """``published`` reproduces the published program; ``ours`` departs from it where the docstring of the field ``compat``
 or of the objective's class says so."""
-Weights = tuple[float, float, float]
+CostWeights = tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,9 +269,9 @@ class MCWKDOptions(DSKDCMAOptions):
     """Number of ranks compared."""
     radius: int = Field(4, ge=0)
     """Tokens on either side of the averaging window."""
-    logit_weights: Weights = (0.2, 0.5, 0.3)
+    logit_weights: CostWeights = (0.2, 0.5, 0.3)
     """Initial weights of the distance, divergence and salience costs."""
-    state_weights: Weights = (0.3, 0.5, 0.2)
+    state_weights: CostWeights = (0.3, 0.5, 0.2)
     """Initial weights of the bytes, distance and cosine costs."""
     weighting: Literal["learned", "projected", "fixed"] = "learned"
     """``learned`` trains the cost weights with the other parameters; ``projected`` moves them to the smallest costs, as

@@ -12,7 +12,7 @@ from raycloud.data.splits import select, shard
 from raycloud.distill.alignment.pairs import AlignedSamples
 from raycloud.distill.recipe import DistillEdgeRecipe, DistillRecipe
 from raycloud.distill.signals.file import SignalSource, tokenizer_fingerprint
-from raycloud.distill.student import DistillMicroBatch, own_tokenizer
+from raycloud.distill.student import DistillMicroBatch, differing_tokenizer
 
 
 def signal_source(recipe: DistillRecipe, teacher: str, tokenizer: PreTrainedTokenizerBase) -> SignalSource:
@@ -54,7 +54,7 @@ class Shard:
         data = recipe.data
         rows = shard(select(training_rows(data), edge.where), edge.part, edge.of)
         limits = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
-        own = own_tokenizer(recipe.cohort_of(edge).student, teacher)
+        own = differing_tokenizer(recipe.cohort_of(edge).student, teacher)
         if own is None:
             samples, counts = encode_counted(rows, teacher, data.format, bos=data.bos, **limits)
             return cls(samples, samples, None, None, teacher.pad_token_id, counts)

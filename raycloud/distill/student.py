@@ -46,7 +46,7 @@ class DistillMicroBatch:
         return self.batch.targets
 
 
-def own_tokenizer(recipe: StudentRecipe, teacher: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
+def differing_tokenizer(recipe: StudentRecipe, teacher: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
     """Tokenizer of the students; None if it has the same tokens and ids as the teacher's.
 
     Tokenizers that differ only in which special token is EOS count as the same: base and instruct models of one family
@@ -105,7 +105,7 @@ def initial_student(
     return extract(source.model, blocks).float(), blocks
 
 
-def student_from(
+def build_student(
     config: PretrainedConfig, weights: Weights, frozen: Weights, recipe: StudentRecipe, device: torch.device
 ) -> PreTrainedModel:
     """Build a student in float32, with adapters if the recipe has them.

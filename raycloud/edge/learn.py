@@ -26,7 +26,7 @@ from raycloud.data.sources import path_of
 from raycloud.distill.learner import Heartbeat, StudentLearner
 from raycloud.distill.recipe import DistillEdgeRecipe, DistillRecipe
 from raycloud.distill.round_report import RoundReport
-from raycloud.distill.student import student_from
+from raycloud.distill.student import build_student
 from raycloud.durable import check_folder, remove, write_atomically, write_folder
 from raycloud.edge.learn_teacher import LinkTeacher
 from raycloud.edge.learn_terms import Allowance, JobDemands
@@ -370,7 +370,7 @@ class _JobDevice:
             return
         weights = _tensors(self._blob(task.weights, "weights.safetensors"))
         student = self._recipe.cohort_of(self._edge).student
-        model = student_from(self._config, weights, self._frozen, student, torch.device("cpu"))
+        model = build_student(self._config, weights, self._frozen, student, torch.device("cpu"))
         self._student = self._options.folder / "student"
         write_folder(self._student, lambda to: save_model(model, self._own or self._tokenizer, to))
 

@@ -30,7 +30,7 @@ from raycloud.data.splits import select, shard
 from raycloud.distill.evaluation import CompletionComparison
 from raycloud.distill.learner import Heartbeat
 from raycloud.distill.recipe import Cohort, DistillRecipe, StudentRecipe, bundles
-from raycloud.distill.student import check_blocks, check_objective, check_vocabulary, own_tokenizer, student_from
+from raycloud.distill.student import build_student, check_blocks, check_objective, check_vocabulary, differing_tokenizer
 from raycloud.durable import check_folder, write_atomically, write_folder
 from raycloud.errors import ClusterError, DataError, ModelError
 from raycloud.evaluation.questions import build_questions
@@ -119,7 +119,7 @@ def check(recipe: DistillRecipe) -> tuple[SplitRows, PreTrainedTokenizerBase]:
 def _bos(recipe: DistillRecipe, teacher: PreTrainedTokenizerBase) -> dict[str, str]:
     """Return, for the teacher and each cohort, whether its texts begin with BOS, and why."""
     owners = {"teacher": teacher}
-    owners |= {cohort.name: own_tokenizer(cohort.student, teacher) or teacher for cohort in recipe.cohorts}
+    owners |= {cohort.name: differing_tokenizer(cohort.student, teacher) or teacher for cohort in recipe.cohorts}
     return {name: bounds_of(one, recipe.data.format, recipe.data.bos).bos for name, one in owners.items()}
 
 
@@ -128,7 +128,7 @@ def _check_student(
 ) -> PreTrainedTokenizerBase | None:
     """Check a cohort's model, adapters and objective against the teacher; return its own tokenizer if it has one."""
     student = cohort.student
-    own = own_tokenizer(student, tokenizer)
+    own = differing_tokenizer(student, tokenizer)
     config = teacher
     if student.model is not None:
         config = check_model(resolve(student.model, console.print))
@@ -438,8 +438,8 @@ class _DistillRun:
     def _save(self, cohort: Cohort, student: StudentCheckpoint, name: str) -> int:
         """Write a student as a model for ``transformers``, and its adapters separately; return its parameter count."""
         frozen: Weights = get_result(self.replicas[0].frozen.remote(cohort.name), "teacher")
-        model = student_from(student.config, student.weights, frozen, cohort.student, torch.device("cpu"))
-        tokenizer = own_tokenizer(cohort.student, self.teacher.tokenizer) or self.teacher.tokenizer
+        model = build_student(student.config, student.weights, frozen, cohort.student, torch.device("cpu"))
+        tokenizer = differing_tokenizer(cohort.student, self.teacher.tokenizer) or self.teacher.tokenizer
         if cohort.student.lora is not None:  # before they are merged
             adapter = self.results.path / (f"adapters/{name}" if name else "adapter")
             write_folder(adapter, lambda to: save_adapter(model, to, cohort.student.model))

@@ -37,7 +37,7 @@ class Map:
         return torch.arange(30), torch.arange(30)
 
     @property
-    def edges(self) -> tuple[Tensor, Tensor, Tensor]:
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         mine = torch.cat([torch.arange(30), torch.full((10,), 30)])
         return mine, torch.arange(40), torch.ones(40)
 

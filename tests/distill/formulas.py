@@ -105,7 +105,7 @@ def mined_published(case: Case, objective: Any, extras: Any) -> Tensor:
     DSKD ``min_edit_dis_kld.py``:176-209, and ``distiller.py`` for the one token, the first of the map.
     """
     total, pairs = case.h.new_zeros(()), dict(case.pairs)
-    mine, theirs, _ = (one.tolist() for one in Map().edges)
+    mine, theirs, _ = (one.tolist() for one in Map().entries)
     for i, label in enumerate(case.student.labels.tolist()):
         log_q = (case.z[i] / objective.temperature).log_softmax(-1)
         if i not in pairs:

@@ -173,7 +173,7 @@ def test_projected_weights_move_to_the_smallest_costs_every_so_often() -> None:
         assert scaled[:, 0, 0, 0].tolist() == pytest.approx([0.1, 3.0 + 2 * step, 0.5])
     again = ProjectedCostWeights((0.2, 0.5, 0.3), 2, relative=False)
     again.load_state_dict(how.state_dict())
-    assert torch.equal(again.given, how.given) and int(again.count) == 1
+    assert torch.equal(again.untrained, how.untrained) and int(again.count) == 1
 
 
 def test_fixed_weights_are_no_parameters_and_costs_are_weighed_likewise() -> None:

@@ -21,9 +21,9 @@ from raycloud.distill.diagnostics import (
     StepDiagnostics,
     StudentDiagnostics,
     entropies,
+    find_warnings,
     gradient_shares,
     teacher_entropy,
-    warnings,
 )
 from raycloud.distill.objective import ModelSizes, StudentOutput, TeacherOutput, weighted_sum
 from raycloud.distill.objectives import OBJECTIVES, CrossEntropy, build_objective
@@ -154,9 +154,9 @@ def steps(shares: dict[str, float] | None = None, entropy: float | None = 3.0) -
 )
 def test_data_warns(about: str, sentence: str, ill: dict[str, float], well: dict[str, float]) -> None:
     objective = ObjectiveRecipe.model_validate({"kd": {"name": "mined"}})
-    found = warnings(objective, replace(SAME, **ill))
+    found = find_warnings(objective, replace(SAME, **ill))
     assert list(found) == [about] and sentence in found[about]
-    assert warnings(objective, replace(SAME, **well)) == {}
+    assert find_warnings(objective, replace(SAME, **well)) == {}
 
 
 @pytest.mark.parametrize(
@@ -180,22 +180,22 @@ def test_data_warns(about: str, sentence: str, ill: dict[str, float], well: dict
 )
 def test_steps_warn(about: str, sentence: str, ill: Sequence[StepDiagnostics], well: Sequence[StepDiagnostics]) -> None:
     objective = ObjectiveRecipe.model_validate({"kd": {"name": "forward_kl", "temperature": 2.0}})
-    found = warnings(objective, SAME, ill)
+    found = find_warnings(objective, SAME, ill)
     assert list(found) == [about] and sentence in found[about]
-    assert warnings(objective, SAME, well) == {}
+    assert find_warnings(objective, SAME, well) == {}
 
 
 def test_steps_are_averaged_and_those_without_numbers_left_out() -> None:
     mixed = [*steps({"a": 0.001, "b": 0.999}), *steps({"a": 0.1, "b": 0.9}), *steps(None, None)]
-    assert warnings(ObjectiveRecipe(), SAME, mixed) == {}
+    assert find_warnings(ObjectiveRecipe(), SAME, mixed) == {}
 
 
 def test_without_a_teacher_only_the_data_itself_counts() -> None:
     poor = replace(SAME, exact_partners=0.1, unlike_prompts=1.0, eos_mapped=False, student_vocabulary=0.1)
-    assert warnings(ObjectiveRecipe(ce_weight=1.0, kd_weight=0.0), poor) == {}
+    assert find_warnings(ObjectiveRecipe(ce_weight=1.0, kd_weight=0.0), poor) == {}
     # And what no objective maps need not be mapped.
     well = replace(poor, exact_partners=0.9, unlike_prompts=0.0)
-    assert warnings(ObjectiveRecipe.model_validate({"kd": {"name": "uld"}}), well) == {}
+    assert find_warnings(ObjectiveRecipe.model_validate({"kd": {"name": "uld"}}), well) == {}
 
 
 def test_a_monitor_measures_every_so_many_steps_once() -> None:

@@ -27,7 +27,7 @@ def test_scores_are_those_of_the_stock_models(tiny_llama: Path) -> None:
     with torch.no_grad():
         for parameter in student.model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter, generator=torch.Generator().manual_seed(1)))
-    evaluated = StudentEvaluator(teacher, None, ROWS, "plain", **LENGTHS).student(student.model)
+    evaluated = StudentEvaluator(teacher, None, ROWS, "plain", **LENGTHS).evaluate_student(student.model)
     nll, kl, agree, tokens = 0.0, 0.0, 0, 0
     with torch.no_grad():
         for sample in encode([row for rows in ROWS.values() for row in rows], teacher.tokenizer, "plain", **LENGTHS):
@@ -49,17 +49,17 @@ def test_scores_are_those_of_the_stock_models(tiny_llama: Path) -> None:
 def test_a_teacher_is_no_distance_from_itself(tiny_llama: Path) -> None:
     teacher = load(str(tiny_llama), device="cpu")
     evaluator = StudentEvaluator(teacher, None, ROWS, "plain", **LENGTHS)
-    score = evaluator.student(teacher.model).scores[ALL]
+    score = evaluator.evaluate_student(teacher.model).scores[ALL]
     assert score.kl == pytest.approx(0.0, abs=1e-5)
     assert score.agreement == 1.0
-    assert score.perplexity == pytest.approx(evaluator.teacher()[ALL].perplexity)
+    assert score.perplexity == pytest.approx(evaluator.evaluate_teacher()[ALL].perplexity)
 
 
 def test_a_student_with_its_own_tokenizer_is_compared_where_both_have_a_token(tiny_llama: Path) -> None:
     teacher = load(str(tiny_llama), device="cpu")
     own = trained(300, ["the phone film is summer"] * 20)
     student = load(str(tiny_llama), device="cpu").model
-    evaluated = StudentEvaluator(teacher, own, ROWS, "plain", **LENGTHS).student(student)
+    evaluated = StudentEvaluator(teacher, own, ROWS, "plain", **LENGTHS).evaluate_student(student)
     compared = sum(text.compared for text in evaluated.texts)
     assert 0 < compared < sum(text.tokens for text in evaluated.texts)
     assert evaluated.scores[ALL].kl > 0
@@ -70,19 +70,19 @@ def test_a_student_with_its_own_tokenizer_is_compared_where_both_have_a_token(ti
 def test_what_the_teacher_makes_of_the_texts_is_kept(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: list[str] | None
 ) -> None:
-    teacher, own_tokenizer = load(str(tiny_llama), device="cpu"), None if own is None else trained(300, own)
+    teacher, other = load(str(tiny_llama), device="cpu"), None if own is None else trained(300, own)
     keeping = {**LENGTHS, "cache": tmp_path, "name": "teacher"}
-    first = StudentEvaluator(teacher, own_tokenizer, ROWS, "plain", **keeping)
+    first = StudentEvaluator(teacher, other, ROWS, "plain", **keeping)
     assert len(list(tmp_path.iterdir())) == len(ROWS)
     monkeypatch.setattr("raycloud.distill.evaluation.final_hidden", lambda *_: pytest.fail("asked again"))
-    again = StudentEvaluator(teacher, own_tokenizer, ROWS, "plain", **keeping)
-    assert again.teacher() == first.teacher()
-    assert again.student(teacher.model) == first.student(teacher.model)
+    again = StudentEvaluator(teacher, other, ROWS, "plain", **keeping)
+    assert again.evaluate_teacher() == first.evaluate_teacher()
+    assert again.evaluate_student(teacher.model) == first.evaluate_student(teacher.model)
     monkeypatch.undo()
     for path in tmp_path.iterdir():
         path.write_bytes(b"x")
-    assert StudentEvaluator(teacher, own_tokenizer, ROWS, "plain", **keeping).teacher() == first.teacher()
-    StudentEvaluator(teacher, own_tokenizer, ROWS, "plain", **{**keeping, "name": "another"})
+    assert StudentEvaluator(teacher, other, ROWS, "plain", **keeping).evaluate_teacher() == first.evaluate_teacher()
+    StudentEvaluator(teacher, other, ROWS, "plain", **{**keeping, "name": "another"})
     assert len(list(tmp_path.iterdir())) == 2 * len(ROWS)
 
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from raycloud.distill.diagnostics import warnings
+from raycloud.distill.diagnostics import find_warnings
 from raycloud.distill.learner import StudentLearner
 from raycloud.distill.objective import (
     OBJECTIVES,
@@ -100,9 +100,9 @@ def test_its_tokenizers_are_checked() -> None:
 
 def test_its_map_between_vocabularies_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     poor = replace(SAME, eos_mapped=False)
-    assert "eos" in warnings(objective(), poor)
+    assert "eos" in find_warnings(objective(), poor)
     monkeypatch.setattr(ToyOptions, "requires", Needs(signals=("hidden",)))
-    assert "eos" not in warnings(objective(), poor)
+    assert "eos" not in find_warnings(objective(), poor)
 
 
 def test_its_loss_is_summed_with_others() -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from raycloud.distill.objectives import DIVERGENCES
 from raycloud.distill.recipe import ObjectiveRecipe, StudentRecipe
-from raycloud.distill.student import check_objective, initial_student, own_tokenizer, student_from
+from raycloud.distill.student import build_student, check_objective, differing_tokenizer, initial_student
 from raycloud.models.loading import Pretrained, load_tokenizer
 from raycloud.models.weights import weights_of
 from raycloud.training.lora import save_model
@@ -30,16 +30,16 @@ def test_tokenizers_that_differ_in_the_name_of_eos_are_one(tmp_path: Path) -> No
     """Base and instruct models of most families differ in this way."""
     teacher = tokenizer_of(template=GEMMA, eos_token="<end_of_turn>")
     base = StudentRecipe(model=saved(tmp_path / "base", tokenizer_of()))
-    assert own_tokenizer(base, teacher) is None
+    assert differing_tokenizer(base, teacher) is None
     for name in DIVERGENCES:
         objective = ObjectiveRecipe.model_validate({"kd": {"name": name}})
-        check_objective(objective, two_tokenizers=own_tokenizer(base, teacher) is not None)
+        check_objective(objective, two_tokenizers=differing_tokenizer(base, teacher) is not None)
 
 
 def test_a_token_more_makes_another_tokenizer(tmp_path: Path) -> None:
     more = tokenizer_of()
     more.add_tokens(["<another>"])
-    assert own_tokenizer(StudentRecipe(model=saved(tmp_path / "more", more)), tokenizer_of()) is not None
+    assert differing_tokenizer(StudentRecipe(model=saved(tmp_path / "more", more)), tokenizer_of()) is not None
 
 
 def test_a_published_tokenizer_with_another_eos_is_the_same(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_published_tokenizer_with_another_eos_is_the_same(tmp_path: Path) -> N
     teacher = load_tokenizer(str(TINYLLAMA))
     teacher.eos_token = "<unk>"
     assert teacher.eos_token_id != load_tokenizer(str(TINYLLAMA)).eos_token_id
-    assert own_tokenizer(StudentRecipe(model=str(TINYLLAMA)), teacher) is None
+    assert differing_tokenizer(StudentRecipe(model=str(TINYLLAMA)), teacher) is None
 
 
 def test_a_saved_student_has_all_ends_of_its_teacher(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_saved_student_has_all_ends_of_its_teacher(tmp_path: Path) -> None:
     recipe = StudentRecipe(blocks=[1])
     made, _ = initial_student(Pretrained(model, tokenizer, "teacher"), recipe, lambda tokenizer: [], "cpu")
     # On its way from the cloud to an edge and back it is a configuration and weights.
-    student = student_from(made.config, weights_of(made), {}, recipe, torch.device("cpu"))
+    student = build_student(made.config, weights_of(made), {}, recipe, torch.device("cpu"))
     save_model(student, tokenizer, tmp_path / "student")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert loaded.generation_config.eos_token_id == [EOS, TURN, 9]

@@ -30,7 +30,7 @@ class DeviceVocabularyMap:
     device: torch.device
 
     @cached_property
-    def edges(self) -> tuple[Tensor, Tensor, Tensor]:
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """Student ids, teacher ids and weights, (e,) each."""
         teacher = text_of(self.map.offsets)
         return tuple(one.to(self.device) for one in (self.map.student_ids.long(), teacher, self.map.weights))  # type: ignore[return-value]
@@ -39,7 +39,7 @@ class DeviceVocabularyMap:
     def shared(self) -> tuple[Tensor, Tensor]:
         """Student and teacher ids (s,) with the same bytes or the same special role."""
         same = (self.map.distances == 0).to(self.device)
-        student_ids, teacher_ids, _ = self.edges
+        student_ids, teacher_ids, _ = self.entries
         return student_ids[same], teacher_ids[same]
 
 

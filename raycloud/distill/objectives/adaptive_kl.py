@@ -60,6 +60,6 @@ class AdaptiveKL(AdaptiveKLOptions, Divergence):
     the id that reaches the mass as part of the tail, unless it is the first. That is not reproduced.
     """
 
-    def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """Divergence D (c,); see :func:`adaptive_kl`."""
         return adaptive_kl(log_p, log_q, self.head_mass)

@@ -240,7 +240,7 @@ def teacher_space(
     def terms(student_logits: Tensor, teacher_logits: Tensor, at: slice) -> Tensor:
         teacher_choice[at] = teacher_logits.argmax(dim=-1)
         log_p, log_q = ((one / temperature).log_softmax(dim=-1) for one in (teacher_logits, student_logits))
-        values = divergence.between(log_p, log_q)
+        values = divergence.value(log_p, log_q)
         return (values if counted_ids is None else values[counted_ids[teacher_choice[at]] >= 0]).sum()[None]
 
     def view(hidden: Tensor) -> LogitsView:
@@ -282,15 +282,15 @@ def student_space(
         weights: weights of the divergence and of the projector's cross-entropy.
     """
 
-    def terms(z: Tensor, aim: Tensor, at: slice) -> Tensor:
+    def terms(z: Tensor, projected_logits: Tensor, at: slice) -> Tensor:
         wanted = targets[at]
         known = wanted >= 0
-        cross_entropy = nn.functional.cross_entropy(aim, wanted, ignore_index=-1, reduction="sum")
-        fixed = aim.detach()
+        cross_entropy = nn.functional.cross_entropy(projected_logits, wanted, ignore_index=-1, reduction="sum")
+        fixed = projected_logits.detach()
         right = known & (fixed.argmax(dim=-1) == wanted) if only_right else torch.ones_like(known)
         log_p = (fixed[right] / (temperature * teacher_temperature)).log_softmax(dim=-1)
         log_q = (z[right] / temperature).log_softmax(dim=-1)
-        return torch.stack([divergence.between(log_p, log_q).sum(), cross_entropy, right.sum().to(z.dtype)])
+        return torch.stack([divergence.value(log_p, log_q).sum(), cross_entropy, right.sum().to(z.dtype)])
 
     factors = torch.tensor([*weights, 0.0], dtype=torch.float64, device=student_view.hidden.device)
     total, sums = head_loss([student_view, projected], terms, factors, chunk=chunk)

@@ -20,16 +20,16 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 class ForwardKL(ForwardKLOptions, Divergence):
     """Forward KL, KL(teacher‖student)."""
 
-    def towards(self, aim: Targets, log_q: Tensor) -> Tensor:
+    def value_from_targets(self, targets: Targets, log_q: Tensor) -> Tensor:
         """Divergence (c,); from drawn ids an unbiased estimate with an unbiased gradient.
 
         Only forward KL can be estimated in this way: p enters Σ p log q as a plain factor (Anshumann et al. 2025, arXiv
         2503.16870).
         """
-        if aim.entropy is None:
-            return forward_kl(aim.log_p, log_q)
-        return -(aim.log_p.exp() * log_q).sum(dim=-1) - aim.entropy
+        if targets.entropy is None:
+            return forward_kl(targets.log_p, log_q)
+        return -(targets.log_p.exp() * log_q).sum(dim=-1) - targets.entropy
 
-    def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """Divergence D (c,); see :func:`forward_kl`."""
         return forward_kl(log_p, log_q)

@@ -32,6 +32,6 @@ def js_divergence(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
 class JSDivergence(JSDivergenceOptions, Divergence):
     """Generalised Jensen–Shannon divergence: from forward KL at β = 0 to reverse KL at β = 1."""
 
-    def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """Divergence D (c,); see :func:`js_divergence`."""
         return js_divergence(log_p, log_q, self.beta)

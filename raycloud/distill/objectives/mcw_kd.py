@@ -34,7 +34,6 @@ from raycloud.distill.transport_costs import (
     window_mean,
 )
 
-Weights = tuple[float, float, float]
 Side = tuple[Tensor, Tensor, Tensor]
 _MOMENTUM = 0.99
 _LOGIT_COSTS = ("distance", "divergence", "salience")
@@ -56,9 +55,9 @@ class LearnedCostWeights(nn.Module):
         self.relative = relative
         self.register_buffer("scale", torch.ones(len(begin)))
         self.register_buffer("seen", torch.tensor(False))
-        self._begin(torch.tensor(begin) / sum(begin))
+        self._init_weights(torch.tensor(begin) / sum(begin))
 
-    def _begin(self, weights: Tensor) -> None:
+    def _init_weights(self, weights: Tensor) -> None:
         self.logits = nn.Parameter(weights.log())
 
     @property
@@ -78,10 +77,10 @@ class LearnedCostWeights(nn.Module):
         if self.training:
             with torch.no_grad():
                 pairs = (mu[:, :, None] * nu[:, None, :]).to(found.dtype)
-                self.note((found * pairs).sum(dim=(1, 2, 3)) / pairs.sum().clamp_min(1e-12))
+                self.update((found * pairs).sum(dim=(1, 2, 3)) / pairs.sum().clamp_min(1e-12))
         return found, weights
 
-    def note(self, mean: Tensor) -> None:
+    def update(self, mean: Tensor) -> None:
         """Update the running means with the mean of each cost (K,), given in current units."""
         if self.relative:
             mean = mean * self.scale
@@ -91,17 +90,17 @@ class LearnedCostWeights(nn.Module):
 
 
 class FixedCostWeights(LearnedCostWeights):
-    """Weights that do not change."""
+    """Weights that are not trained."""
 
-    given: Tensor
+    untrained: Tensor
 
-    def _begin(self, weights: Tensor) -> None:
-        self.register_buffer("given", weights)
+    def _init_weights(self, weights: Tensor) -> None:
+        self.register_buffer("untrained", weights)
 
     @property
     def weights(self) -> Tensor:
         """(K,), summing to 1."""
-        return self.given
+        return self.untrained
 
 
 class ProjectedCostWeights(FixedCostWeights):
@@ -119,12 +118,12 @@ class ProjectedCostWeights(FixedCostWeights):
         self.register_buffer("total", torch.zeros(len(begin)))
         self.register_buffer("count", torch.tensor(0))
 
-    def note(self, mean: Tensor) -> None:
+    def update(self, mean: Tensor) -> None:
         """Update the running means, and set the weights from the mean since their last update if it is time."""
-        super().note(mean)
+        super().update(mean)
         self.total, self.count = self.total + mean, self.count + 1
         if int(self.count) == self.period:
-            self.given = cost_weights(self.total / self.period).to(self.given.dtype)
+            self.untrained = cost_weights(self.total / self.period).to(self.untrained.dtype)
             self.total, self.count = torch.zeros_like(self.total), torch.zeros_like(self.count)
 
 

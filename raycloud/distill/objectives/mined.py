@@ -15,7 +15,7 @@ def map_to_student_vocab(p: Tensor, vocabulary: SharedVocabulary, size: int) -> 
     Every teacher id gives its probability to the student ids it is mapped to. Probability of unmapped ids is dropped,
     and the rest is normalised.
     """
-    student_ids, teacher_ids, weights = vocabulary.edges
+    student_ids, teacher_ids, weights = vocabulary.entries
     given = p.new_zeros(p.shape[0], size).index_add_(1, student_ids, p[:, teacher_ids] * weights.to(p.dtype))
     return given / given.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
 
@@ -34,7 +34,7 @@ def first_mapped_logits(logits: Tensor, vocabulary: SharedVocabulary, size: int)
 
     If several teacher ids map to a student id the first one is taken; an id that none maps to gets −∞.
     """
-    student_ids, teacher_ids, _ = vocabulary.edges
+    student_ids, teacher_ids, _ = vocabulary.entries
     none = logits.shape[-1]
     first = torch.full((size,), none, device=logits.device).scatter_reduce(0, student_ids, teacher_ids, "amin")
     return nn.functional.pad(logits, (0, 1), value=-torch.inf)[:, first]
@@ -74,7 +74,7 @@ class MinED(MinEDOptions, TokenObjective):
                 p = torch.zeros_like(p).scatter_(1, top.indices, top.values)
             target = map_to_student_vocab(p, vocabulary, logits.shape[-1]).to(logits.dtype)
             covered = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            covered[vocabulary.edges[0]] = True
+            covered[vocabulary.entries[0]] = True
         return covered_kl(target, logits / self.temperature, covered)
 
     def _published(

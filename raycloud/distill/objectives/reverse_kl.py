@@ -18,6 +18,6 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 class ReverseKL(ReverseKLOptions, Divergence):
     """KL(student‖teacher)."""
 
-    def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """Divergence D (c,); see :func:`reverse_kl`."""
         return reverse_kl(log_p, log_q)

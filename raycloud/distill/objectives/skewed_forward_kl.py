@@ -22,6 +22,6 @@ def skewed_forward_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor
 class SkewedForwardKL(SkewedForwardKLOptions, Divergence):
     """Forward KL to a mixture that contains a small share of the teacher, so that it stays finite."""
 
-    def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """Divergence D (c,); see :func:`skewed_forward_kl`."""
         return skewed_forward_kl(log_p, log_q, self.skew_lambda)

@@ -19,6 +19,6 @@ def skewed_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor
 class SkewedReverseKL(SkewedReverseKLOptions, Divergence):
     """Reverse KL to a mixture that contains a small share of the student, so that it stays finite."""
 
-    def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """Divergence D (c,); see :func:`skewed_reverse_kl`."""
         return skewed_reverse_kl(log_p, log_q, self.skew_lambda)
