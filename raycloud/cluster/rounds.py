@@ -21,7 +21,7 @@ from raycloud.distill.recipe import DistillRoundsRecipe
 from raycloud.errors import ClusterError, RaycloudError, TrainingError
 from raycloud.rounds.aggregators import AGGREGATORS
 from raycloud.rounds.contribution import Contribution
-from raycloud.rounds.machine import RoundMachine
+from raycloud.rounds.machine import ClosedRound, Gate, RoundMachine
 from raycloud.rounds.service import DeviceGone
 
 _POLL_S = 0.5
@@ -56,7 +56,7 @@ class StudentHandle:
         self.prepare()
 
 
-MissReason = Literal["died", "late", "failed", "absent", "diverged"]
+MissReason = Literal["died", "late", "failed", "absent", "diverged", "no_quorum"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class RoundOutcome:
     index: int
     answers: list[StudentUpdate] = field(default_factory=list)
     missed: list[MissedStudent] = field(default_factory=list)
+    gate_refused: list[str] = field(default_factory=list)
+    """Cohorts whose aggregate the gate refused, so that they keep their former weights."""
     seconds: float = 0.0
 
 
@@ -89,16 +91,18 @@ def run_round(
     rounds: Mapping[str, RoundMachine],
     recipe: DistillRoundsRecipe,
     on_progress: OnProgress,
+    gates: Mapping[str, Gate] | None = None,
 ) -> RoundOutcome:
-    """Train one round and aggregate the updates; a cohort without any update keeps its weights.
+    """Train one round and aggregate the updates; a cohort with fewer updates than the quorum keeps its weights.
 
     Args:
         round_id: id larger than that of every earlier call, including earlier attempts at the same round.
         index: index of the round, counted from 0.
         members: students of the run.
         rounds: rounds by cohort, none of them open; they hold the initial weights, and then the new ones.
-        recipe: recipe of the rounds, with ``deadline_s`` and ``rejoin_s``.
+        recipe: recipe of the rounds, with ``deadline_s``, ``rejoin_s`` and ``quorum``.
         on_progress: see :data:`OnProgress`.
+        gates: held-out figures by cohort; a cohort whose figure would fall keeps its weights. None for no gates.
 
     Raises:
         RaycloudError: a student's own data or recipe is wrong, which a restart would not fix.
@@ -109,7 +113,7 @@ def run_round(
     for cohort, machine in rounds.items():
         # Sums depend on the order, and the order of arrival is random.
         names = sorted(member.name for member in members if member.cohort == cohort)
-        machine.open(index, names, deadline=begun + recipe.deadline_s)
+        machine.open(index, names, deadline=begun + recipe.deadline_s, quorum=recipe.quorum)
         current[cohort] = ray.put(machine.weights)
     training: dict[ray.ObjectRef, StudentHandle] = {}
     preparing: dict[ray.ObjectRef, StudentHandle] = {}
@@ -162,8 +166,12 @@ def run_round(
             for member in preparing.values():
                 rounds[member.cohort].remove(member.name)
         now = time.monotonic()
-        for machine in rounds.values():
-            machine.close(now, AGGREGATORS[recipe.aggregation])
+        for cohort, machine in rounds.items():
+            closed = machine.close(now, AGGREGATORS[recipe.aggregation], (gates or {}).get(cohort))
+            if closed is not None and closed.result == "no_quorum":
+                _discard(done, closed, recipe.quorum)
+            if closed is not None and closed.result == "gate_refused":
+                done.gate_refused.append(cohort)
     for member in training.values():
         done.missed.append(MissedStudent(member.name, "late", f"no answer in {recipe.deadline_s:g} s"))
         member.leave(round_id)
@@ -171,6 +179,13 @@ def run_round(
     done.seconds = time.monotonic() - begun
     done.answers.sort(key=lambda answer: answer.name)
     return done
+
+
+def _discard(done: RoundOutcome, closed: ClosedRound, quorum: int) -> None:
+    """Move the updates of a cohort without a quorum to the missed ones."""
+    detail = f"{len(closed.members)} of at least {quorum} updates"
+    done.answers = [answer for answer in done.answers if answer.name not in closed.members]
+    done.missed.extend(MissedStudent(name, "no_quorum", detail) for name in closed.members)
 
 
 def _should_wait(preparing: Iterable[StudentHandle], patience: float) -> bool:

@@ -136,6 +136,12 @@ class DistillRoundsRecipe(Recipe):
     from five students on, and ``median`` takes the middle; both resist a few wrong students and do not count tokens."""
     deadline_s: float = Field(600.0, gt=0)
     """Seconds; a student that has not answered by then is left out of the round."""
+    quorum: int = Field(1, gt=0)
+    """Least number of students of a cohort whose updates make new weights. With fewer, the updates are discarded and
+    the cohort keeps its weights."""
+    gate: Literal["none", "held_out"] = "none"
+    """``held_out`` keeps the aggregate of a round only if its perplexity on held-out text is not above that of the
+    former weights. It costs one evaluation per cohort and round."""
     rejoin_s: float = Field(120.0, gt=0)
     """Seconds that the start of a round waits for students that are restarting."""
     empty: int = Field(3, gt=0)
@@ -213,7 +219,8 @@ class DistillRecipe(Recipe):
         others = [cohort.edges[0] for cohort in self.cohorts if edge.name not in cohort.edges]
         kept = [one for one in self.edges if one.name == edge.name or one.name in others]
         teacher = self.teacher.model_copy(update={"signals": None})
-        return self.model_copy(update={"edges": kept, "teacher": teacher})
+        rounds = self.rounds.model_copy(update={"quorum": 1})  # a matter of the cloud, which counts all edges
+        return self.model_copy(update={"edges": kept, "teacher": teacher, "rounds": rounds})
 
     @property
     def temperatures(self) -> tuple[float, ...]:
@@ -233,6 +240,12 @@ class DistillRecipe(Recipe):
                 raise ValueError(f"edges: the device '{edge.name}' brings its data; allowed: no where, part and of")
             if edge.part >= edge.of:
                 raise ValueError(f"edges: '{edge.name}' has part {edge.part} of {edge.of}; allowed: 0 to {edge.of - 1}")
+        smallest = min(self.cohorts, key=lambda cohort: len(cohort.edges))
+        if self.rounds.quorum > len(smallest.edges):
+            raise ValueError(
+                f"rounds.quorum={self.rounds.quorum}, and cohort '{smallest.name}' has {len(smallest.edges)} edges; "
+                f"allowed: 1 to {len(smallest.edges)}"
+            )
         kind = self.signal.kind
         for cohort in self.cohorts:
             kd, needs = cohort.objective.kd, cohort.objective.needs

@@ -9,6 +9,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from raycloud.data.checks import check_eos, check_positions
 from raycloud.data.prompts import bounds_of, check_rows, prompt_and_response
 from raycloud.data.sources import SplitRows, limit_rows, load_split_rows
 from raycloud.data.splits import select, shard
-from raycloud.distill.evaluation import CompletionComparison
+from raycloud.distill.evaluation import ALL, CompletionComparison
 from raycloud.distill.learner import Heartbeat
 from raycloud.distill.recipe import Cohort, DistillRecipe, StudentRecipe, bundles
 from raycloud.distill.student import build_student, check_blocks, check_objective, check_vocabulary, differing_tokenizer
@@ -44,7 +45,7 @@ from raycloud.report.console import ProgressBars, console, print_and_log, progre
 from raycloud.report.distill import print_summary, write_page
 from raycloud.report.tensorboard import tensorboard_events
 from raycloud.results import RECIPE, Mode, ResultDir, plain_json, record_inputs
-from raycloud.rounds.machine import RoundMachine
+from raycloud.rounds.machine import Gate, RoundMachine
 from raycloud.training.lora import check_targets, save_adapter, save_model
 
 _LOG = logging.getLogger(__name__)
@@ -315,7 +316,7 @@ class _DistillRun:
                     move(member.name, 0, "begins")
 
                 self.round_id += 1
-                done = run_round(self.round_id, index, members, rounds, recipe, on_progress)
+                done = run_round(self.round_id, index, members, rounds, recipe, on_progress, self._gates(checkpoint))
             self._log(done)
             if done.answers:
                 break
@@ -340,6 +341,17 @@ class _DistillRun:
         self.metrics.rounds(index + 1)
         return self._saved(DistillCheckpoint(index + 1, students, facts))
 
+    def _gates(self, checkpoint: DistillCheckpoint) -> dict[str, Gate]:
+        """Return the gate of each cohort: the perplexity on all held-out text, negated; empty without gates."""
+        if self.recipe.rounds.gate == "none":
+            return {}
+
+        def figure(cohort: str, config: PretrainedConfig, weights: Weights) -> float:
+            found = self._findings(cohort, config, weights, answer=False)
+            return -found.evaluation.scores[ALL].perplexity
+
+        return {cohort: partial(figure, cohort, student.config) for cohort, student in checkpoint.students.items()}
+
     def _saved(self, checkpoint: DistillCheckpoint) -> DistillCheckpoint:
         """Add the elapsed time to the checkpoint, save it and return it."""
         checkpoint.facts["seconds"] += self._elapsed()
@@ -353,6 +365,10 @@ class _DistillRun:
         for missed in done.missed:
             self.results.log({"kind": "missed", "round": done.index, "student": missed.name, "why": missed.why})
             said = f"round {done.index + 1}: went on without '{missed.name}' ({missed.why}: {missed.detail})"
+            print_and_log(_LOG, said, logging.WARNING)
+        for cohort in done.gate_refused:
+            self.results.log({"kind": "gate_refused", "round": done.index, "cohort": cohort})
+            said = f"round {done.index + 1}: '{cohort}' keeps its former weights, whose held-out perplexity is lower"
             print_and_log(_LOG, said, logging.WARNING)
         tokens = sum(answer.tokens for answer in done.answers)
         if tokens:

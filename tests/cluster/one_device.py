@@ -68,7 +68,9 @@ def with_a_device(recipe: DistillRecipe, folder: Path) -> dict[str, Any]:
     device, original = Device(port, folder), distill.run_round
     seen: dict[str, Any] = {"rounds": [], "means": []}
 
-    def disturbed(number: int, index: int, members: Any, rounds: Any, options: Any, on_progress: Any) -> Any:
+    def disturbed(
+        number: int, index: int, members: Any, rounds: Any, options: Any, on_progress: Any, *gates: Any
+    ) -> Any:
         if device.process is None:
             device.start()
 
@@ -79,7 +81,7 @@ def with_a_device(recipe: DistillRecipe, folder: Path) -> dict[str, Any]:
                 device.kill()
                 device.start()
 
-        done = original(number, index, members, rounds, options, watching)
+        done = original(number, index, members, rounds, options, watching, *gates)
         (machine,) = rounds.values()
         expected = mean([Contribution(one.weights, one.tokens) for one in done.answers])
         seen["means"].append(all(torch.equal(machine.weights[name], tensor) for name, tensor in expected.items()))

@@ -77,7 +77,9 @@ def lose_an_edge(recipe: DistillRecipe) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     original = distill.run_round
 
-    def disturbed(number: int, index: int, members: Any, weights: Any, rounds: Any, on_progress: Any) -> Any:
+    def disturbed(
+        number: int, index: int, members: Any, weights: Any, rounds: Any, on_progress: Any, *gates: Any
+    ) -> Any:
         if index == 2 and "joined" not in seen:
             seen["joined"] = True
             cluster.add("edge", "edge-c")
@@ -97,7 +99,7 @@ def lose_an_edge(recipe: DistillRecipe) -> dict[str, Any]:
             if index == 2 and set(heartbeats) == {"store", "newsroom"}:
                 seen["after"] = placed()
 
-        return original(number, index, members, weights, rounds, watching)
+        return original(number, index, members, weights, rounds, watching, *gates)
 
     distill.run_round = disturbed  # type: ignore[assignment]
     try:

@@ -127,3 +127,25 @@ def test_each_cohort_has_its_own_round_and_a_recipe_chooses_the_aggregation() ->
     recipe = DistillRoundsRecipe()
     run_round(2, 1, members[:3], {"calm": rounds["calm"]}, recipe, lambda heartbeats: None)
     assert rounds["calm"].weights["a"].tolist() == [1.0, 4.0]
+
+
+def test_fewer_updates_than_the_quorum_are_discarded_and_the_weights_stay() -> None:
+    outcomes = {"good": weights(1.0), "wild": weights(math.nan), "fine": weights(3.0)}
+    members = [StudentHandle(name, "all", Actor(name, outcome)) for name, outcome in outcomes.items()]
+    rounds = {"all": RoundMachine(weights(0.0))}
+    done = run_round(1, 0, members, rounds, DistillRoundsRecipe(quorum=3), lambda heartbeats: None)
+    assert done.answers == [] and rounds["all"].weights["a"].tolist() == [1.0, 0.0]
+    discarded = [(one.name, one.why) for one in done.missed if one.why == "no_quorum"]
+    assert discarded == [("fine", "no_quorum"), ("good", "no_quorum")]
+    done = run_round(2, 0, [members[0], members[2]], rounds, DistillRoundsRecipe(quorum=2), lambda heartbeats: None)
+    assert len(done.answers) == 2 and rounds["all"].weights["a"].tolist() == [1.0, 2.0]
+
+
+def test_a_gate_keeps_the_former_weights_of_its_cohort_alone() -> None:
+    values = {"a": 5.0, "b": 5.0}
+    members = [StudentHandle(name, name, Actor(name, weights(value))) for name, value in values.items()]
+    rounds = {cohort: RoundMachine(weights(0.0)) for cohort in values}
+    gates = {"a": lambda held: -float(held["a"][1])}
+    done = run_round(1, 0, members, rounds, DistillRoundsRecipe(), lambda heartbeats: None, gates)
+    assert done.gate_refused == ["a"] and len(done.answers) == 2
+    assert rounds["a"].weights["a"].tolist() == [1.0, 0.0] and rounds["b"].weights["a"].tolist() == [1.0, 5.0]

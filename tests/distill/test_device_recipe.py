@@ -52,6 +52,15 @@ def test_a_device_gets_its_edge_and_the_temperatures_of_all(tmp_path: Path) -> N
     assert DistillRecipe.model_validate_json(shop.model_dump_json()) == shop
 
 
+def test_a_quorum_is_of_every_cohort_and_a_matter_of_the_cloud() -> None:
+    edges = [{"name": "a"}, {"name": "b", "device": True}, {"name": "c"}]
+    whole = DistillRecipe.parse({"edges": edges, "rounds": {"quorum": 3}})
+    assert whole.for_device(whole.edges[1]).rounds.quorum == 1
+    other = {"name": "d", "objective": {"kd": "reverse_kl"}}
+    with pytest.raises(RecipeError, match=r"rounds.quorum=3, and cohort 'd' has 1 edges; allowed: 1 to 1"):
+        DistillRecipe.parse({"edges": [*edges, other], "rounds": {"quorum": 3}})
+
+
 def report(**changes: object) -> bytes:
     data = SAME
     steps = [Step(0, math.nan, {"forward_kl": math.inf}, {"forward_kl": 1.0}, 0.5, 0.1, 7, True)]

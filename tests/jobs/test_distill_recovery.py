@@ -49,7 +49,13 @@ def interrupting(
     original, called = job.run_round, list[bool]()
 
     def disturbed(
-        number: int, index: int, members: Sequence[StudentHandle], weights: Any, recipe: Any, on_progress: Any
+        number: int,
+        index: int,
+        members: Sequence[StudentHandle],
+        weights: Any,
+        recipe: Any,
+        on_progress: Any,
+        *gates: Any,
     ) -> RoundOutcome:
         def watching(heartbeats: dict[str, Heartbeat]) -> None:
             on_progress(heartbeats)
@@ -57,7 +63,7 @@ def interrupting(
                 called.append(True)
                 when({member.name: member for member in members}, heartbeats)
 
-        return original(number, index, members, weights, recipe, watching)
+        return original(number, index, members, weights, recipe, watching, *gates)
 
     monkeypatch.setattr(job, "run_round", disturbed)
 
