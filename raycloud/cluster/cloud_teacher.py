@@ -173,8 +173,8 @@ class CloudTeacher:
             for sample in Shard.of(recipe, edge, self._teacher.tokenizer).teacher_samples
         }
         with torch_threads(cores()), autocast_to(compute_dtype(recipe.dtype, device), device):
-            origin = signal_source(recipe, self._name, self._teacher.tokenizer)
-            yield from build_signals(str(recipe.teacher.signals), origin, self._segment, list(samples))
+            source = signal_source(recipe, self._name, self._teacher.tokenizer)
+            yield from build_signals(str(recipe.teacher.signals), source, self._segment, list(samples))
 
     def start(self, cohort: str) -> InitialStudent:
         """Return the initial model of a cohort; a cohort that trains adapters has fresh adapters as its weights."""

@@ -233,8 +233,8 @@ class StudentLearner:
     def _kept_signals(self, meter: Meter) -> SignalStore:
         recipe = self._recipe
         if self._kept is None:
-            origin = signal_source(recipe, self._teacher.name, self._teacher.tokenizer)
-            self._kept = FileSignals(str(recipe.teacher.signals), origin)
+            source = signal_source(recipe, self._teacher.name, self._teacher.tokenizer)
+            self._kept = FileSignals(str(recipe.teacher.signals), source)
         return MeteredSignals(self._kept, meter)
 
     def _prefetch(self, signals: RequestedSignals | None, step: int) -> None:

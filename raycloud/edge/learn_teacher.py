@@ -49,10 +49,10 @@ class LinkTeacher:
     def remote(self) -> RemoteSignals:
         """Return the signals of the teacher; it must be the one that the job named."""
         recipe = self._recipe
-        origin = self._client().origin(recipe.signal, recipe.temperatures)
-        if origin.teacher != self.name:
-            raise LinkSetupError(f"the job's teacher is '{self.name}', the link leads to '{origin.teacher}'")
-        return RemoteSignals(self._client(), origin)
+        source = self._client().source(recipe.signal, recipe.temperatures)
+        if source.teacher != self.name:
+            raise LinkSetupError(f"the job's teacher is '{self.name}', the link leads to '{source.teacher}'")
+        return RemoteSignals(self._client(), source)
 
     def head(self) -> FrozenHead:
         """Get a copy of the teacher's head."""

@@ -77,13 +77,13 @@ def test_signals_and_tables_are_the_teachers_own(url: str, local: Pretrained) ->
     batch = collate(SAMPLES, pad=7)
     for kind in ("hidden", "logits", "hybrid"):  # 20 MB of logits come in parts
         recipe = SignalRecipe(kind=kind, codec="float32", k=9, draws=5)
-        found = RemoteSignals(link, link.origin(recipe, [1.0, 2.0])).signal(batch)
+        found = RemoteSignals(link, link.source(recipe, [1.0, 2.0])).signal(batch)
         expected = compute_signal(Segment(local.model), name, batch, recipe, [1.0, 2.0])
         assert found.key == expected.key and found.payload.keys() == expected.payload.keys()
         assert all(torch.equal(found.payload[field], expected.payload[field]) for field in expected.payload)
     assert torch.equal(link.head("float32").weight, frozen_head(Segment(local.model), "float32").weight)
     with pytest.raises(LinkError, match="length 129; allowed: at most 128"):
-        RemoteSignals(link, link.origin(SignalRecipe(), [1.0])).signal(collate([Sample(tuple(range(129)), 1)], pad=0))
+        RemoteSignals(link, link.source(SignalRecipe(), [1.0])).signal(collate([Sample(tuple(range(129)), 1)], pad=0))
     with urlopen(url.replace("ws:", "http:").replace("/v1/signals", "/healthz"), timeout=240) as answer:
         assert json.load(answer) == {"status": "ok", "sessions": 1}
     link.close()
@@ -103,7 +103,7 @@ def test_garbage_is_answered_and_the_teacher_serves_on(url: str) -> None:
         assert reply.kind is SessionKind.ERROR and parse_body(reply, ErrorReply).code == code
         channel.close()
     link = connected(url)
-    assert RemoteSignals(link, link.origin(SignalRecipe(), [1.0])).signal(collate(SAMPLES, pad=0)).count > 0
+    assert RemoteSignals(link, link.source(SignalRecipe(), [1.0])).signal(collate(SAMPLES, pad=0)).count > 0
     link.close()
 
 
@@ -145,7 +145,7 @@ def test_a_device_without_ray_fills_its_files_and_goes_on_where_it_was(
         with pytest.raises(error, match=said):
             again(**changes)  # type: ignore[arg-type]
     link = connected(url)
-    store = FileSignals(out, link.origin(SignalRecipe(kind="topk"), [1.0]))
+    store = FileSignals(out, link.source(SignalRecipe(kind="topk"), [1.0]))
     link.close()
     assert len(store) == 90
     ids = [local.tokenizer(row["text"], add_special_tokens=False)["input_ids"] for row in rows[:5]]
@@ -155,7 +155,7 @@ def test_a_device_without_ray_fills_its_files_and_goes_on_where_it_was(
 
 def test_a_killed_replica_costs_a_second_request(url: str) -> None:
     link = connected(url)
-    signals = RemoteSignals(link, link.origin(SignalRecipe(kind="topk"), [1.0]))
+    signals = RemoteSignals(link, link.source(SignalRecipe(kind="topk"), [1.0]))
     first = signals.signal(collate(SAMPLES, pad=0))
     for actor in ray.util.list_named_actors(all_namespaces=True):
         if "#teacher#" in actor["name"]:

@@ -87,15 +87,15 @@ class FileSignals:
 
     Args:
         path: the folder, see :meth:`build`.
-        origin: required properties of its signals.
+        source: required properties of its signals.
 
     Raises:
-        DataError: there are no signals, they have another origin, or a file is damaged.
+        DataError: there are no signals, they have another source, or a file is damaged.
     """
 
-    def __init__(self, path: str | Path, origin: SignalSource) -> None:
-        self._path, self._origin = Path(path), origin
-        _check_origin(self._path, origin)
+    def __init__(self, path: str | Path, source: SignalSource) -> None:
+        self._path, self._source = Path(path), source
+        _check_source(self._path, source)
         try:
             verify(self._path)
         except ChecksumError as error:
@@ -108,18 +108,18 @@ class FileSignals:
     def build(
         cls,
         path: str | Path,
-        origin: SignalSource,
+        source: SignalSource,
         teacher: Segment,
         samples: Sequence[Sample],
         *,
-        part: int = 256,
+        samples_per_file: int = 256,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> FileSignals:
         """Build the missing signals of a folder and open it; ``on_progress`` is called with the progress of
         :func:`build_signals`."""
-        for done, total in build_signals(path, origin, teacher, samples, part=part):
+        for done, total in build_signals(path, source, teacher, samples, samples_per_file=samples_per_file):
             on_progress(done, total)
-        return cls(path, origin)
+        return cls(path, source)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -131,7 +131,7 @@ class FileSignals:
         Raises:
             DataError: a sample is missing, or was cut or labelled differently when the folder was built.
         """
-        keys = self._origin.keys(batch)
+        keys = self._source.keys(batch)
         unknown = sum(key not in self._samples for key in keys)
         if unknown:
             raise DataError(
@@ -140,9 +140,9 @@ class FileSignals:
             )
         found = [tokens_at(sample.payload, sample.tokens) for sample in map(self._samples.__getitem__, keys)]
         payload = {name: torch.cat([one[name] for one in found]) for name in found[0]}
-        recipe = self._origin.recipe
+        recipe = self._source.recipe
         return Signal(
-            combine_keys(keys), recipe.kind, recipe.codec, payload, tuple(sorted(set(self._origin.temperatures)))
+            combine_keys(keys), recipe.kind, recipe.codec, payload, tuple(sorted(set(self._source.temperatures)))
         )
 
 
@@ -160,33 +160,33 @@ class MeteredSignals:
 
 
 def build_signals(
-    path: str | Path, origin: SignalSource, teacher: Segment, samples: Sequence[Sample], *, part: int = 256
+    path: str | Path, source: SignalSource, teacher: Segment, samples: Sequence[Sample], *, samples_per_file: int = 256
 ) -> Iterator[tuple[int, int]]:
     """Build a folder as :func:`collect_signals` does, with a teacher in this process.
 
     Args:
         path: the folder, created if missing.
-        origin: kind of signal, temperatures, and the teacher's name.
+        source: kind of signal, temperatures, and the teacher's name.
         teacher: the whole model.
         samples: the data set.
-        part: number of samples per file.
+        samples_per_file: number of samples per file.
     """
     device = next(teacher.parameters()).device
 
     def signals_of(batches: Sequence[Batch]) -> Iterator[Signal]:
         for batch in batches:
-            yield compute_signal(teacher, origin.teacher, batch.to(device), origin.recipe, origin.temperatures)
+            yield compute_signal(teacher, source.teacher, batch.to(device), source.recipe, source.temperatures)
 
-    return collect_signals(path, origin, signals_of, samples, part=part)
+    return collect_signals(path, source, signals_of, samples, samples_per_file=samples_per_file)
 
 
 def collect_signals(
     path: str | Path,
-    origin: SignalSource,
+    source: SignalSource,
     signals_of: Callable[[Sequence[Batch]], Iterable[Signal]],
     samples: Sequence[Sample],
     *,
-    part: int = 256,
+    samples_per_file: int = 256,
 ) -> Iterator[tuple[int, int]]:
     """Compute the signals of all samples that the folder does not hold yet.
 
@@ -194,43 +194,43 @@ def collect_signals(
 
     Args:
         path: the folder, created if missing.
-        origin: kind of signal, temperatures, and the teacher's name.
+        source: kind of signal, temperatures, and the teacher's name.
         signals_of: returns the teacher's signals of batches, in order.
         samples: the data set.
-        part: number of samples per file; at most that many are lost if the process is killed.
+        samples_per_file: number of samples per file; at most that many are lost if the process is killed.
 
     Yields:
         The number of samples done and the total, after each file.
 
     Raises:
-        DataError: the folder holds signals of another origin.
+        DataError: the folder holds signals of another source.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     with _folder_lock(folder):
         remove_scratch(folder)
         if (folder / SOURCE_FILE).is_file() or any(folder.glob("*.safetensors")):
-            _check_origin(folder, origin)
+            _check_source(folder, source)
         else:
-            write_atomically(folder / SOURCE_FILE, json.dumps(origin.facts(), indent=2) + "\n")
-        wanted = {key: sample for sample in samples for key in origin.keys(collate([sample], pad=0))}
+            write_atomically(folder / SOURCE_FILE, json.dumps(source.facts(), indent=2) + "\n")
+        wanted = {key: sample for sample in samples for key in source.keys(collate([sample], pad=0))}
         missing = sorted(wanted.keys() - _complete_samples(folder), key=lambda key: (len(wanted[key].ids), key))
         there = len(wanted) - len(missing)
         yield there, len(wanted)
-        for begin in range(0, len(missing), part):
-            keys = missing[begin : begin + part]
+        for begin in range(0, len(missing), samples_per_file):
+            keys = missing[begin : begin + samples_per_file]
             _save(folder, keys, _payload(signals_of, [wanted[key] for key in keys]))
             yield there + begin + len(keys), len(wanted)
 
 
-def _check_origin(folder: Path, origin: SignalSource) -> None:
+def _check_source(folder: Path, source: SignalSource) -> None:
     try:
         stored = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"no signals in '{folder}' (it holds no {SOURCE_FILE}); build them first") from None
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read '{folder / SOURCE_FILE}': {str(error).splitlines()[0]}") from error
-    for field, wanted in origin.facts().items():
+    for field, wanted in source.facts().items():
         there = stored.get(field) if isinstance(stored, dict) else None
         if there != wanted:
             raise DataError(f"signals in '{folder}' are stale: {field} is {there}, not {wanted}; build them elsewhere")

@@ -24,7 +24,7 @@ from raycloud.models.segments import Segment
 from tests.models.families import tiny
 
 SAMPLES = [Sample(tuple((7 * n + i) % 97 for i in range(4 + n % 9)), n % 3) for n in range(23)]
-ORIGIN = SignalSource("teacher@1", "words", SignalRecipe(kind="hybrid", codec="float32", k=5, draws=7), (1.0, 2.0))
+SOURCE = SignalSource("teacher@1", "words", SignalRecipe(kind="hybrid", codec="float32", k=5, draws=7), (1.0, 2.0))
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +34,14 @@ def teacher() -> Segment:
 
 @pytest.mark.parametrize("kind", get_args(SignalKind))
 def test_every_batch_of_every_epoch_is_as_observed(kind: SignalKind, teacher: Segment, tmp_path: Path) -> None:
-    origin = replace(ORIGIN, recipe=ORIGIN.recipe.model_copy(update={"kind": kind}))
-    store = FileSignals.build(tmp_path / "signals", origin, teacher, SAMPLES, part=5)
+    source = replace(SOURCE, recipe=SOURCE.recipe.model_copy(update={"kind": kind}))
+    store = FileSignals.build(tmp_path / "signals", source, teacher, SAMPLES, samples_per_file=5)
     assert len(store) == len(SAMPLES)
     order = SampleOrder([len(sample.ids) for sample in SAMPLES], 4, seed=1)
     for step in range(2 * order.steps_per_epoch):
         batch = collate([SAMPLES[index] for index in order.indices(step)], pad=3)
         found = store.signal(batch)
-        expected = compute_signal(teacher, origin.teacher, batch, origin.recipe, origin.temperatures)
+        expected = compute_signal(teacher, source.teacher, batch, source.recipe, source.temperatures)
         assert (found.key, found.kind, found.codec) == (expected.key, expected.kind, expected.codec)
         assert (found.temperatures, found.count) == (expected.temperatures, batch.targets)
         assert found.payload.keys() == expected.payload.keys()
@@ -58,11 +58,11 @@ def test_it_is_there_for_the_next_process_and_computes_nothing_twice(
     teacher: Segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = collate(SAMPLES[:3], pad=0)
-    first = FileSignals.build(tmp_path, ORIGIN, teacher, SAMPLES[:20], part=8).signal(batch)
+    first = FileSignals.build(tmp_path, SOURCE, teacher, SAMPLES[:20], samples_per_file=8).signal(batch)
     asked = counted(monkeypatch)
-    again = FileSignals(tmp_path, ORIGIN).signal(batch)
+    again = FileSignals(tmp_path, SOURCE).signal(batch)
     assert all(torch.equal(first.payload[name], again.payload[name]) for name in first.payload)
-    FileSignals.build(tmp_path, ORIGIN, teacher, [*SAMPLES, SAMPLES[0]])
+    FileSignals.build(tmp_path, SOURCE, teacher, [*SAMPLES, SAMPLES[0]])
     assert sorted(asked) == sorted(sample.ids for sample in SAMPLES[20:])
 
 
@@ -87,14 +87,14 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         ({"recipe": SignalRecipe()}, "signal is {'kind': 'hybrid'"),
     ],
 )
-def test_another_origin_is_refused(change: dict, said: str, teacher: Segment, tmp_path: Path) -> None:
-    FileSignals.build(tmp_path, ORIGIN, teacher, SAMPLES[:3])
+def test_another_source_is_refused(change: dict, said: str, teacher: Segment, tmp_path: Path) -> None:
+    FileSignals.build(tmp_path, SOURCE, teacher, SAMPLES[:3])
     for use in (
-        lambda origin: FileSignals(tmp_path, origin),
-        lambda origin: FileSignals.build(tmp_path, origin, teacher, SAMPLES[:3]),
+        lambda source: FileSignals(tmp_path, source),
+        lambda source: FileSignals.build(tmp_path, source, teacher, SAMPLES[:3]),
     ):
         with pytest.raises(DataError, match=f"^signals in '.*' are stale: {said}.*$") as error:
-            use(replace(ORIGIN, **change))
+            use(replace(SOURCE, **change))
         assert "\n" not in str(error.value)
 
 
@@ -102,7 +102,7 @@ def test_another_origin_is_refused(change: dict, said: str, teacher: Segment, tm
     "other", [Sample(SAMPLES[1].ids[:-1], 1), Sample(SAMPLES[1].ids, 2), Sample((96, *SAMPLES[1].ids[1:]), 1)]
 )
 def test_other_ids_labels_or_truncation_are_refused(other: Sample, teacher: Segment, tmp_path: Path) -> None:
-    store = FileSignals.build(tmp_path, ORIGIN, teacher, SAMPLES[:3])
+    store = FileSignals.build(tmp_path, SOURCE, teacher, SAMPLES[:3])
     with pytest.raises(DataError, match="are stale: 1 of 2 samples of the batch have other ids or labels"):
         store.signal(collate([SAMPLES[0], other], pad=0))
 
@@ -125,7 +125,12 @@ def test_building_goes_on_where_it_was_killed(
 ) -> None:
     def between() -> None:
         FileSignals.build(
-            tmp_path, ORIGIN, teacher, SAMPLES, part=5, on_progress=lambda done, _: dies() if done >= 10 else 0
+            tmp_path,
+            SOURCE,
+            teacher,
+            SAMPLES,
+            samples_per_file=5,
+            on_progress=lambda done, _: dies() if done >= 10 else 0,
         )
 
     def writing() -> None:
@@ -139,19 +144,19 @@ def test_building_goes_on_where_it_was_killed(
             return plain(path, target)
 
         Path.replace = replacing  # type: ignore[method-assign]  # this process will not live to suffer from it
-        FileSignals.build(tmp_path, ORIGIN, teacher, SAMPLES, part=5)
+        FileSignals.build(tmp_path, SOURCE, teacher, SAMPLES, samples_per_file=5)
 
     assert killed(between if when == "between two parts" else writing)
     before = {part.name: part.stat().st_mtime_ns for part in tmp_path.glob("*.safetensors")}
     assert len(before) == 2
     assert any(tmp_path.glob(".*.safetensors-*")) == (when != "between two parts")
-    assert len(FileSignals(tmp_path, ORIGIN)) == 10  # what is there can be used
+    assert len(FileSignals(tmp_path, SOURCE)) == 10  # what is there can be used
     asked = counted(monkeypatch)
-    store = FileSignals.build(tmp_path, ORIGIN, teacher, SAMPLES, part=5)
+    store = FileSignals.build(tmp_path, SOURCE, teacher, SAMPLES, samples_per_file=5)
     assert len(asked) == len(SAMPLES) - 10 and len(store) == len(SAMPLES)
     assert all((tmp_path / name).stat().st_mtime_ns == at for name, at in before.items())
     assert not any(tmp_path.glob(".*.safetensors-*"))
-    undisturbed = FileSignals.build(tmp_path.with_name("other"), ORIGIN, teacher, SAMPLES, part=5)
+    undisturbed = FileSignals.build(tmp_path.with_name("other"), SOURCE, teacher, SAMPLES, samples_per_file=5)
     batch = collate(SAMPLES, pad=0)
     mine, theirs = store.signal(batch).payload, undisturbed.signal(batch).payload
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
@@ -161,7 +166,7 @@ def test_building_goes_on_where_it_was_killed(
 def test_a_damaged_part_is_said_and_mended(
     damage: str, teacher: Segment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = FileSignals.build(tmp_path, ORIGIN, teacher, SAMPLES, part=8)
+    whole = FileSignals.build(tmp_path, SOURCE, teacher, SAMPLES, samples_per_file=8)
     said = {name: one.clone() for name, one in whole.signal(collate(SAMPLES, pad=0)).payload.items()}
     part = sorted(tmp_path.glob("*.safetensors"))[0]
     content = bytearray(part.read_bytes())
@@ -171,10 +176,10 @@ def test_a_damaged_part_is_said_and_mended(
         content[-1] ^= 1  # within a tensor: the library reads it as it is
         part.write_bytes(content[:-10] if damage == "shorter" else content)
     with pytest.raises(DataError, match=f"{part.name}' is .*; build the signals again") as caught:
-        FileSignals(tmp_path, ORIGIN)
+        FileSignals(tmp_path, SOURCE)
     assert "\n" not in str(caught.value)
     capsys.readouterr()
-    mended = FileSignals.build(tmp_path, ORIGIN, teacher, SAMPLES, part=3)
+    mended = FileSignals.build(tmp_path, SOURCE, teacher, SAMPLES, samples_per_file=3)
     assert capsys.readouterr().out.count("warning: ") == (damage != "missing")
     assert len(mended) == len(SAMPLES)
     found = mended.signal(collate(SAMPLES, pad=0)).payload
@@ -183,22 +188,22 @@ def test_a_damaged_part_is_said_and_mended(
 
 def test_folders_of_others_are_left_alone(teacher: Segment, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no signals in '.*' \(it holds no signals.json\)"):
-        FileSignals(tmp_path / "missing", ORIGIN)
+        FileSignals(tmp_path / "missing", SOURCE)
     model = tmp_path / "model.safetensors"
     model.write_bytes(b"not ours")
     with pytest.raises(DataError, match=r"holds no signals\.json"):
-        FileSignals.build(tmp_path, ORIGIN, teacher, SAMPLES)
+        FileSignals.build(tmp_path, SOURCE, teacher, SAMPLES)
     assert model.read_bytes() == b"not ours"
     (tmp_path / "signals.json").write_text("{")
     with pytest.raises(DataError, match=r"cannot read '.*signals\.json'"):
-        FileSignals(tmp_path, ORIGIN)
+        FileSignals(tmp_path, SOURCE)
 
 
 def test_who_comes_second_waits_and_takes_over_what_is_there(teacher: Segment, tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
-    first = build_signals(tmp_path, ORIGIN, teacher, SAMPLES, part=5)
+    first = build_signals(tmp_path, SOURCE, teacher, SAMPLES, samples_per_file=5)
     next(first)
-    second = threading.Thread(target=lambda: steps.extend(build_signals(tmp_path, ORIGIN, teacher, SAMPLES)))
+    second = threading.Thread(target=lambda: steps.extend(build_signals(tmp_path, SOURCE, teacher, SAMPLES)))
     second.start()
     second.join(0.2)
     assert second.is_alive() and not steps

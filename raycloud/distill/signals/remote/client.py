@@ -82,7 +82,7 @@ class SignalClient:
         """Identity of the teacher when the latest session was opened."""
         return self._session.granted
 
-    def origin(self, recipe: SignalRecipe, temperatures: Sequence[float]) -> SignalSource:
+    def source(self, recipe: SignalRecipe, temperatures: Sequence[float]) -> SignalSource:
         """Properties that this teacher's signals share."""
         return SignalSource(self.info.teacher, self.info.tokenizer, recipe, tuple(map(float, temperatures)))
 
@@ -164,17 +164,17 @@ class RemoteSignals:
 
     Args:
         link: client of the teacher.
-        origin: required properties of the signals, such as :meth:`SignalClient.origin`.
+        source: required properties of the signals, such as :meth:`SignalClient.source`.
 
     Raises:
         LinkSetupError: another teacher or another tokenizer answers.
     """
 
-    def __init__(self, link: SignalClient, origin: SignalSource) -> None:
-        self._link, self._origin = link, replace(origin, temperatures=tuple(map(float, origin.temperatures)))
+    def __init__(self, link: SignalClient, source: SignalSource) -> None:
+        self._link, self._source = link, replace(source, temperatures=tuple(map(float, source.temperatures)))
         for what, here, asked in (
-            ("teacher", link.info.teacher, origin.teacher),
-            ("tokenizer", link.info.tokenizer, origin.tokenizer),
+            ("teacher", link.info.teacher, source.teacher),
+            ("tokenizer", link.info.tokenizer, source.tokenizer),
         ):
             if here != asked:
                 raise LinkSetupError(f"signals are asked of {what} '{asked}', the link leads to {what} '{here}'")
@@ -206,10 +206,10 @@ class RemoteSignals:
             check_layout(payload, self._layout(batch))
         except ValueError as error:
             raise LinkError(
-                f"the teacher's signal is no {self._origin.recipe.kind} signal of the batch: {error}"
+                f"the teacher's signal is no {self._source.recipe.kind} signal of the batch: {error}"
             ) from None
-        recipe = self._origin.recipe
-        return Signal(key, recipe.kind, recipe.codec, payload, tuple(sorted(set(self._origin.temperatures))))
+        recipe = self._source.recipe
+        return Signal(key, recipe.kind, recipe.codec, payload, tuple(sorted(set(self._source.temperatures))))
 
     def signals(self, batches: Sequence[Batch]) -> Iterator[Signal]:
         """Signals of many batches, requested ahead of time."""
@@ -219,21 +219,21 @@ class RemoteSignals:
             yield self.signal(batch)
 
     def _key(self, batch: Batch) -> str:
-        return combine_keys(self._origin.keys(batch))
+        return combine_keys(self._source.keys(batch))
 
     def _layout(self, batch: Batch) -> Layout:
-        taus, info = len(set(self._origin.temperatures)), self._link.info
-        return layout(self._origin.recipe, taus, batch.targets, info.vocabulary_size, info.hidden_size)
+        taus, info = len(set(self._source.temperatures)), self._link.info
+        return layout(self._source.recipe, taus, batch.targets, info.vocabulary_size, info.hidden_size)
 
     def _ask(self, key: str, batch: Batch) -> PendingSignal:
-        origin = self._origin
+        source = self._source
         lengths, raw = pack_batch(batch, self._link.info.vocabulary_size)
         ask = SignalRequest(
-            teacher=origin.teacher,
-            tokenizer=origin.tokenizer,
+            teacher=source.teacher,
+            tokenizer=source.tokenizer,
             key=key,
-            signal=origin.recipe,
-            temperatures=list(origin.temperatures),
+            signal=source.recipe,
+            temperatures=list(source.temperatures),
             lengths=lengths,
         )
         return self._link.ask(ask, raw, max_payload_bytes(self._layout(batch)))

@@ -22,7 +22,7 @@ from raycloud.link.websocket import SESSION_HEADER, WebSocketChannel, check_clou
 from raycloud.models.loading import load_tokenizer, resolve
 from raycloud.recipe import Recipe
 
-_PART = 64
+_SAMPLES_PER_FILE = 64
 """Number of samples per file: at most this many are lost if the download is interrupted."""
 
 
@@ -65,7 +65,7 @@ def fetch(
 
     Raises:
         LinkError: the teacher cannot be reached, refuses, or uses another tokenizer.
-        DataError: no data, or the folder holds signals of another origin.
+        DataError: no data, or the folder holds signals of another source.
     """
     check_cloud(recipe.teacher, certificates)
     check_folder(Path(recipe.output))
@@ -84,10 +84,12 @@ def fetch(
         rows = training_part(data, notify) if recipe.split == "train" else held_out_part(data, recipe.split, notify)
         limits = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
         samples = encode(limit_rows(rows, data.limit), tokenizer, data.format, bos=data.bos, **limits)
-        origin = link.origin(recipe.signal, recipe.temperatures)
-        signals = RemoteSignals(link, origin)
-        for done, total in collect_signals(recipe.output, origin, signals.signals, samples, part=_PART):
+        source = link.source(recipe.signal, recipe.temperatures)
+        signals = RemoteSignals(link, source)
+        for done, total in collect_signals(
+            recipe.output, source, signals.signals, samples, samples_per_file=_SAMPLES_PER_FILE
+        ):
             on_progress(done, total)
-        return FileSignals(recipe.output, origin)
+        return FileSignals(recipe.output, source)
     finally:
         link.close()

@@ -29,7 +29,7 @@ def test_every_kind_arrives_as_observed(
         return
     wanted = recipe(kind, codec)
     expected = compute_signal(Segment(model), "teacher@1", batch, wanted, TAUS)
-    found = RemoteSignals(link, link.origin(wanted, TAUS)).signal(batch)
+    found = RemoteSignals(link, link.source(wanted, TAUS)).signal(batch)
     assert same(found, expected)
     words, width = model.get_output_embeddings().weight.shape
     most = max_payload_bytes(layout(wanted, len(TAUS), batch.targets, words, width))
@@ -46,7 +46,7 @@ def test_tables_arrive_bit_by_bit(link: SignalClient, model: PreTrainedModel, ba
         assert head.bias is None and head.softcap == expected.softcap
     assert torch.equal(link.embedding(), model.get_input_embeddings().weight.bfloat16())
     exact = compute_signal(Segment(model), "teacher@1", batch, recipe("logits"), [1.0]).targets(slice(None), 1.0, None)
-    signal = RemoteSignals(link, link.origin(recipe("hidden"), [1.0])).signal(batch)
+    signal = RemoteSignals(link, link.source(recipe("hidden"), [1.0])).signal(batch)
     assert torch.allclose(signal.targets(slice(None), 1.0, link.head("float32")).log_p, exact.log_p, atol=1e-5)
 
 
@@ -56,7 +56,7 @@ UP, DOWN = ("OPEN", "SIGNAL", "HEAD"), ("OPEN_OK", "SIGNAL_OK", "HEAD_OK", "REFU
 def test_counted_bytes_are_those_that_crossed(loopback: Loopback, batch: Batch) -> None:
     crossed, counted = Meter(), Meter()
     link = client(loopback, lambda channel: MeteredChannel(channel, crossed), meter=counted)
-    signals = RemoteSignals(link, link.origin(recipe("hybrid"), TAUS))
+    signals = RemoteSignals(link, link.source(recipe("hybrid"), TAUS))
     signal = signals.signal(batch)
     link.head("bfloat16")
     with pytest.raises(LinkError, match="refused"):

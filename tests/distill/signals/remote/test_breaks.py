@@ -37,7 +37,7 @@ def test_a_cut_link_is_mended_and_nothing_computed_twice(
         return channel if after is None else Brittle(channel, after, damage)
 
     link = client(service, wrap)
-    signals = RemoteSignals(link, link.origin(recipe("logits"), [1.0]))
+    signals = RemoteSignals(link, link.source(recipe("logits"), [1.0]))
     batches = [batch, collate(SAMPLES[:2], pad=0), collate(SAMPLES[2:], pad=0)]
     for one, found in zip(batches, signals.signals(batches), strict=True):
         assert same(found, compute_signal(Segment(model), "t", one, recipe("logits"), [1.0]))
@@ -62,7 +62,7 @@ def test_a_teacher_that_is_gone_or_silent_is_one_line(loopback: Loopback, batch:
 
     link = client(loopback, lambda channel: Deaf(channel, 1), timeout_s=2)
     with pytest.raises(LinkError, match=r"^no answer from the teacher within 2 s: no reply in time$"):
-        RemoteSignals(link, link.origin(recipe("topk"), TAUS)).signal(batch)
+        RemoteSignals(link, link.source(recipe("topk"), TAUS)).signal(batch)
     link.close()
     with pytest.raises(LinkDown, match="closed"):
         link.head("float32")
@@ -75,7 +75,7 @@ def test_a_link_that_always_breaks_is_given_up(
     monkeypatch.setattr("raycloud.link.client.time", Clock())
     link = client(loopback, lambda channel: Brittle(channel, 1))
     with pytest.raises(LinkError, match=r"^no answer from the teacher within 120 s: cut$"):
-        RemoteSignals(link, link.origin(recipe("topk"), TAUS)).signal(batch)
+        RemoteSignals(link, link.source(recipe("topk"), TAUS)).signal(batch)
     link.close()
 
 
@@ -90,7 +90,7 @@ def test_a_refused_token_is_not_tried_again(loopback: Loopback, batch: Batch) ->
 
     link = client(loopback, wrap)
     with pytest.raises(LinkError, match=r"^refused the token$"):
-        RemoteSignals(link, link.origin(recipe("topk"), TAUS)).signal(batch)
+        RemoteSignals(link, link.source(recipe("topk"), TAUS)).signal(batch)
     link.close()
 
 
@@ -106,7 +106,7 @@ def test_a_teacher_that_fails_says_so_and_answers_the_next(model: PreTrainedMode
     host._signal = observed  # type: ignore[method-assign]
     service = loopback_to(host)
     link = client(service)
-    signals = RemoteSignals(link, link.origin(recipe("topk"), TAUS))
+    signals = RemoteSignals(link, link.source(recipe("topk"), TAUS))
     with pytest.raises(LinkError, match=r"^the teacher refused: the teacher failed: RuntimeError$"):
         signals.signal(batch)
     assert signals.signal(batch).count == batch.targets
@@ -119,7 +119,7 @@ def test_a_teacher_that_leaves_is_found_again(model: PreTrainedModel, batch: Bat
     services = [loopback_to(host) for host in hosts]
     reached = services[:1]
     link = SignalClient(lambda _: reached[-1].connect(), timeout_s=120)
-    signals = RemoteSignals(link, link.origin(recipe("topk"), TAUS))
+    signals = RemoteSignals(link, link.source(recipe("topk"), TAUS))
     signals.signal(batch)
     reached.append(services[1])
     asyncio.run_coroutine_threadsafe(hosts[0].leave(), services[0].loop).result(120)

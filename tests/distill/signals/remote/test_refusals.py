@@ -28,13 +28,13 @@ from tests.distill.signals.remote.wiring import SAMPLES, TAUS, asked, client, lo
 
 
 def test_another_teacher_or_tokenizer_is_refused(link: SignalClient, batch: Batch) -> None:
-    origin = link.origin(recipe("topk"), TAUS)
+    source = link.source(recipe("topk"), TAUS)
     for field, other in (("teacher", "teacher@2"), ("tokenizer", "letters")):
-        stale = replace(origin, **{field: other})  # type: ignore[arg-type]
+        stale = replace(source, **{field: other})  # type: ignore[arg-type]
         with pytest.raises(LinkError, match=f"of {field} '{other}', the link leads to {field}"):
             RemoteSignals(link, stale)
-        signals = RemoteSignals(link, origin)
-        signals._origin = stale  # the cloud changed since
+        signals = RemoteSignals(link, source)
+        signals._source = stale  # the cloud changed since
         with pytest.raises(LinkError, match=f"^the teacher refused: asked .*{other}.* here is"):
             signals.signal(batch)
 
@@ -46,7 +46,7 @@ def test_a_wrong_key_is_refused_by_either_end(
         ask, raw = asked(link, batch, **changes)
         with pytest.raises(LinkError, match="the key is not that of the batch, the signal and the temperatures"):
             link.answer(link.ask(ask, raw, 10**6))
-    signals = RemoteSignals(link, link.origin(recipe("topk"), TAUS))
+    signals = RemoteSignals(link, link.source(recipe("topk"), TAUS))
     other = collate(SAMPLES[:2], pad=0)
     monkeypatch.setattr(signals, "_ask", lambda key, batch: link.ask(*asked(link, other), 10**6))
     with pytest.raises(LinkError, match=r"^the teacher's signal is for other token ids than were asked for$"):
@@ -82,7 +82,7 @@ def test_an_answer_that_is_no_such_signal_is_refused(damage: str, batch: Batch) 
 
     service = Loopback(serve)
     link = client(service)
-    signals = RemoteSignals(link, link.origin(recipe("scalars"), [1.0]))
+    signals = RemoteSignals(link, link.source(recipe("scalars"), [1.0]))
     said = {"size": "is too large", "garbage": "cannot be read"}.get(damage, "is no scalars signal of the batch: ")
     with pytest.raises(LinkError, match=said) as caught:
         signals.signal(batch)
@@ -159,7 +159,7 @@ def test_requests_beyond_the_limits_are_refused_and_the_host_serves_on(
 
 
 def test_a_refused_request_does_not_hold_up_those_after_it(link: SignalClient, batch: Batch) -> None:
-    signals = RemoteSignals(link, link.origin(recipe("topk"), TAUS))
+    signals = RemoteSignals(link, link.source(recipe("topk"), TAUS))
     long, other = collate([Sample(tuple(range(41)), 1)], pad=0), collate(SAMPLES[:2], pad=0)
     for one in (long, batch, other):
         signals.prefetch(one)
@@ -176,7 +176,7 @@ def test_a_reply_beyond_the_limit_is_refused_before_it_is_computed(model: PreTra
     service = loopback_to(host)
     link = client(service)
     with pytest.raises(LinkError, match=r"a logits signal of this batch has up to \d+ bytes, 1000 are allowed"):
-        RemoteSignals(link, link.origin(recipe("logits"), [1.0])).signal(batch)
+        RemoteSignals(link, link.source(recipe("logits"), [1.0])).signal(batch)
     link.close()
     service.close()
 
@@ -193,7 +193,7 @@ def test_bytes_that_are_no_frames_end_the_connection_and_nothing_else(
     assert reply.kind is SessionKind.ERROR and parse_body(reply, ErrorReply).code == "frame"
     with pytest.raises(LinkDown):
         opened.channel.receive(20)
-    assert RemoteSignals(link, link.origin(recipe("topk"), TAUS)).signal(batch).count == batch.targets
+    assert RemoteSignals(link, link.source(recipe("topk"), TAUS)).signal(batch).count == batch.targets
 
 
 def test_a_request_without_a_session_is_refused(loopback: Loopback, link: SignalClient, batch: Batch) -> None:
@@ -212,7 +212,7 @@ def test_who_asks_and_does_not_wait_is_cut_off(loopback: Loopback, link: SignalC
             opened.channel.send(frame)
         while True:
             opened.channel.receive(20)
-    assert RemoteSignals(link, link.origin(recipe("topk"), TAUS)).signal(batch).count == batch.targets
+    assert RemoteSignals(link, link.source(recipe("topk"), TAUS)).signal(batch).count == batch.targets
 
 
 @pytest.mark.waits

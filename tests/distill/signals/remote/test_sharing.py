@@ -30,7 +30,7 @@ def test_what_is_asked_ahead_crosses_while_the_edge_computes(loopback: Loopback,
     network = Network(mbit_s=1.0, rtt_ms=200)
     crossed = Meter()
     link = client(loopback, lambda channel: EmulatedChannel(MeteredChannel(channel, crossed), network))
-    signals = RemoteSignals(link, link.origin(recipe("logits"), TAUS))
+    signals = RemoteSignals(link, link.source(recipe("logits"), TAUS))
     batches = [batch, collate(SAMPLES[1:], pad=0), collate(SAMPLES[:-1], pad=0)]
     start = time.monotonic()
     first = signals.signal(batches[0])
@@ -50,7 +50,7 @@ def test_what_is_asked_ahead_crosses_while_the_edge_computes(loopback: Loopback,
 
 
 def test_no_more_is_asked_ahead_than_a_few_batches(link: SignalClient) -> None:
-    signals = RemoteSignals(link, link.origin(recipe("topk"), TAUS))
+    signals = RemoteSignals(link, link.source(recipe("topk"), TAUS))
     batches = [collate([Sample((n, n + 1, n + 2), 1)], pad=0) for n in range(12)]
     for one in batches[:4]:
         signals.prefetch(one)
@@ -89,7 +89,7 @@ def test_answers_serve_many_students_and_old_ones_make_room(
 
     def student(then: Callable[[RemoteSignals], object]) -> None:
         link = client(service)
-        then(RemoteSignals(link, link.origin(recipe("topk"), [1.0])))
+        then(RemoteSignals(link, link.source(recipe("topk"), [1.0])))
         link.close()
 
     students = [threading.Thread(target=student, args=(lambda one: one.signal(batch),)) for _ in range(4)]
@@ -114,7 +114,7 @@ def test_what_a_full_queue_does_not_take_is_repeated(
     host = SignalServer(ModelTeacher(model, "t", "w"), SignalLimits(queue=1))
     service = loopback_to(host)
     link = client(service)
-    signals = RemoteSignals(link, link.origin(recipe("topk"), TAUS))
+    signals = RemoteSignals(link, link.source(recipe("topk"), TAUS))
     batches = [batch, collate(SAMPLES[1:], pad=0), collate(SAMPLES[:-1], pad=0)]
     refused, inside, refusal = threading.Event(), host._signal, host._refusal
 
@@ -146,12 +146,12 @@ def test_an_edge_that_waits_hears_that_others_are_answered(model: PreTrainedMode
     host._signal = slow  # type: ignore[method-assign]
     service, counts = loopback_to(host), list[int]()
     waiting, other = client(service), client(service)
-    others = RemoteSignals(other, other.origin(recipe("topk"), [1.0]))
+    others = RemoteSignals(other, other.source(recipe("topk"), [1.0]))
     others.signal(batch)
 
     def wait() -> None:
         one = collate(SAMPLES[4:], pad=0)
-        counts.append(RemoteSignals(waiting, waiting.origin(recipe("topk"), [1.0])).signal(one).count)
+        counts.append(RemoteSignals(waiting, waiting.source(recipe("topk"), [1.0])).signal(one).count)
 
     thread, until = threading.Thread(target=wait), time.monotonic() + 120
     thread.start()
@@ -174,15 +174,23 @@ def test_a_file_of_signals_is_filled_over_the_link(
     tmp_path,
     monkeypatch: pytest.MonkeyPatch,  # type: ignore[no-untyped-def]
 ) -> None:
-    origin = link.origin(recipe("hybrid"), TAUS)
-    signals = RemoteSignals(link, origin)
-    assert list(collect_signals(tmp_path, origin, signals.signals, SAMPLES[:2], part=1)) == [(0, 2), (1, 2), (2, 2)]
+    source = link.source(recipe("hybrid"), TAUS)
+    signals = RemoteSignals(link, source)
+    assert list(collect_signals(tmp_path, source, signals.signals, SAMPLES[:2], samples_per_file=1)) == [
+        (0, 2),
+        (1, 2),
+        (2, 2),
+    ]
     asks = link.meter.messages["SIGNAL"]
-    assert list(collect_signals(tmp_path, origin, signals.signals, SAMPLES, part=2)) == [(2, 5), (4, 5), (5, 5)]
-    far = FileSignals(tmp_path, origin)
+    assert list(collect_signals(tmp_path, source, signals.signals, SAMPLES, samples_per_file=2)) == [
+        (2, 5),
+        (4, 5),
+        (5, 5),
+    ]
+    far = FileSignals(tmp_path, source)
     assert link.meter.messages["SIGNAL"] - asks == 2
     near = FileSignals.build(
-        tmp_path / "near", SignalSource("teacher@1", "words", origin.recipe, TAUS), Segment(model), SAMPLES
+        tmp_path / "near", SignalSource("teacher@1", "words", source.recipe, TAUS), Segment(model), SAMPLES
     )
     batch = collate(SAMPLES[1:4], pad=0)
     found, expected = far.signal(batch), near.signal(batch)

@@ -46,14 +46,14 @@ def same(found: Signal, expected: Signal) -> bool:
 
 
 def asked(link: SignalClient, batch: Batch, **changes: object) -> tuple[SignalRequest, bytes]:
-    origin = link.origin(recipe("topk"), TAUS)
+    source = link.source(recipe("topk"), TAUS)
     lengths, raw = pack_batch(batch, link.info.vocabulary_size)
     ask = SignalRequest(
-        teacher=origin.teacher,
-        tokenizer=origin.tokenizer,
-        key=combine_keys(origin.keys(batch)),
-        signal=origin.recipe,
-        temperatures=list(origin.temperatures),
+        teacher=source.teacher,
+        tokenizer=source.tokenizer,
+        key=combine_keys(source.keys(batch)),
+        signal=source.recipe,
+        temperatures=list(source.temperatures),
         lengths=lengths,
     )
     return ask.model_copy(update=changes), raw
