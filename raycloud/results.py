@@ -235,7 +235,7 @@ class ResultDir:
         """Path of ``metrics.jsonl``, which has one JSON object per line."""
         return self.path / "metrics.jsonl"
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log_metrics(self, record: dict[str, Any]) -> None:
         """Append one record to ``metrics.jsonl`` and pass it to all followers."""
         with writing(self.metrics_path), open(self.metrics_path, "a", encoding="utf-8", opener=no_follow) as file:
             file.write(plain_json(record) + "\n")

@@ -53,7 +53,7 @@ def test_a_resumed_run_keeps_its_id_and_another_one_has_its_own(tmp_path: Path) 
     path, recipe = tmp_path / "run", EvaluateRecipe.parse({"models": ["m"], "data": ["d"]})
 
     def fail(results: ResultDir) -> None:
-        results.log({"step": 1})
+        results.log_metrics({"step": 1})
         raise DataError("no rows")
 
     with pytest.raises(DataError), ResultDir.open(path, recipe, "new") as results:

@@ -22,8 +22,8 @@ RECIPE = DistillRecipe()
 
 def make(path: Path) -> None:
     with ResultDir.open(path, RECIPE, "new") as results:
-        results.log({"round": 0})
-        results.log({"round": 1})
+        results.log_metrics({"round": 0})
+        results.log_metrics({"round": 1})
 
 
 def test_what_is_written_is_json_also_where_numbers_are_not_finite(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_what_is_written_is_json_also_where_numbers_are_not_finite(tmp_path: Pat
     record = {"loss": math.nan, "more": [1, (math.inf, {"deep": -math.inf})], "text": "NaN", "none": None, "one": 1.0}
     plain = {"loss": None, "more": [1, [None, {"deep": None}]], "text": "NaN", "none": None, "one": 1.0}
     with ResultDir.open(tmp_path / "run", RECIPE, "new") as results:
-        results.log(record)
+        results.log_metrics(record)
         results.write_summary(record)
     for name in ("metrics.jsonl", "summary.json"):
         assert json.loads((tmp_path / "run" / name).read_text(), parse_constant=refuse) == plain
@@ -90,7 +90,7 @@ def test_a_resumed_teacher_may_be_spread_differently_and_nothing_else(tmp_path: 
         return TuneTeacherRecipe.model_validate({"output": str(tmp_path / "run"), **changes})
 
     with ResultDir.open(tmp_path / "run", teacher(deepspeed={"stage": 2}, workers={"count": 2}), "new") as results:
-        results.log({"step": 0})
+        results.log_metrics({"step": 0})
     spread = teacher(deepspeed={"stage": 3}, workers={"count": 1}, threads=1)
     with ResultDir.open(tmp_path / "run", spread, "resume") as results:
         assert TuneTeacherRecipe.load(results.path / "recipe.yaml") == spread
@@ -110,7 +110,7 @@ def test_only_result_directories_are_replaced(tmp_path: Path) -> None:
 
 def test_two_runs_cannot_hold_one_directory(tmp_path: Path) -> None:
     with ResultDir.open(tmp_path / "run", RECIPE, "new") as results:
-        results.log({"round": 0})
+        results.log_metrics({"round": 0})
         with pytest.raises(ResultError, match="in use by another run"), ResultDir.open(results.path, RECIPE, "resume"):
             pass
 
@@ -138,7 +138,7 @@ def test_links_are_never_followed(tmp_path: Path) -> None:
         with pytest.raises(ResultError, match=f"holds the symbolic link '.*{name}'; remove the link"):
             make_or_take(tmp_path / "run", "resume")
     with ResultDir.open(tmp_path / "run", RECIPE, "overwrite") as results:
-        results.log({"round": 0})
+        results.log_metrics({"round": 0})
     assert not any(path.is_symlink() for path in (tmp_path / "run").iterdir())
     lock = tmp_path / "run" / ".lock"
     lock.unlink()
@@ -209,9 +209,9 @@ from raycloud.results import ResultDir
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with ResultDir.open(sys.argv[1], DistillRecipe(), "new") as results:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-    for write in (lambda: results.log({"text": "x" * 20_000}), lambda: results.write_summary({"text": "x" * 20_000})):
+    for method in (results.log_metrics, results.write_summary):
         try:
-            write()
+            method({"text": "x" * 20_000})
         except StorageError as error:
             print(error)
 """

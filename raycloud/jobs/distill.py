@@ -321,7 +321,8 @@ class _DistillRun:
             if done.answers:
                 break
         else:
-            raise ClusterError(f"no student answered in {recipe.empty} rounds in a row: {done.missed[-1].detail}")
+            attempts = f"{recipe.empty} attempts at round {index + 1}"
+            raise ClusterError(f"no student answered in {attempts}: {done.missed[-1].detail}")
         facts, cohort_of = checkpoint.facts, {member.name: member.cohort for member in members}
         for answer in done.answers:
             facts["tokens"] += answer.tokens
@@ -361,13 +362,13 @@ class _DistillRun:
     def _log(self, done: RoundOutcome) -> None:
         for answer in done.answers:
             for step in answer.steps:
-                self.results.log({"kind": "step", "round": done.index, "student": answer.name, **asdict(step)})
+                self.results.log_metrics({"kind": "step", "round": done.index, "student": answer.name, **asdict(step)})
         for missed in done.missed:
-            self.results.log({"kind": "missed", "round": done.index, "student": missed.name, "why": missed.why})
+            self.results.log_metrics({"kind": "missed", "round": done.index, "student": missed.name, "why": missed.why})
             said = f"round {done.index + 1}: went on without '{missed.name}' ({missed.why}: {missed.detail})"
             print_and_log(_LOG, said, logging.WARNING)
         for cohort in done.gate_refused:
-            self.results.log({"kind": "gate_refused", "round": done.index, "cohort": cohort})
+            self.results.log_metrics({"kind": "gate_refused", "round": done.index, "cohort": cohort})
             said = f"round {done.index + 1}: '{cohort}' keeps its former weights, whose held-out perplexity is lower"
             print_and_log(_LOG, said, logging.WARNING)
         tokens = sum(answer.tokens for answer in done.answers)
@@ -377,7 +378,7 @@ class _DistillRun:
             speeds = {answer.name: answer.tokens / answer.seconds for answer in done.answers}
             record = {"students": students, "loss": loss, "tokens": tokens, "seconds": done.seconds}
             record["tokens_per_second"] = speeds
-            self.results.log({"kind": "round", "round": done.index, **record})
+            self.results.log_metrics({"kind": "round", "round": done.index, **record})
             print_and_log(
                 _LOG,
                 f"round {done.index + 1}/{self.recipe.rounds.count}: loss {loss:.3f}, {tokens} tokens "
@@ -390,9 +391,9 @@ class _DistillRun:
             before = known.get(answer.name, {})
             whose = {"kind": "diagnostics", "round": done.index, "student": answer.name}
             if not before:
-                self.results.log({**whose, "data": asdict(answer.diagnostics.data)})
+                self.results.log_metrics({**whose, "data": asdict(answer.diagnostics.data)})
             for step in answer.diagnostics.steps:
-                self.results.log({**whose, **asdict(step)})
+                self.results.log_metrics({**whose, **asdict(step)})
             known[answer.name] = answer.diagnostics.after(before)
             for about, sentence in answer.diagnostics.warnings.items():
                 if about not in before.get("warnings", {}):

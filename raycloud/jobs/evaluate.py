@@ -289,7 +289,7 @@ def _seed(
     console.print(f"{what}: ROUGE-L {metrics['rougeL']:.2f}, exact {metrics['exact']:.2f} %")
     if results and path:
         # Logged first: on resume, a record without its folder is dropped.
-        results.log({"kind": "seed", "folder": folder, **metrics})
+        results.log_metrics({"kind": "seed", "folder": folder, **metrics})
         lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in predictions)
 
         def fill(scratch: Path) -> None:

@@ -246,7 +246,7 @@ class _TuneTeacherRun:
             if step or len(self.results.metrics()) > 1:
                 print_and_log(_LOG, f"goes on from step {step}")
                 self.results.filter_metrics(lambda one: one["step"] <= step)
-        self.results.log(record)
+        self.results.log_metrics(record)
 
     def _finish(self, best: Path) -> Summary:
         recipe, results = self.recipe, self.results

@@ -159,7 +159,7 @@ def _evaluate(recipe: SplitPlanRecipe, results: ResultDir, report: OnProgress) -
             parts.append(predict_from_hidden(edge.last, _final_hidden(edge, cloud, (codecs, recipe), batches)))
         num_tokens += sum(len(text.ids) for text in portion)
         perplexity = TokenPredictions.join(parts).perplexity
-        results.log({"tokens": num_tokens, "perplexity": perplexity})
+        results.log_metrics({"tokens": num_tokens, "perplexity": perplexity})
         if step != recipe.tokens:
             report(step, {"perplexity": perplexity})
     pace = measure_split(edge, cloud, codecs, recipe.codec, recipe.network.network(), ids)

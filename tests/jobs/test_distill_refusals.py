@@ -52,5 +52,5 @@ def test_rounds_that_nobody_answers_end_the_run(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = small(tiny_llama, tmp_path / "run", rounds={"count": 1, "steps": 3, "deadline_s": 0.2, "empty": 2})
-    with pytest.raises(ClusterError, match="no student answered in 2 rounds in a row"):
+    with pytest.raises(ClusterError, match="no student answered in 2 attempts at round 1"):
         run(recipe)

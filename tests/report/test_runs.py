@@ -48,7 +48,7 @@ def broken_off(tmp_path: Path) -> Path:
     path = tmp_path / "results" / "broken-off"
     with ResultDir.open(path, DistillRecipe.parse({"rounds": {"count": 3}}), "new") as results:
         for number in range(2):
-            results.log({"kind": "round", "round": number, "loss": 3.0 - number})
+            results.log_metrics({"kind": "round", "round": number, "loss": 3.0 - number})
     return path
 
 

@@ -29,7 +29,7 @@ class MetricsLog:
     def add(self, record: Record) -> bool:
         """Write a record if it is new; return whether it was."""
         if new := self._new(record):
-            self._results.log(record)
+            self._results.log_metrics(record)
         return new
 
     def evaluated(self, edge: str, what: str) -> bool:

@@ -101,7 +101,7 @@ class _SplitTuneRun:
             else:
                 edge.load(kept.load(latest))
             found = retry_from_checkpoint(lambda: _evaluate(data, edge), edge, kept, sides.cloud_at)
-            results.log({"step": _BEFORE, **found})
+            results.log_metrics({"step": _BEFORE, **found})
         before = {name: value for name, value in results.metrics()[0].items() if name != "step"}
         started, edge.clock = time.perf_counter(), StepTimes()
         try:
@@ -153,7 +153,7 @@ class _SplitTuneRun:
             def on_step(step: Step) -> None:
                 record = {"step": step.step, "loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr}
                 if step.step not in logged:  # a step is repeated if the cloud lost it
-                    self.results.log({**record, "skipped": step.skipped})
+                    self.results.log_metrics({**record, "skipped": step.skipped})
                     logged.add(step.step)
                 shown.move("steps", step.step + 1, f"loss {step.loss:.3f}")
 
