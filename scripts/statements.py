@@ -1,7 +1,7 @@
-"""Count the statements of a package by room: ``python scripts/statements.py [FOLDER]``, by default of ``raycloud/``.
+"""Count the statements of a package by subpackage: ``python scripts/statements.py [FOLDER]``; default: ``raycloud/``.
 
 A statement is a node of the syntax tree, so line lengths, comments and blank lines do not count; docstrings do not
-either. A room is a folder right below the package; modules beside the rooms count as one.
+either. A subpackage is a folder right below the package; modules beside the subpackages count as one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-BESIDE = "(beside the rooms)"
+BESIDE = "(beside the subpackages)"
 
 
 def statements(source: str) -> int:
@@ -25,7 +25,7 @@ def _is_text(node: ast.AST) -> bool:
 
 
 def by_room(package: Path) -> Counter[str]:
-    """Statements of a package by room."""
+    """Statements of a package by subpackage."""
     counted: Counter[str] = Counter()
     for path in package.rglob("*.py"):
         parts = path.relative_to(package).parts
@@ -34,11 +34,11 @@ def by_room(package: Path) -> Counter[str]:
 
 
 def main() -> None:
-    """Print rooms by size, and the sum."""
+    """Print subpackages by size, and the sum."""
     package = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "raycloud"
     counted = by_room(package)
-    for room, count in counted.most_common():
-        print(f"{count:7,}  {room}")
+    for subpackage, count in counted.most_common():
+        print(f"{count:7,}  {subpackage}")
     print(f"{counted.total():7,}  {package.name}")
 
 

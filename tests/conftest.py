@@ -37,8 +37,8 @@ RAY = ("tests/cluster/", "tests/jobs/", "tests/search/", "tests/serving/")
 
 
 class Together(LoadScopeScheduling):
-    """Under ``--dist``: tests of one file stay in one process for its fixtures, and the fast ones of the rooms that
-    know ray, for their one Ray. The slow ones start Rays of their own, two files at a time."""
+    """Under ``--dist``: tests of one file stay in one process for its fixtures, and the fast ones of the packages that
+    import ray, for their one Ray. The slow ones start Rays of their own, two files at a time."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[1]
 
 IMPORT_ALL = """
 import importlib, pathlib, sys
-rooms = ("edge", "distill", "split", "training", "evaluation", "report", "models", "data", "link")
+packages = ("edge", "distill", "split", "training", "evaluation", "report", "models", "data", "link")
 names = [f"raycloud.{p.stem}" for p in pathlib.Path(sys.argv[1]).glob("*.py") if p.stem not in ("__main__", "__init__")]
-for room in rooms:
-    for path in (pathlib.Path(sys.argv[1]) / room).rglob("*.py"):
+for package in packages:
+    for path in (pathlib.Path(sys.argv[1]) / package).rglob("*.py"):
         parts = path.relative_to(sys.argv[1]).with_suffix("").parts
         names.append(".".join(("raycloud", *parts)).removesuffix(".__init__"))
 for name in names:

@@ -21,4 +21,4 @@ def test_statements_are_counted_by_room_without_docstrings(tmp_path: Path) -> No
         [sys.executable, str(SCRIPT), str(package)], capture_output=True, text=True, check=True, timeout=280
     )
     counts = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
-    assert counts == [["6", "room"], ["2", "(beside the rooms)"], ["8", "house"]]
+    assert counts == [["6", "room"], ["2", "(beside the subpackages)"], ["8", "house"]]

@@ -259,7 +259,7 @@ def _weak_terms(steps: Sequence[StepDiagnostics]) -> dict[str, str]:
     names = dict.fromkeys(name for step in steps for name in step.shares)
     means = {name: _mean([step.shares[name] for step in steps if step.shares]) or 0.0 for name in names}
     return {
-        f"dwarfed/{name}": f"objective '{name}' contributes only {_percent(share)} of the gradient; "
+        f"weak/{name}": f"objective '{name}' contributes only {_percent(share)} of the gradient; "
         f"raise objective.{'ce_weight' if name == 'cross_entropy' else 'kd_weight'}"
         for name, share in means.items()
         if share < MIN_GRADIENT_SHARE

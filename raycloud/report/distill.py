@@ -1,4 +1,7 @@
-"""Report of a distillation: tables on the console and the page of the result directory."""
+"""Report of a distillation: tables on the console and the page of the result directory.
+
+The summary that they show is made by :mod:`raycloud.jobs.distill_summary`; a new column is added here.
+"""
 
 from __future__ import annotations
 

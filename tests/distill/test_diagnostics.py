@@ -163,13 +163,13 @@ def test_data_warns(about: str, sentence: str, ill: dict[str, float], well: dict
     ("about", "sentence", "ill", "well"),
     [
         (
-            "dwarfed/forward_kl",
+            "weak/forward_kl",
             "objective 'forward_kl' contributes only 0.2 % of the gradient; raise objective.kd_weight",
             steps({"forward_kl": 0.002, "cross_entropy": 0.998}),
             steps({"forward_kl": 0.02, "cross_entropy": 0.98}),
         ),
         (
-            "dwarfed/cross_entropy",
+            "weak/cross_entropy",
             "raise objective.ce_weight",
             steps({"forward_kl": 1.0, "cross_entropy": 0.0}),
             steps({"forward_kl": 0.9, "cross_entropy": 0.1}),

@@ -20,7 +20,7 @@ def summary() -> dict[str, Any]:
     data = DataDiagnostics.of(RowCounts(100, 2, 1, 4), range(49_152))  # type: ignore[arg-type]
     well = StudentDiagnostics(data, (StepDiagnostics(0, {"forward_kl": 0.625, "cross_entropy": 0.375}, 3.25),), {})
     ill = StudentDiagnostics(
-        replace(data, eos_mapped=False, student_specials=("<s>", "</s>")), (), {"dwarfed": MIN_GRADIENT_SHARE}
+        replace(data, eos_mapped=False, student_specials=("<s>", "</s>")), (), {"weak": MIN_GRADIENT_SHARE}
     )
     diagnostics = {name: one.after({}) for name, one in (("store", well), ("newsroom", ill))}
     student = {
