@@ -1,9 +1,9 @@
 """Frames of a link: a fixed header of 52 bytes, a body, and raw bytes, whose lengths the header states.
 
 The header is the same for every service. What a service says is in the body: a MessagePack map with a schema, or a few
-packed numbers where every byte counts. Tensors are the raw bytes. Raw bytes of any size are sent: those beyond
-``PIECE_BYTES`` continue in further frames, see :mod:`raycloud.link.pieces`. Nothing is ever unpickled, and every length
-from a peer is checked before it is used.
+packed numbers where every byte counts. Tensors are the raw bytes. Raw bytes beyond ``PIECE_BYTES``
+continue in further frames, see :mod:`raycloud.link.pieces`; a service limits those of each request. Nothing is ever
+unpickled, and every length from a peer is checked before it is used.
 """
 
 from __future__ import annotations

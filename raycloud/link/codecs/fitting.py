@@ -84,9 +84,12 @@ class CutFit:
     def codec(self, name: FittedName, rotation: Rotate) -> Codec:
         """Codec of this cut by its name; ``rotation`` is the calibration's, shared by its cuts."""
         chosen = self.choices
-        if name == "int4":
-            return _int4(self._baseline(chosen.int4_outliers), rotation, chosen.int4_group, self.levels)
-        return _int8(self._baseline(chosen.int8_outliers))
+        match name:
+            case "int8":
+                return _int8(self._baseline(chosen.int8_outliers))
+            case "int4":
+                return _int4(self._baseline(chosen.int4_outliers), rotation, chosen.int4_group, self.levels)
+        raise ValueError(f"no fitted codec '{name}'; allowed: {', '.join(FITTED)}")
 
     def _baseline(self, outliers: int) -> CutStatistics:
         return CutStatistics(self.mean, self.choices.unit, self.outliers[:outliers])

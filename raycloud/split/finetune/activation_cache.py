@@ -63,7 +63,7 @@ class ActivationCache:
         announced: list[list[int]] = np.frombuffer(raw, _ENTRY).reshape(-1, 2).tolist()
         for index, visits in announced:
             if (known := self._visits.get(index, 0)) != visits:
-                raise ValueError(f"text {index} crossed {visits} times for one side and {known} for the other")
+                raise ValueError(f"text {index}: one side counts {visits} visits, the other {known}")
         sample_indices = [index for index, _ in announced]
         self._count(sample_indices)
         return sample_indices

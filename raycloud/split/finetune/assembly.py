@@ -1,4 +1,4 @@
-"""Assembly of both sides of split fine-tuning: the edge's parts, and the cloud in this process or over a link."""
+"""Assembly of the edge's side of split fine-tuning and of a cloud in this process; sides.py adds the link."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from raycloud.split.finetune.messages import CutConfig, OpenTuning, TuneConfig
 from raycloud.split.finetune.recipe import (
     ClassificationRecipe,
     DownlinkRecipe,
+    LanguageRecipe,
     RegressionRecipe,
     SpanRecipe,
     SplitTuneRecipe,
@@ -78,7 +79,7 @@ def head_config(recipe: SplitTuneRecipe, classes: int) -> HeadConfig | None:
             return HeadConfig(kind=task.kind, outputs=1, pooling=task.pooling, dropout=task.dropout)
         case SpanRecipe() as task:
             return HeadConfig(kind=task.kind, outputs=2, pooling="none", dropout=0.0)  # BERT's head has no dropout
-        case _:
+        case LanguageRecipe():
             return None
 
 

@@ -1,9 +1,9 @@
 """Bottleneck of a cut: an encoder before hidden states are sent, and a decoder on the other side.
 
-Ours keeps the residual stream: few numbers ``z = E (x - mean)`` are sent, and ``D z + mean`` replaces ``x`` in all that
-follows. Both maps begin as the main directions of calibration hidden states and are then trained, each by its own side
-and independently. The published cut (Split Fine-Tuning, arXiv 2211.16703) lies inside a block, at the first matrix of
-its feed-forward part, and drops the residual; it exists for comparison.
+The low-rank bottleneck keeps the residual stream: few numbers ``z = E (x - mean)`` are sent, and ``D z + mean``
+replaces ``x`` in all that follows. Both maps begin as the main directions of calibration hidden states and are then
+trained, each by its own side and independently. The published cut (Split Fine-Tuning, arXiv 2211.16703) lies inside a
+block, at the first matrix of its feed-forward part, and drops the residual; it exists for comparison.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class CloudClient(Protocol):
     """Client of the cloud. Replies come in the order of the requests."""
 
     def send(self, request: Frame) -> None:
-        """Send a request: FIT, FWD, BWD or OPT, and PUSH, ROUND or PULL if edges train together."""
+        """Send a request of any kind of :class:`TuneKind` but SAVE, which :meth:`save` sends."""
         ...
 
     def receive(self) -> Frame:
@@ -170,7 +170,11 @@ class EdgeTrainer(ABC):
         """Process the reply; return whether a gradient was sent, whose reply goes to :meth:`_end`."""
 
     def _may_send(self, in_flight: Sequence[PendingMicroBatch]) -> bool:
-        """Return whether one more micro-batch may be sent."""
+        """Return whether one more micro-batch may be sent.
+
+        However many are in flight, the BWD of the last micro-batch must stay the step's last one, as the cloud then
+        reports the norm of its gradients.
+        """
         abreast = (self._max_in_flight + 1) // 2 if self._twice else self._max_in_flight
         return len(in_flight) < self._max_in_flight and sum(not micro.turned for micro in in_flight) < abreast
 

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -24,7 +24,13 @@ from raycloud.errors import TrainingError
 from raycloud.evaluation.classification import METRICS, Metric
 from raycloud.evaluation.spans import best_match, best_spans, exact_match, overlap_f1
 from raycloud.models.texts import TextBounds
-from raycloud.split.finetune.recipe import ClassificationRecipe, LanguageRecipe, SpanRecipe, SplitTuneRecipe
+from raycloud.split.finetune.recipe import (
+    ClassificationRecipe,
+    LanguageRecipe,
+    RegressionRecipe,
+    SpanRecipe,
+    SplitTuneRecipe,
+)
 
 _BATCH = 32
 CALIBRATION_TEXTS = 8
@@ -188,7 +194,14 @@ def load_examples(
             )
             asked.append(Examples(windows, lambda samples: collate_labelled(samples, pad), questions))
         return replace(asked[0], rows=parts.counts), asked[1], 0
-    classes = (task.classes or classes_of(train, task.label)) if isinstance(task, ClassificationRecipe) else None
+    classes: list[Any] | None = None
+    match task:
+        case ClassificationRecipe():
+            classes = task.classes or classes_of(train, task.label)
+        case RegressionRecipe():
+            pass
+        case _:
+            assert_never(task)
     made = [
         Examples(
             encode_labelled(
@@ -226,7 +239,7 @@ def evaluate(
             on_progress(done := done + len(samples))
             outputs = predict(batch).float().cpu()
             if not bool(outputs.isfinite().all()):  # argmax over NaN would give a class like any other
-                raise TrainingError("what the model says is not all finite; a smaller training.lr may help")
+                raise TrainingError("the head's outputs are not all finite; a smaller training.lr may help")
             yield samples, batch, outputs
 
     match recipe.task:
@@ -234,7 +247,7 @@ def evaluate(
             return _language_metrics(said())
         case SpanRecipe() as task:
             return _span_metrics(said(), examples.questions, task.max_answer)
-        case task:
+        case ClassificationRecipe() | RegressionRecipe() as task:
             return _label_metrics(said(), task.metrics)
 
 

@@ -1,8 +1,8 @@
 """Group of edges that train together: its members, their sessions, and the rounds of the group.
 
 This module uses no link, file or clock. Round 0 is the beginning: each edge's bottleneck was fitted to its own texts,
-and that of the first edge, by the order of names, becomes everybody's, since a mean of bottlenecks with different
-directions is no bottleneck. From round 1 on weights are aggregated, by default averaged by samples.
+and that of the first in the recipe's ``edges`` that contributed becomes everybody's, since a mean of bottlenecks with
+different directions is no bottleneck. From round 1 on weights are aggregated, by default averaged by samples.
 """
 
 from __future__ import annotations

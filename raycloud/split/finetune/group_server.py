@@ -30,7 +30,8 @@ from raycloud.split.finetune.group import Group, GroupRoundOutcome
 from raycloud.split.finetune.messages import GroupConfig, OpenTuning, PushReply, PushRequest, RoundReply
 
 _LOG = logging.getLogger(__name__)
-_NO_METRICS = "group"
+_METADATA_KEY = "group"
+"""Key under which a saved round's metadata is kept beside its tensors."""
 
 
 class GroupServer:
@@ -188,7 +189,7 @@ class GroupServer:
             "rounds": rounds,
             "latest": None if group.latest is None else asdict(group.latest),
         }
-        self._rounds.save(group.ended, tensors, {_NO_METRICS: json.dumps(about)})
+        self._rounds.save(group.ended, tensors, {_METADATA_KEY: json.dumps(about)})
 
 
 def latest_group(path: Path) -> Group:
@@ -233,7 +234,7 @@ def _latest_readable(rounds: CheckpointStore) -> _Read | None:
 def _read_round(rounds: CheckpointStore, ended: int) -> _Read:
     tensors = rounds.load(ended)
     try:
-        about = json.loads(rounds.about(ended)[_NO_METRICS])
+        about = json.loads(rounds.about(ended)[_METADATA_KEY])
         agreed, runs, outcome = about["agreed"], about["runs"], about["latest"]
         group = Group(
             agreed["edges"],

@@ -41,8 +41,8 @@ from raycloud.split.finetune.wire_format import EncodedTensor
 from raycloud.training.loop import LossSums
 
 WARNING = (
-    "labels=cloud: the cloud is sent the label of every text that is learned from, and computes what the model says of "
-    "every text. labels=edge keeps both at the edge"
+    "labels=cloud: the cloud is sent the label of every training text and computes the head's outputs for every text. "
+    "labels=edge keeps both at the edge"
 )
 
 

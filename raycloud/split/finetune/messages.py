@@ -1,15 +1,18 @@
-"""Messages between edge and cloud during split fine-tuning. They contain no text, token id, label or mask.
+"""Messages between edge and cloud during split fine-tuning.
+
+Except with ``labels=cloud`` they contain no label; they never contain text or token ids. ``traffic.py`` computes the
+bytes of every message: change both.
 
 A session begins with OPEN and, unless it continues from a checkpoint, with the bottlenecks of low-rank cuts: CODE sends
 the cloud its end of the first one, FIT the hidden states to fit the second one to, and the reply to the last FIT
 returns the edge its end of that. A step is FWD and BWD for each of its micro-batches, then OPT; SAVE may follow. Each
 request has one reply, in the order of the requests; PING, which is no reply, may come between them.
-A message is a MessagePack map and raw bytes: encoded tensors or safetensors, of any size. If activation deltas are
-sent, the raw bytes of FWD begin with the indices of the texts in the edge's data set, and how often each was sent
-before.
+A message is a MessagePack map and raw bytes: encoded tensors or safetensors. A request has up to ``message_bytes`` raw
+bytes (a limit of the service), PUSH up to ``part_bytes``. If activation deltas are sent, the raw bytes of FWD begin
+with the indices of the texts in the edge's data set, and how often each was sent before.
 
-The exception is the label-sharing topology, which must be requested, in which the cloud has head and loss: there TRAIN
-replaces FWD and BWD and does send labels, and the reply to PREDICT is the head's outputs.
+In the label-sharing topology (``labels=cloud``) the cloud has head and loss: there TRAIN replaces FWD and BWD and does
+send labels, and the reply to PREDICT is the head's outputs.
 
 Edges that train together exchange weights between rounds of steps: PUSH sends an edge's contribution, ROUND requests
 the state of the group, and PULL returns the aggregated weights.

@@ -236,7 +236,9 @@ class TuneServer(SessionServer[TuneSession]):
                 and session.trainer.activation_cache.nbytes > self._limits.activation_cache_bytes
             ):
                 raise RequestRefused(
-                    "memory", f"what texts were takes more than {self._limits.activation_cache_bytes} bytes"
+                    "memory",
+                    f"the activation cache takes more than {self._limits.activation_cache_bytes} bytes "
+                    "(limits.activation_cache_bytes)",
                 )
         if frame.kind in (TuneKind.PUSH, TuneKind.ROUND, TuneKind.PULL):
             if session.group_server is None:

@@ -43,10 +43,10 @@ class WireFormat:
     """Wire format of tensors (n, width).
 
     Args:
-        form: wire dtype of ordinary numbers.
+        dtype: wire dtype of ordinary numbers.
         width: numbers per token.
-        apart: number of outliers, the first ones; sent as float16, as they would spoil the scale of the others.
-        changes: True to send only the activation delta of a text that both sides have; see
+        num_outliers: number of outliers, the first ones; sent as float16, as they would spoil the scale of the others.
+        activation_delta: True to send only the activation delta of a text that both sides have; see
             :class:`~raycloud.split.finetune.activation_cache.ActivationCache`.
     """
 

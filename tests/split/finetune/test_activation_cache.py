@@ -72,7 +72,7 @@ def test_ends_that_remember_different_things_find_out() -> None:
     numbers = torch.ones(sum(COUNTS), WIDTH)
     ends = ActivationCache(wire_formats("int8")), ActivationCache(wire_formats("int8"))
     visit(ends, numbers)
-    with pytest.raises(ValueError, match="text 7 crossed 0 times for one side and 1 for the other"):
+    with pytest.raises(ValueError, match="text 7: one side counts 0 visits, the other 1"):
         ends[1].read_visits(ActivationCache(wire_formats("int8")).announce_visits(PLACES))
     with pytest.raises(ValueError, match="text 7 has 5 tokens, it had 3"):
         ends[0].pack("first", numbers, PLACES, COUNTS[::-1])

@@ -40,7 +40,7 @@ def test_outputs_that_are_not_finite_are_not_judged(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     mine = SplitTuneRecipe.parse({"data": {"source": str(tmp_path / "data.jsonl")}, "task": {"kind": "classification"}})
     _, held_out, _ = load_examples(mine, load_tokenizer(resolve("builtin:minilm-l6")), print)
-    with pytest.raises(TrainingError, match="what the model says is not all finite"):
+    with pytest.raises(TrainingError, match="the head's outputs are not all finite"):
         evaluate(lambda batch: torch.full((len(batch.ids), 2), torch.nan), held_out, mine)
 
 
