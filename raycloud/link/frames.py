@@ -221,7 +221,6 @@ class SessionGrant(Body):
     lease_s: float = Field(gt=0)
     credit: int = Field(ge=1)
     """Number of requests that may be in flight at once."""
-    replica: str = Field(default="", max_length=128)
 
 
 class ResumeRequest(Body):
@@ -250,5 +249,3 @@ class ErrorReply(Body):
 
     code: str = Field(max_length=32)
     message: str = Field(max_length=500)
-    expected: int = 0
-    """Expected ``seq``, if the refusal is about it."""

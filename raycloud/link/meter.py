@@ -21,11 +21,6 @@ class Meter:
         self.payload[kind] += payload_bytes
         self.messages[kind] += messages
 
-    def merge(self, other: Meter) -> None:
-        """Add the counts of another meter."""
-        self.payload.update(other.payload)
-        self.messages.update(other.messages)
-
     @property
     def total(self) -> int:
         """Bytes of all kinds."""

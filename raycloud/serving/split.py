@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from fastapi import FastAPI, HTTPException, Request, Response, WebSocket
 from pydantic import Field
-from ray import serve
 from ray.serve import Application
 
 from raycloud.cluster.metrics import RayMetrics
@@ -113,8 +112,7 @@ def app(settings: SplitSettings) -> Application:
         codecs = CutCodecs(part.config.hidden_size, calibrated)
         metrics = RayMetrics(name)
         engine = InferenceEngine(part, metrics, settings.threads)
-        replica = serve.get_replica_context().replica_id.unique_id
-        host = InferenceServer(engine, codecs, settings.limits, metrics, replica)
+        host = InferenceServer(engine, codecs, settings.limits, metrics)
         return build_api(
             name, part, host, ServerInfo.of(part, codecs, settings.limits), calibration, Authenticator(tokens)
         )

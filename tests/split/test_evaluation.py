@@ -18,7 +18,7 @@ from raycloud.split.calibration import Calibration
 from raycloud.split.calibration_texts import load_calibration_texts
 from raycloud.split.cut_codecs import CutCodecs
 from raycloud.split.evaluation import run, texts_by_budget
-from raycloud.split.inference.timing import bytes_of_a_token
+from raycloud.split.inference.messages import STEP_BYTES
 from raycloud.split.parts import edge_bytes, export, load_edge
 from raycloud.split.plan import PlanSet, SplitPlan
 from raycloud.split.recipe import SplitPlanRecipe
@@ -90,7 +90,8 @@ def test_bytes_are_those_of_the_formula_and_time_is_that_of_the_link(
         assert files.keys() == {"cut-1.safetensors", "cut-3.safetensors"}
         one, three = files["cut-1.safetensors"], files["cut-3.safetensors"]
         codecs = CutCodecs(16, Calibration(one.model, one.rotation, {**one.fitted, **three.fitted}))
-    expected = bytes_of_a_token(codecs, codec, SplitPlan(1, 3), pos=40)
+    # A step and its reply, each with one coded hidden state.
+    expected = 2 * STEP_BYTES + sum(codecs.cut_codec(codec, cut).payload_bytes(40, 1) for cut in (1, 3))
     assert summary["bytes_per_token"] == expected
     assert summary["ms_per_token"] == pytest.approx(network.rtt_ms + 1e3 * network.seconds(expected))
 

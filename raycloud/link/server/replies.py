@@ -17,12 +17,11 @@ class RequestRefused(LinkError):
     Args:
         code: error code for programs.
         message: one line for people.
-        expected: expected ``seq``, for the code ``gap``.
     """
 
-    def __init__(self, code: str, message: str, expected: int = 0) -> None:
+    def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
-        self.code, self.expected = code, expected
+        self.code = code
 
 
 class ServerBusy(LinkError):
@@ -44,10 +43,7 @@ def error_frame(frame: Frame, error: RequestRefused | ServerBusy) -> Frame:
     if isinstance(error, ServerBusy):
         kind, content = SessionKind.BUSY, BusyReply(retry_after_s=error.retry_after_s)
     else:
-        kind, content = (
-            SessionKind.ERROR,
-            ErrorReply(code=error.code, message=str(error)[:500], expected=error.expected),
-        )
+        kind, content = SessionKind.ERROR, ErrorReply(code=error.code, message=str(error)[:500])
     return Frame(kind, frame.session, frame.epoch, frame.seq, body=content.pack())
 
 

@@ -46,11 +46,11 @@ class Session:
             RequestRefused: requests are missing between this and the last one, or its reply is no longer kept.
         """
         if frame.seq > self.next_seq or frame.seq < 1:
-            raise RequestRefused("gap", f"request {frame.seq} came where {self.next_seq} should have", self.next_seq)
+            raise RequestRefused("gap", f"request {frame.seq} came where {self.next_seq} should have")
         if frame.seq == self.next_seq:
             return False
         if frame.seq not in self.pending and frame.seq not in self.replies:
-            raise RequestRefused("gone", f"the reply to request {frame.seq} is no longer kept", self.next_seq)
+            raise RequestRefused("gone", f"the reply to request {frame.seq} is no longer kept")
         return True
 
     def accept(self, frame: Frame, reply: Future[Frame]) -> None:

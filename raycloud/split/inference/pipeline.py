@@ -105,7 +105,7 @@ class SplitPipeline:
         return self.receive()
 
     def rollback(self, keep: int) -> None:
-        """Discard everything but the first ``keep`` tokens; the cloud is informed with the next request.
+        """Discard all but the first ``keep`` tokens, as speculative decoding needs; the next request informs the cloud.
 
         Raises:
             ValueError: fewer tokens are known, or a request is in flight.

@@ -28,7 +28,6 @@ class InferenceServer(SessionServer[InferenceSession]):
         codecs: codecs of the cuts.
         limits: limits of sessions.
         metrics: sink for the counts of sessions, errors and memory.
-        replica: name of the replica, for people.
     """
 
     service, kinds = SERVICE, InferenceKind
@@ -42,10 +41,9 @@ class InferenceServer(SessionServer[InferenceSession]):
         codecs: CutCodecs,
         limits: InferenceLimits | None = None,
         metrics: InferenceMetrics | None = None,
-        replica: str = "",
     ) -> None:
         super().__init__(limits or InferenceLimits(), metrics or NullMetrics())
-        self._engine, self._codecs, self._replica = engine, codecs, replica
+        self._engine, self._codecs = engine, codecs
 
     @property
     def kv_bytes(self) -> int:
@@ -88,7 +86,6 @@ class InferenceServer(SessionServer[InferenceSession]):
             max_tokens=session.max_tokens,
             max_step_tokens=self._limits.step_tokens,
             credit=self._limits.credit,
-            replica=self._replica,
         )
 
     def begin(self, session: InferenceSession, frame: Frame) -> Awaitable[Frame]:

@@ -23,11 +23,9 @@ from raycloud.split.inference.blocks import CloudBlocks, StepRequest
 from raycloud.split.inference.client import RemoteBlocks, SessionConfig
 from raycloud.split.inference.engine import InferenceEngine
 from raycloud.split.inference.generation import SplitTokenSource, local_split_model
-from raycloud.split.inference.messages import STEP_BYTES
 from raycloud.split.inference.pipeline import SplitPipeline
 from raycloud.split.inference.server import InferenceServer
 from raycloud.split.parts import CloudPart, EdgePart
-from raycloud.split.plan import SplitPlan
 
 _PROMPT, _WARM = 32, 3
 UNTIMED_TOKENS = _PROMPT + _WARM
@@ -43,12 +41,6 @@ class TokenCost:
     """Edge's part of that time: all but waiting for link and cloud."""
     bytes_per_token: float
     """Bytes in both directions, headers included."""
-
-
-def bytes_of_a_token(codecs: CutCodecs, codec: str, plan: SplitPlan, pos: int) -> int:
-    """Bytes of the token at ``pos``: a step and its reply, each with one coded hidden state."""
-    up, down = (codecs.cut_codec(codec, cut) for cut in (plan.start_block, plan.end_block))
-    return 2 * STEP_BYTES + up.payload_bytes(pos, 1) + down.payload_bytes(pos, 1)
 
 
 class _TimedBlocks:
@@ -90,14 +82,14 @@ def measure_split(
     Raises:
         LinkError: the codec is unknown or needs a calibration.
     """
-    terms = SessionConfig(edge.fingerprint, edge.plans, codecs, codec, len(ids))
+    config = SessionConfig(edge.fingerprint, edge.plans, codecs, codec, len(ids))
     engine, meter = InferenceEngine(cloud, threads=torch.get_num_threads()), Meter()
-    host = InferenceServer(engine, codecs)
-    with closing(engine), closing(Loopback(lambda connection: host.serve(connection, "split evaluate"))) as loopback:
+    server = InferenceServer(engine, codecs)
+    with closing(engine), closing(Loopback(lambda connection: server.serve(connection, "split evaluate"))) as loopback:
         channel = EmulatedChannel(MeteredChannel(loopback.connect(), meter), network)
-        with closing(_TimedBlocks(RemoteBlocks(lambda _: channel, terms))) as middle:
-            triad = SplitTokenSource(edge.first, edge.last, lambda: middle, edge.plans).open()
-            return _measure_pipeline(triad, _on_device(edge, ids), lambda: middle.seconds, lambda: meter.total)
+        with closing(_TimedBlocks(RemoteBlocks(lambda _: channel, config))) as middle:
+            pipeline = SplitTokenSource(edge.first, edge.last, lambda: middle, edge.plans).open()
+            return _measure_pipeline(pipeline, _on_device(edge, ids), lambda: middle.seconds, lambda: meter.total)
 
 
 def measure_unsplit(whole: EdgePart, ids: Sequence[int]) -> float:
@@ -114,15 +106,15 @@ def _on_device(edge: EdgePart, ids: Sequence[int]) -> Tensor:
 
 
 def _measure_pipeline(
-    triad: SplitPipeline, ids: Tensor, waited: Callable[[], float], crossed: Callable[[], float]
+    pipeline: SplitPipeline, ids: Tensor, waited: Callable[[], float], crossed: Callable[[], float]
 ) -> TokenCost:
     """Token cost of a new text; ``waited`` and ``crossed`` return the seconds waited and the bytes sent so far."""
-    triad.advance(ids[:, :_PROMPT])
+    pipeline.advance(ids[:, :_PROMPT])
     whole, own, sizes = list[float](), list[float](), list[float]()
     for place in range(_PROMPT, ids.shape[1]):
         away, sent, start = waited(), crossed(), time.perf_counter()
         # A continuation needs this token before the next one can begin: reading the logits waits for it.
-        int(triad.advance(ids[:, place : place + 1])[0, -1].argmax())
+        int(pipeline.advance(ids[:, place : place + 1])[0, -1].argmax())
         taken = time.perf_counter() - start
         if place >= UNTIMED_TOKENS:
             whole.append(1e3 * taken)

@@ -31,7 +31,7 @@ def test_only_known_requests_are_repeats() -> None:
     for seq, code in ((0, "gap"), (5, "gap"), (2**64 - 1, "gap"), (1, "gone")):
         with pytest.raises(RequestRefused) as caught:
             held.repeated(request(seq))
-        assert (caught.value.code, caught.value.expected) == (code, 4)
+        assert caught.value.code == code
 
 
 def test_accepted_requests_move_the_session_on() -> None:

@@ -141,7 +141,8 @@ def test_over_a_link_the_cloud_learns_what_it_learns_here_also_after_it_was_lost
     apart = run(reviews(**made("edge", max_in_flight=1)))
     assert "labels=cloud" not in capsys.readouterr().out
     here = run(reviews(**made("here", labels="cloud")))
-    assert "labels=cloud: the cloud is sent the label of every training text" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "labels=cloud: the cloud is sent the label of every training text" in printed
     with closing(Host(tmp_path / "cloud", tail=True)) as cloud:
         step, killed = EdgeTrainer.step, []
 

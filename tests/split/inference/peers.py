@@ -258,7 +258,7 @@ def converse(
     async def main() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
         patient = InferenceLimits(**{"handshake_s": 120, **limits})
-        host = InferenceServer(engine, codecs or CutCodecs(WIDTH), patient, replica="r1")
+        host = InferenceServer(engine, codecs or CutCodecs(WIDTH), patient)
         async with asyncio.timeout(240):
             try:
                 await talk(host)
