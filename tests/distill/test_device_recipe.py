@@ -56,7 +56,7 @@ def test_a_quorum_is_of_every_cohort_and_a_matter_of_the_cloud() -> None:
     edges = [{"name": "a"}, {"name": "b", "device": True}, {"name": "c"}]
     whole = DistillRecipe.parse({"edges": edges, "rounds": {"quorum": 3}})
     assert whole.for_device(whole.edges[1]).rounds.quorum == 1
-    other = {"name": "d", "objective": {"kd": "reverse_kl"}}
+    other = {"name": "d", "objective": {"kd": {"name": "reverse_kl"}}}
     with pytest.raises(RecipeError, match=r"rounds.quorum=3, and cohort 'd' has 1 edges; allowed: 1 to 1"):
         DistillRecipe.parse({"edges": [*edges, other], "rounds": {"quorum": 3}})
 
