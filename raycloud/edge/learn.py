@@ -30,7 +30,7 @@ from raycloud.distill.student import build_student
 from raycloud.durable import check_folder, remove, write_atomically, write_folder
 from raycloud.edge.learn_teacher import LinkTeacher
 from raycloud.edge.learn_terms import Allowance, JobDemands
-from raycloud.errors import LinkError, LinkSetupError, TrainingError
+from raycloud.errors import LinkError, LinkSetupError, RecipeError, TrainingError
 from raycloud.link.channel import Channel, MeteredChannel
 from raycloud.link.meter import Meter
 from raycloud.link.retry_notices import with_retry_notices
@@ -125,7 +125,7 @@ def learn(
     opening = with_retry_notices(partial(metered, "rounds"), notify)
     client = RoundClient(opening, options.device, patience_s=options.patience_s)
     try:
-        device = _JobDevice(job, client, partial(metered, "signals"), options, notify, on_progress)
+        device = _JobDevice(job, client, partial(metered, "signals"), meter, options, notify, on_progress)
         try:
             device.run()
         finally:
@@ -181,11 +181,13 @@ class _JobDevice:
         job: str,
         client: RoundClient,
         connect_signals: Callable[[str], Channel],
+        meter: Meter,
         options: LearnOptions,
         notify: Callable[[str], None],
         on_progress: Callable[[str, int, int, str], None],
     ) -> None:
         self._client, self._options, self._notify, self._on_progress = client, options, notify, on_progress
+        self._meter, self._counted_from = meter, 0
         granted = client.granted
         self._job, self._name, run = job, granted.device, granted.facts.get("run", "")
         if not _RUN.fullmatch(run):
@@ -193,7 +195,10 @@ class _JobDevice:
         self._folder = options.folder / run
         self._recipe, self._edge = self._read_recipe(granted)
         self._config = self._read_config(granted)
-        JobDemands.of(job, granted, self._recipe, self._edge, self._config).check(options.allowed, notify)
+        demands = JobDemands.of(job, granted, self._recipe, self._edge, self._config)
+        demands.check(options.allowed, notify)
+        self._once_bytes = demands.once_bytes
+        """Bytes that may still come down once, beside those of a round."""
         self._rounds: list[dict[str, Any]] = []
         self._student: Path | None = None
         tokenizer = self._files(granted, "tokenizer")
@@ -300,7 +305,7 @@ class _JobDevice:
     # -- rounds
 
     def _round(self, number: int, start: Blob) -> None:
-        outbox = self._folder / "outbox"
+        self._counted_from, outbox = self._meter.total, self._folder / "outbox"
         about = {"round": number, "weights": start.digest}
         kept = _read_json(outbox / "about.json")
         if {key: kept.get(key) for key in about} != about:
@@ -313,10 +318,25 @@ class _JobDevice:
                 return
             kept = _read_json(outbox / "about.json")
         report, tensors = (outbox / "report.json").read_bytes(), (outbox / "weights.safetensors").read_bytes()
+        self._check_bytes(number, len(report) + len(tensors))
         reply = self._client.push(number, start.digest, int(kept["samples"]), report, tensors)
+        self._once_bytes = 0  # the teacher's tables have come with the first round
         self._note(number, kept, reply)
         if not reply.accepted:
             remove(outbox)
+
+    def _check_bytes(self, number: int, next_bytes: int = 0) -> None:
+        """Refuse to go on with a round that takes more bytes than are allowed, ``next_bytes`` of them next.
+
+        Raises:
+            RecipeError: more has crossed the link than the job said, or is about to.
+        """
+        allowed, taken = self._options.allowed.max_bytes, self._meter.total - self._counted_from + next_bytes
+        if allowed is not None and taken > allowed + self._once_bytes:
+            raise RecipeError(
+                f"round {number + 1} of job '{self._job}' takes {taken / 1e6:,.1f} MB; "
+                f"--max-bytes allows {allowed / 1e6:,.1f} MB"
+            )
 
     def _trained(self, number: int, start: Blob, weights: Weights, outbox: Path, about: dict[str, Any]) -> bool:
         """Train a round and keep the contribution in the outbox; return whether there is one."""
@@ -325,6 +345,7 @@ class _JobDevice:
 
             def on_heartbeat(heartbeat: Heartbeat) -> None:
                 pulse.latest = heartbeat
+                self._check_bytes(number)
                 note = f"loss {heartbeat.loss:.3f}  {heartbeat.tokens_per_second:.0f} tokens/s"
                 self._on_progress(name, heartbeat.step, self._recipe.rounds.steps, note)
 

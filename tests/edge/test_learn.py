@@ -21,12 +21,12 @@ from raycloud.distill.recipe import DistillRecipe
 from raycloud.distill.signals.file import tokenizer_fingerprint
 from raycloud.distill.signals.remote import ModelTeacher, SignalServer
 from raycloud.edge.learn import LearnOptions, learn
-from raycloud.edge.learn_terms import Allowance, size_of
+from raycloud.edge.learn_terms import Allowance, JobDemands, size_of
 from raycloud.errors import LinkSetupError, RecipeError
 from raycloud.link.channel import Channel, Connection, Loopback
 from raycloud.models.loading import Pretrained, load
 from raycloud.models.weights import Weights, nbytes, weights_of
-from raycloud.rounds.service import DeviceUpdate, RoundClient, RoundLimits, RoundServer
+from raycloud.rounds.service import DeviceGone, DeviceUpdate, RoundClient, RoundLimits, RoundServer
 from raycloud.training.lora import add_adapters, trainable_weights
 from tests.cluster.recipes import small
 from tests.distill.local_teacher import LocalTeacher
@@ -233,6 +233,26 @@ def test_what_is_not_allowed_is_refused_before_anything_is_downloaded(
         learn("distill", job.connect, options(tmp_path / "device", allowed=allowed), notify=lines.append)
     assert len(lines) == 4 and "token ids of your data, to the teacher, for hidden signals" in lines[1]
     assert job.opened == ["rounds"]
+
+
+def test_a_round_that_takes_more_than_was_said_is_stopped(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(JobDemands, "round_bytes", property(lambda self: 0))
+    gone: list[str] = []
+
+    def drive() -> None:
+        try:
+            job.run([])
+        except DeviceGone as error:
+            gone.append(str(error))
+
+    driver = threading.Thread(target=drive, daemon=True)
+    driver.start()
+    with pytest.raises(RecipeError, match=r"round \d of job 'distill' takes [\d.]+ MB; --max-bytes allows 0\.0 MB"):
+        learn("distill", job.connect, options(tmp_path / "device", allowed=Allowance(True, max_bytes=2000)))
+    driver.join(WAIT_S)
+    assert len(gone) == 1
 
 
 def test_only_a_device_of_the_job_takes_part(job: Job, tmp_path: Path) -> None:
