@@ -83,8 +83,7 @@ def test_steps_that_do_not_fit_are_refused_and_change_nothing(changes: dict[str,
         right = expected(rows, [4, 4])
         assert (await peer.ask(peer.step(1, rows[:4], 0))).raw == right[0]
         step = peer.step(2, rows[4:], 4)
-        refusal = await peer.refused(changed(step, **changes), code)
-        assert refusal.expected == (2 if code == "gap" else 0)
+        await peer.refused(changed(step, **changes), code)
         assert (await peer.ask(step)).raw == right[1]
 
     converse(talk, step_tokens=16)
@@ -267,8 +266,7 @@ def test_forgotten_replies_are_gone() -> None:
         for at in range(5):
             await peer.ask(peer.step(at + 1, rows[at : at + 1], at))
         for seq in (1, 3):
-            refusal = await peer.refused(peer.step(seq, rows[seq - 1 : seq], seq - 1), "gone")
-            assert refusal.expected == 6
+            await peer.refused(peer.step(seq, rows[seq - 1 : seq], seq - 1), "gone")
         for seq in (4, 5, 6):
             reply = await peer.ask(peer.step(seq, rows[seq - 1 : seq], seq - 1))
             assert reply.raw == expected(rows, [1] * 6)[seq - 1]
