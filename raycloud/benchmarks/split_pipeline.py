@@ -73,11 +73,11 @@ def measure(
     edge = setup.edge(RemoteCloudClient(partial(cloud.channel, Meter()), begin, setup.uplink_bottleneck.decoder), depth)
     try:
         edge.step(steps[0])
-        edge.settle()
+        edge.wait_for_optimiser()
         edge.clock, started = StepTimes(), time.perf_counter()
         for batches in steps[1:]:
             edge.step(batches)
-        edge.settle()
+        edge.wait_for_optimiser()
         taken = time.perf_counter() - started
     finally:
         edge.cloud.close()

@@ -46,9 +46,9 @@ def split_tune(
     from raycloud.link.meter import Meter
     from raycloud.link.retry_notices import with_retry_notices
     from raycloud.report.console import console
-    from raycloud.split.finetune.device import run_edge
     from raycloud.split.finetune.recipe import SplitTuneRecipe
     from raycloud.split.finetune.run import run
+    from raycloud.split.finetune.run_member import run_member
 
     mode, loaded = mode_of(resume, overwrite), read_recipe(SplitTuneRecipe, recipe, overrides, out)
     network = None if loaded.network is None else loaded.network.network()
@@ -62,5 +62,5 @@ def split_tune(
     elif not loaded.edges:
         summary = run(loaded, mode, connect)
     else:
-        summary = run_edge(loaded, connect, mode)
+        summary = run_member(loaded, connect, mode)
     print_json(as_json, summary)

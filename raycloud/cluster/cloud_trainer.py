@@ -66,7 +66,7 @@ class CloudTrainerActor(ActorService):
         Raises:
             TrainingError: no round has ended, or its file cannot be read.
         """
-        kept = self._server.kept(name, _PRINCIPAL)
+        kept = self._server.saved_group(name, _PRINCIPAL)
         return kept.cloud, kept.edge
 
 

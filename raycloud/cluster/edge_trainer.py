@@ -16,7 +16,7 @@ from raycloud.cluster.runtime import threads_per_actor
 from raycloud.link.channel import Channel, LinkDown
 from raycloud.link.network import EmulatedChannel
 from raycloud.models.threads import torch_threads
-from raycloud.split.finetune.edge_run import EdgeRun
+from raycloud.split.finetune.member_run import MemberRun
 from raycloud.split.finetune.metrics_log import Record
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 
@@ -50,7 +50,7 @@ class EdgeTrainerActor:
         self._recipe, self._edge, self._cloud = recipe, recipe.edges[index], cloud
         self._folder, self._run = folder / self._edge.name, run
         self._news: list[Record] = []
-        self._member: EdgeRun | None = None
+        self._member: MemberRun | None = None
 
     @ray.method(concurrency_group="control")
     def news(self, pid: int, since: int) -> tuple[int, list[Record]]:
@@ -68,7 +68,7 @@ class EdgeTrainerActor:
         recipe = self._recipe
         with torch_threads(threads_per_actor(recipe.threads, "edge", len(recipe.edges))):
             if self._member is None:
-                self._member = EdgeRun(
+                self._member = MemberRun(
                     recipe,
                     self._edge.name,
                     self._folder,

@@ -18,8 +18,8 @@ from raycloud.edge.endpoint import CloudEndpoint
 from raycloud.errors import LinkError, ModelError
 from raycloud.link.meter import Meter
 from raycloud.serving.split_tune import SplitTuneSettings, app
-from raycloud.split.finetune.device import run_edge
 from raycloud.split.finetune.run import run
+from raycloud.split.finetune.run_member import run_member
 from tests.split.finetune.test_run import recipe
 
 TOKEN = "s3cret"
@@ -93,7 +93,7 @@ def test_the_members_of_a_group_come_to_one_of_several_replicas(
 
         def device(group: str, name: str) -> list[dict[str, Any]]:
             mine = recipe(tiny_llama, tmp_path / group / name, **changes, edge=name, group=group)
-            rounds: list[dict[str, Any]] = run_edge(mine, partial(cloud.channel, Meter()))["rounds"]
+            rounds: list[dict[str, Any]] = run_member(mine, partial(cloud.channel, Meter()))["rounds"]
             return rounds
 
         for group in ("one", "other"):

@@ -24,8 +24,8 @@ from raycloud.link.meter import Meter
 from raycloud.report.render import render
 from raycloud.results import read_records
 from raycloud.serving.split_tune import build_api
-from raycloud.split.finetune.device import run_edge
 from raycloud.split.finetune.recipe import SplitTuneRecipe
+from raycloud.split.finetune.run_member import run_member
 from raycloud.split.finetune.server import TuneServer
 from raycloud.split.parts import load_cloud
 from raycloud.split.plan import PlanSet, SplitPlan
@@ -83,7 +83,7 @@ def test_devices_train_the_cloud_part_together_though_sockets_are_cut(
 
     def device(name: str) -> dict[str, Any]:
         connect = partial(cloud.channel, Meter())
-        return run_edge(member(tiny_llama, tmp_path / name, name), lambda session: Cut(connect(session)))
+        return run_member(member(tiny_llama, tmp_path / name, name), lambda session: Cut(connect(session)))
 
     with ThreadPoolExecutor(2) as pool:
         summaries = dict(zip(NAMES, pool.map(device, NAMES), strict=True))
@@ -106,9 +106,9 @@ def test_a_device_that_comes_after_the_end_takes_what_the_others_made(
 ) -> None:
     rounds = {**ROUNDS, "deadline_s": 0.5}
     early = member(tiny_llama, tmp_path / "early", "news", rounds=rounds, group="late")
-    assert run_edge(early, partial(cloud.channel, Meter()))["rounds"][-1]["missed"] == {"product": "absent"}
+    assert run_member(early, partial(cloud.channel, Meter()))["rounds"][-1]["missed"] == {"product": "absent"}
     late = member(tiny_llama, tmp_path / "late", "product", rounds=rounds, group="late")
-    run_edge(late, partial(cloud.channel, Meter()))
+    run_member(late, partial(cloud.channel, Meter()))
     steps = [one for one in read_records(tmp_path / "late" / "metrics.jsonl") if one["kind"] == "step"]
     assert steps == []
     ours = load_file(tmp_path / "late" / "edges" / "product" / "together.safetensors")
@@ -116,10 +116,10 @@ def test_a_device_that_comes_after_the_end_takes_what_the_others_made(
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
     other = member(tiny_llama, tmp_path / "other", "news", rounds={**rounds, "steps": 3}, group="late")
     with pytest.raises(LinkError, match="the group 'late' was begun with another total_steps, another steps"):
-        run_edge(other, partial(cloud.channel, Meter()))
+        run_member(other, partial(cloud.channel, Meter()))
 
 
 def test_a_device_is_one_of_the_edges(cloud: CloudEndpoint, tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"edge: null.*allowed: product, news"):
-        run_edge(recipe(tiny_llama, tmp_path / "x", edges=EDGES), partial(cloud.channel, Meter()))
+        run_member(recipe(tiny_llama, tmp_path / "x", edges=EDGES), partial(cloud.channel, Meter()))
     assert not (tmp_path / "x").exists()

@@ -23,9 +23,10 @@ from raycloud.split.finetune.bottleneck import (
     sft_bottleneck,
 )
 from raycloud.split.finetune.checkpoints import CheckpointStore, trainable_parameters
+from raycloud.split.finetune.client import CloudClient, LocalCloudClient
 from raycloud.split.finetune.cloud_assembly import build_cloud
-from raycloud.split.finetune.edge import LocalCloudClient, UShapedEdge
-from raycloud.split.finetune.edge_trainer import CloudClient, EdgeTrainer, TrainableParts
+from raycloud.split.finetune.edge import UShapedEdge
+from raycloud.split.finetune.edge_trainer import EdgeTrainer, TrainableParts
 from raycloud.split.finetune.label_sharing import LabelSharingEdge
 from raycloud.split.finetune.messages import CutConfig, OpenTuning, TuneConfig
 from raycloud.split.finetune.recipe import (
@@ -132,7 +133,7 @@ def fit_uplink(cut: UplinkRecipe, first: Segment, batches: Sequence[Batch]) -> B
             return sft_bottleneck(first, cut.rank)
         case "low_rank":
             hidden = calibration_hidden(first, batches).cpu()
-            return fit_low_rank(hidden, cut.rank, cut.num_outliers, even=cut.dtype == "int4")
+            return fit_low_rank(hidden, cut.rank, cut.num_outliers, rotate=cut.dtype == "int4")
 
 
 def new_downlink(downlink: DownlinkRecipe, width: int) -> Bottleneck:

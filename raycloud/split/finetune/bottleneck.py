@@ -125,14 +125,14 @@ def principal_directions(centred: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :rank].float().contiguous()
 
 
-def fit_low_rank(hidden: Tensor, rank: int, num_outliers: int = 0, *, even: bool = False) -> Bottleneck:
+def fit_low_rank(hidden: Tensor, rank: int, num_outliers: int = 0, *, rotate: bool = False) -> Bottleneck:
     """Fit a bottleneck to calibration hidden states: their mean, ``rank`` main directions and largest coordinates.
 
     Args:
         hidden: hidden states (n, d).
         rank: number of coefficients.
         num_outliers: number of coordinates sent unchanged.
-        even: rotate the directions within their span so that all have coefficients of similar size, for wire dtypes
+        rotate: rotate the directions within their span so that all have coefficients of similar size, for wire dtypes
             whose few steps share a scale.
 
     Raises:
@@ -146,7 +146,7 @@ def fit_low_rank(hidden: Tensor, rank: int, num_outliers: int = 0, *, even: bool
     largest = centred.abs().amax(dim=0).argsort(descending=True, stable=True)[:num_outliers]
     apart = largest.sort().values
     basis = principal_directions(centred.index_fill(1, apart, 0.0), rank)
-    if even:
+    if rotate:
         basis = basis @ _random_rotation(rank)
     return Bottleneck(
         LowRankEncoder(basis, mean, apart), LowRankDecoder(basis, mean, apart), num_outliers + rank, num_outliers

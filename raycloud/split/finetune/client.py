@@ -1,16 +1,79 @@
-"""Client of a cloud at the other end of a link: a session that outlives broken connections, with checkpoints."""
+"""Clients of the cloud: in the same process, or at the other end of a link, in a session that outlives connections."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 from torch import nn
 
+from raycloud.errors import TrainingError
 from raycloud.link.channel import Channel
 from raycloud.link.client import SessionClient
 from raycloud.link.frames import Frame, SessionGrant
+from raycloud.link.meter import Meter
 from raycloud.split.finetune.bottleneck import decoder_to_bytes
+from raycloud.split.finetune.checkpoints import CheckpointStore
+from raycloud.split.finetune.cloud import CloudTrainer
 from raycloud.split.finetune.messages import OpenTuning, SaveRequest, TuneKind
+
+
+class CloudClient(Protocol):
+    """Client of the cloud. Replies come in the order of the requests."""
+
+    def send(self, request: Frame) -> None:
+        """Send a request of any kind of :class:`TuneKind` but SAVE, which :meth:`save` sends."""
+        ...
+
+    def receive(self) -> Frame:
+        """Receive the reply to the oldest unanswered request."""
+        ...
+
+    def save(self, step: int) -> None:
+        """Save the cloud's checkpoint of this step; it is saved when this returns."""
+        ...
+
+    def close(self) -> None:
+        """End the session."""
+        ...
+
+
+class LocalCloudClient:
+    """Cloud client for a cloud in the same process; it counts the bytes of messages by kind, headers included.
+
+    Messages are not packed into frames, so messages larger than a frame are allowed.
+    """
+
+    def __init__(self, trainer: CloudTrainer, meter: Meter | None = None, kept: CheckpointStore | None = None) -> None:
+        self.trainer, self.meter, self.kept = trainer, meter or Meter(), kept
+        self._answers: deque[Frame] = deque()
+
+    def send(self, request: Frame) -> None:
+        """Compute the reply at once.
+
+        Raises:
+            TrainingError: the hidden states are no longer finite.
+        """
+        try:
+            answer = self.trainer.answer(request)
+        except ValueError as error:
+            raise divergence_error(self.trainer.step, error) from None
+        for frame in (request, answer):
+            self.meter.add(frame.kind.name, frame.size)
+        self._answers.append(answer)
+
+    def receive(self) -> Frame:
+        """Return the oldest reply."""
+        return self._answers.popleft()
+
+    def save(self, step: int) -> None:
+        """Save the cloud's checkpoint of this step, if there is a store."""
+        if self.kept is not None:
+            self.kept.save(step, self.trainer.state())
+
+    def close(self) -> None:
+        """Do nothing: the state belongs to this object."""
 
 
 class RemoteCloudClient:
@@ -60,3 +123,8 @@ class RemoteCloudClient:
     def close(self) -> None:
         """End the session."""
         self._client.close()
+
+
+def divergence_error(step: int, error: ValueError) -> TrainingError:
+    """Error for hidden states that are no longer finite, though all gradients were."""
+    return TrainingError(f"step {step}: {error}; a smaller training.lr may help")

@@ -88,7 +88,7 @@ class CloudTrainer:
         self.activation_cache = ActivationCache(self.wire_formats)
         self._passes: dict[int, _ForwardPass] = {}
         self._calibration: list[Tensor] = []
-        self._spoiled = False
+        self._non_finite = False
         self.step = 0
 
     def state(self) -> dict[str, Tensor]:
@@ -105,7 +105,7 @@ class CloudTrainer:
         load_state(self.modules, self.trainer, state)
         self.step = step
 
-    def join(self, step: int, weights: Mapping[str, Tensor]) -> None:
+    def load_round(self, step: int, weights: Mapping[str, Tensor]) -> None:
         """Continue with step ``step`` from a group's averaged weights, with this side's own optimiser state.
 
         Raises:
@@ -113,7 +113,7 @@ class CloudTrainer:
         """
         load_weights(self.modules, weights)
         self._passes.clear()
-        self._spoiled = False
+        self._non_finite = False
         self.step = step
         if self.trainer is not None:
             self.trainer.jump(step)
@@ -161,7 +161,7 @@ class CloudTrainer:
             hidden,
             wire_format.width - wire_format.num_outliers,
             wire_format.num_outliers,
-            even=wire_format.dtype == "int4",
+            rotate=wire_format.dtype == "int4",
         )
         self.encoder.load_state_dict(bottleneck.encoder.state_dict())
         return Frame(TuneKind.FIT_OK, raw=decoder_to_bytes(bottleneck.decoder))
@@ -224,20 +224,20 @@ class CloudTrainer:
         assert numbers.grad is not None
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, step, micro, "first"))
         # NaN and infinity must not be sent: the norm informs the edge, and both sides skip the step.
-        self._spoiled |= not bool(numbers.grad.isfinite().all())
+        self._non_finite |= not bool(numbers.grad.isfinite().all())
         return self.wire_formats.uplink.pack(numbers.grad.nan_to_num(0.0, 0.0, 0.0), generator)
 
     def _norm(self, last: bool) -> float:
         """Norm of the step's gradients after its last micro-batch, 0 before; infinite if any gradient is not finite."""
         norm = self.trainer.gradient_norm() if self.trainer is not None and last else 0.0
-        return norm if math.isfinite(norm) and not self._spoiled else math.inf
+        return norm if math.isfinite(norm) and not self._non_finite else math.inf
 
     def _optimise(self, request: OptimiseRequest, started: float) -> Frame:
         if request.step != self.step or self._passes:
             raise OutOfOrder(f"the end of step {request.step} came in step {self.step}")
         if self.trainer is not None:
             self.trainer.apply(request.norm)
-        self._spoiled = False
+        self._non_finite = False
         self.step += 1
         return Frame.of(TuneKind.OPT_OK, OptimiseReply(step=self.step, seconds=time.perf_counter() - started))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -11,17 +11,13 @@ from torch import Tensor, nn
 from raycloud.data.batches import Batch
 from raycloud.errors import LinkError
 from raycloud.link.frames import Frame, parse_body
-from raycloud.link.meter import Meter
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.bottleneck import LowRankDecoder, load_decoder_bytes
-from raycloud.split.finetune.checkpoints import CheckpointStore
-from raycloud.split.finetune.cloud import CloudTrainer
+from raycloud.split.finetune.client import CloudClient
 from raycloud.split.finetune.edge_trainer import (
-    CloudClient,
     EdgeTrainer,
     PendingMicroBatch,
     TrainableParts,
-    divergence_error,
     invalid_reply_error,
     token_counts,
 )
@@ -37,43 +33,6 @@ from raycloud.split.finetune.tasks import Task, head_outputs
 from raycloud.split.finetune.traffic import step_traffic
 from raycloud.split.finetune.wire_format import EncodedTensor
 from raycloud.training.loop import LossSums
-
-
-class LocalCloudClient:
-    """Cloud client for a cloud in the same process; it counts the bytes of messages by kind, headers included.
-
-    Messages are not packed into frames, so messages larger than a frame are allowed.
-    """
-
-    def __init__(self, trainer: CloudTrainer, meter: Meter | None = None, kept: CheckpointStore | None = None) -> None:
-        self.trainer, self.meter, self.kept = trainer, meter or Meter(), kept
-        self._answers: deque[Frame] = deque()
-
-    def send(self, request: Frame) -> None:
-        """Compute the reply at once.
-
-        Raises:
-            TrainingError: the hidden states are no longer finite.
-        """
-        try:
-            answer = self.trainer.answer(request)
-        except ValueError as error:
-            raise divergence_error(self.trainer.step, error) from None
-        for frame in (request, answer):
-            self.meter.add(frame.kind.name, frame.size)
-        self._answers.append(answer)
-
-    def receive(self) -> Frame:
-        """Return the oldest reply."""
-        return self._answers.popleft()
-
-    def save(self, step: int) -> None:
-        """Save the cloud's checkpoint of this step, if there is a store."""
-        if self.kept is not None:
-            self.kept.save(step, self.trainer.state())
-
-    def close(self) -> None:
-        """Do nothing: the state belongs to this object."""
 
 
 class UShapedEdge(EdgeTrainer):
@@ -109,7 +68,7 @@ class UShapedEdge(EdgeTrainer):
         self._parts["head"] = task.head
 
     @property
-    def _twice(self) -> bool:
+    def _needs_backward(self) -> bool:
         return self.trainable.cloud or self.trainable.first_part
 
     @torch.no_grad()
@@ -153,7 +112,7 @@ class UShapedEdge(EdgeTrainer):
     def _request(self, micro: PendingMicroBatch, targets: int) -> Frame:
         return self._forward(micro.batch, micro.numbers, micro.number, training=True)
 
-    def _turn(self, micro: PendingMicroBatch, answer: Frame, sums: LossSums) -> bool:
+    def _on_reply(self, micro: PendingMicroBatch, answer: Frame, sums: LossSums) -> bool:
         """Compute the loss and send the gradient at the second cut; return whether one was sent."""
         reply = parse_body(answer, ForwardReply)
         self.clock.cloud += reply.seconds
@@ -164,11 +123,11 @@ class UShapedEdge(EdgeTrainer):
             loss = self.task.loss(outputs, micro.batch)
             (loss.sum / sums.tokens).backward()
             sums.add(loss)
-            if not self._twice:
+            if not self._needs_backward:
                 return False
             assert leaf.grad is not None
             # NaN and infinity must not be sent: the norm tells both sides to skip the step.
-            self._spoiled |= not bool(leaf.grad.isfinite().all())
+            self._non_finite |= not bool(leaf.grad.isfinite().all())
             gradient = leaf.grad.nan_to_num(0.0, 0.0, 0.0)
             coded = self.wire_formats.downlink.pack(gradient, self._generator(micro.number, "second"))
             request = BackwardRequest(
@@ -192,7 +151,7 @@ class UShapedEdge(EdgeTrainer):
             step=self.trainer.step_index,
             micro_batch=number,
             training=training,
-            backward=training and self._twice,
+            backward=training and self._needs_backward,
             lengths=token_counts(batch),
             scale=coded.scale,
         )

@@ -9,41 +9,21 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from raycloud.data.batches import Batch
-from raycloud.errors import LinkError, TrainingError
+from raycloud.errors import LinkError
 from raycloud.link.frames import Frame, parse_body
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.activation_cache import ActivationCache
 from raycloud.split.finetune.checkpoints import load_state, load_weights, state_of, trainable_parameters
+from raycloud.split.finetune.client import CloudClient, divergence_error
 from raycloud.split.finetune.messages import BackwardReply, OptimiseReply, OptimiseRequest, TuneConfig, TuneKind
 from raycloud.split.finetune.wire_format import EncodedTensor
 from raycloud.training.loop import LossSums, Step, Trainer
 from raycloud.training.seeding import derive_seed, seeded
-
-
-class CloudClient(Protocol):
-    """Client of the cloud. Replies come in the order of the requests."""
-
-    def send(self, request: Frame) -> None:
-        """Send a request of any kind of :class:`TuneKind` but SAVE, which :meth:`save` sends."""
-        ...
-
-    def receive(self) -> Frame:
-        """Receive the reply to the oldest unanswered request."""
-        ...
-
-    def save(self, step: int) -> None:
-        """Save the cloud's checkpoint of this step; it is saved when this returns."""
-        ...
-
-    def close(self) -> None:
-        """End the session."""
-        ...
 
 
 @dataclass
@@ -68,7 +48,7 @@ class PendingMicroBatch:
     """True for the step's last micro-batch."""
     numbers: Tensor
     """Codes (n, width) at the first cut, whose gradient is not yet known."""
-    turned: bool = False
+    in_backward: bool = False
     """True on its second round trip, with gradients."""
 
 
@@ -125,7 +105,7 @@ class EdgeTrainer(ABC):
         self.clock = StepTimes()
         self.ended: int | None = None
         """Rounds that the group had ended at the cloud's last message; None for an edge that trains alone."""
-        self._spoiled = False
+        self._non_finite = False
         self._cloud_norm = 0.0
         """Norm of the cloud's gradients of this step, once known."""
         self._optimise_pending = False
@@ -134,7 +114,7 @@ class EdgeTrainer(ABC):
 
     @property
     @abstractmethod
-    def _twice(self) -> bool:
+    def _needs_backward(self) -> bool:
         """Return whether a micro-batch takes a second round trip, with gradients."""
 
     @abstractmethod
@@ -166,7 +146,7 @@ class EdgeTrainer(ABC):
         """Request of a micro-batch, of a step with ``targets`` targets."""
 
     @abstractmethod
-    def _turn(self, micro: PendingMicroBatch, answer: Frame, sums: LossSums) -> bool:
+    def _on_reply(self, micro: PendingMicroBatch, answer: Frame, sums: LossSums) -> bool:
         """Process the reply; return whether a gradient was sent, whose reply goes to :meth:`_end`."""
 
     def _may_send(self, in_flight: Sequence[PendingMicroBatch]) -> bool:
@@ -175,8 +155,10 @@ class EdgeTrainer(ABC):
         However many are in flight, the BWD of the last micro-batch must stay the step's last one, as the cloud then
         reports the norm of its gradients.
         """
-        abreast = (self._max_in_flight + 1) // 2 if self._twice else self._max_in_flight
-        return len(in_flight) < self._max_in_flight and sum(not micro.turned for micro in in_flight) < abreast
+        max_in_forward = (self._max_in_flight + 1) // 2 if self._needs_backward else self._max_in_flight
+        return (
+            len(in_flight) < self._max_in_flight and sum(not micro.in_backward for micro in in_flight) < max_in_forward
+        )
 
     def step(self, batches: Sequence[Batch]) -> Step:
         """Run one optimiser step of both sides over micro-batches.
@@ -188,19 +170,19 @@ class EdgeTrainer(ABC):
         sums = self.trainer.begin(batches)
         todo = deque(enumerate(batches))
         in_flight: deque[PendingMicroBatch] = deque()
-        self._cloud_norm, self._spoiled = 0.0, False
+        self._cloud_norm, self._non_finite = 0.0, False
         while todo or in_flight:
             while todo and self._may_send(in_flight):
                 number, batch = todo.popleft()
                 in_flight.append(self._begin(number, batch, not todo, sums.tokens))
             micro = in_flight.popleft()
             answer = self._receive()
-            if micro.turned:
+            if micro.in_backward:
                 self._end(micro, parse_body(answer, BackwardReply), answer.raw)
-            elif self._turn(micro, answer, sums):
-                micro.turned = True
+            elif self._on_reply(micro, answer, sums):
+                micro.in_backward = True
                 in_flight.append(micro)
-        norm = math.inf if self._spoiled else math.hypot(self.trainer.gradient_norm(), self._cloud_norm)
+        norm = math.inf if self._non_finite else math.hypot(self.trainer.gradient_norm(), self._cloud_norm)
         if self.trainable.cloud:
             request = OptimiseRequest(step=self.trainer.step_index, norm=norm if math.isfinite(norm) else math.inf)
             self.cloud.send(Frame.of(TuneKind.OPT, request))
@@ -208,7 +190,7 @@ class EdgeTrainer(ABC):
         with self._timed():
             return self.trainer.finish(sums, norm)
 
-    def settle(self) -> None:
+    def wait_for_optimiser(self) -> None:
         """Wait for the cloud's reply to the latest OPT; the next step's requests need not wait for it."""
         if self._optimise_pending:
             self._optimise_pending = False
@@ -234,7 +216,7 @@ class EdgeTrainer(ABC):
         self.activation_cache.load(state)
         self._optimise_pending = False
 
-    def join(self, step: int, weights: Mapping[str, Tensor]) -> None:
+    def load_round(self, step: int, weights: Mapping[str, Tensor]) -> None:
         """Continue with step ``step`` from a group's averaged weights, with this side's own optimiser state.
 
         Raises:
@@ -290,7 +272,7 @@ class EdgeTrainer(ABC):
         return torch.Generator().manual_seed(derive_seed(self.config.seed, self.trainer.step_index, number, cut))
 
     def _receive(self) -> Frame:
-        self.settle()
+        self.wait_for_optimiser()
         started = time.perf_counter()
         try:
             return self.cloud.receive()
@@ -312,11 +294,6 @@ class EdgeTrainer(ABC):
             module.train(training)
         with seeded(self._parts, self.config.seed, self.trainer.step_index, number) if training else nullcontext():
             yield
-
-
-def divergence_error(step: int, error: ValueError) -> TrainingError:
-    """Error for hidden states that are no longer finite, though all gradients were."""
-    return TrainingError(f"step {step}: {error}; a smaller training.lr may help")
 
 
 def invalid_reply_error(error: ValueError) -> LinkError:

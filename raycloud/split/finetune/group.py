@@ -77,28 +77,28 @@ class Group:
         """The edges' weights after the latest round; empty if these are private."""
         return _with_prefix(self.machine.weights, _EDGE)
 
-    def arrive(self, name: str, session: bytes) -> None:
+    def register(self, name: str, session: bytes) -> None:
         """Register a member's session, which replaces an older one of the same name."""
         self._sessions[name] = session
         self._gone.discard(name)
         self.machine.readmit(name)
 
-    def leave(self, name: str, session: bytes) -> None:
+    def unregister(self, name: str, session: bytes) -> None:
         """Unregister a member's ended session; unless it has a newer one, no round waits for it."""
-        if self.speaks(name, session):
+        if self.is_current_session(name, session):
             del self._sessions[name]
             self._gone.add(name)
             self.machine.remove(name)
 
-    def speaks(self, name: str, session: bytes) -> bool:
+    def is_current_session(self, name: str, session: bytes) -> bool:
         """Return whether this is the member's latest session."""
         return self._sessions.get(name) == session
 
-    def brought(self, name: str) -> bool:
+    def has_contributed(self, name: str) -> bool:
         """Return whether the member has contributed to the current round."""
         return self.machine.contributed(name)
 
-    def bring(self, name: str, cloud: Weights, edge: Weights, samples: int, now: float) -> None:
+    def add_contribution(self, name: str, cloud: Weights, edge: Weights, samples: int, now: float) -> None:
         """Add a member's contribution to the current round; an earlier one of the same round stays.
 
         Args:
@@ -122,7 +122,7 @@ class Group:
         if refusal is not None and refusal.reason != "repeated":
             raise ValueError(refusal.detail)
 
-    def settle(self, now: float) -> GroupRoundOutcome | None:
+    def close_if_due(self, now: float) -> GroupRoundOutcome | None:
         """End the round if all contributions have arrived or the deadline has passed; None if it continues."""
         closed = self.machine.close(now, _first if self.ended < 0 else self._aggregate)
         if closed is None or closed.result == "no_quorum":

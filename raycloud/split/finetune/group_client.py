@@ -17,7 +17,8 @@ from torch import Tensor
 from raycloud.errors import LinkError
 from raycloud.link.frames import Frame, parse_body
 from raycloud.split.finetune.checkpoints import bottleneck_tensors
-from raycloud.split.finetune.edge_trainer import CloudClient, EdgeTrainer
+from raycloud.split.finetune.client import CloudClient
+from raycloud.split.finetune.edge_trainer import EdgeTrainer
 from raycloud.split.finetune.messages import (
     GroupConfig,
     GroupWeightsReply,
@@ -64,12 +65,12 @@ class GroupClient:
     ) -> None:
         self._config, self._samples_of, self._on_round = config, samples_of, on_round
 
-    def due(self, edge: EdgeTrainer) -> bool:
-        """Return whether :meth:`meet` is due before the next step: the round is done, or ended without this edge."""
+    def sync_due(self, edge: EdgeTrainer) -> bool:
+        """Return whether :meth:`sync` is due before the next step: the round is done, or ended without this edge."""
         done, within = divmod(edge.trainer.step_index, self._config.steps)
         return not within or (edge.ended or 0) > done
 
-    def meet(self, edge: EdgeTrainer) -> None:
+    def sync(self, edge: EdgeTrainer) -> None:
         """Send the contribution and load the group's weights, as far as this is due.
 
         Repeating this after a lost session has the same result: a contribution is accepted once, and the group's
@@ -79,7 +80,7 @@ class GroupClient:
             SessionLost: both sides must continue from their last common checkpoint, and call this again.
             LinkError: the cloud cannot be reached, refuses, or has lost the group's rounds.
         """
-        edge.settle()
+        edge.wait_for_optimiser()
         done, within = divmod(edge.trainer.step_index, self._config.steps)
         state, sent, waited = self._state(edge.cloud), 0, 0.0
         if not within and state.ended == done - 1:
@@ -122,7 +123,7 @@ class GroupClient:
         edge.cloud.send(Frame(TuneKind.PULL))
         answer = edge.cloud.receive()
         ended = parse_body(answer, GroupWeightsReply).ended
-        edge.join(ended * self._config.steps, _loaded(answer.raw))
+        edge.load_round(ended * self._config.steps, _loaded(answer.raw))
         return ended, len(answer.raw)
 
 

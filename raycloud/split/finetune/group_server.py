@@ -115,10 +115,10 @@ class GroupServer:
             raise RequestRefused("group", f"work for round {number} came in round {group.ended + 1}")
         if number <= group.ended:
             return PushReply(accepted=False)
-        if not group.brought(name):
-            group.bring(name, self._of(trainer, number), _loaded(weights), request.samples, time.monotonic())
+        if not group.has_contributed(name):
+            group.add_contribution(name, self._of(trainer, number), _loaded(weights), request.samples, time.monotonic())
             self._runs[name] = run
-        self._settle()
+        self._close_if_due()
         return PushReply(accepted=True)
 
     def state(self, name: str, session: bytes) -> RoundReply:
@@ -128,7 +128,7 @@ class GroupServer:
             RequestRefused: the member has a newer session.
         """
         self._heed(name, session)
-        self._settle()
+        self._close_if_due()
         latest = self.group.latest
         return RoundReply(
             ended=self.group.ended,
@@ -147,7 +147,7 @@ class GroupServer:
         self._heed(name, session)
         if (ended := self.group.ended) < 0:
             raise RequestRefused("group", "the group has not begun")
-        trainer.join(ended * self._steps, self.group.cloud)
+        trainer.load_round(ended * self._steps, self.group.cloud)
         if self._packed is None or self._packed[0] != ended:
             self._packed = (ended, save(self.group.edge) if self.group.edge else b"")
         return self._packed
@@ -160,7 +160,7 @@ class GroupServer:
     def _heed(self, name: str, session: bytes) -> None:
         if self.stale:
             raise _moved_elsewhere()
-        if not self.group.speaks(name, session):
+        if not self.group.is_current_session(name, session):
             raise RequestRefused("superseded", f"another session speaks for edge '{name}'")
 
     def _of(self, trainer: CloudTrainer, number: int) -> Weights:
@@ -173,10 +173,10 @@ class GroupServer:
             found = {name: tensor.detach() for name, tensor in trainable_parameters({"middle": trainer.middle}).items()}
         return {name: tensor.to("cpu", copy=True) for name, tensor in found.items()}
 
-    def _settle(self) -> None:
+    def _close_if_due(self) -> None:
         """End the round, and save it, if all contributions have arrived or its deadline has passed."""
         group = self.group
-        if group.settle(time.monotonic()) is None:
+        if group.close_if_due(time.monotonic()) is None:
             return
         # If a router sends members of one group to several hosts, each host must not average only its own members.
         if max(self._rounds.steps(), default=-1) >= group.ended:

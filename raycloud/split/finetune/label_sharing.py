@@ -80,7 +80,7 @@ class LabelSharingEdge(EdgeTrainer):
         return _head_of(self.config)
 
     @property
-    def _twice(self) -> bool:
+    def _needs_backward(self) -> bool:
         return False
 
     def fit(self, batches: Sequence[Batch]) -> None:
@@ -121,7 +121,7 @@ class LabelSharingEdge(EdgeTrainer):
         )
         return Frame.of(TuneKind.TRAIN, request, _pack(batch.labels, self._head) + which + coded.payload)
 
-    def _turn(self, micro: PendingMicroBatch, answer: Frame, sums: LossSums) -> bool:
+    def _on_reply(self, micro: PendingMicroBatch, answer: Frame, sums: LossSums) -> bool:
         reply = parse_body(answer, TrainReply)
         sums.total += reply.loss
         self._end(micro, reply, answer.raw)

@@ -11,7 +11,8 @@ from raycloud.errors import RaycloudError, TrainingError
 from raycloud.link.client import SessionLost, SessionRefused
 from raycloud.report.console import print_and_log
 from raycloud.split.finetune.checkpoints import CheckpointStore
-from raycloud.split.finetune.edge_trainer import CloudClient, EdgeTrainer
+from raycloud.split.finetune.client import CloudClient
+from raycloud.split.finetune.edge_trainer import EdgeTrainer
 from raycloud.split.finetune.group_client import GroupClient
 from raycloud.training.loop import Step
 
@@ -62,16 +63,16 @@ def train(
         save_checkpoint(edge, kept)
 
     def go() -> None:
-        meets = group_client is not None
+        syncs = group_client is not None
         while True:
-            if meets and group_client is not None:
-                group_client.meet(edge)
+            if syncs and group_client is not None:
+                group_client.sync(edge)
             step = edge.trainer.step_index
             if step >= steps:
                 return then()
             on_step(edge.step(batches_of(step)))
-            meets = group_client is not None and group_client.due(edge)
-            if (step + 1) % every == 0 or step + 1 == steps or meets:
+            syncs = group_client is not None and group_client.sync_due(edge)
+            if (step + 1) % every == 0 or step + 1 == steps or syncs:
                 save_checkpoint(edge, kept)
 
     retry_from_checkpoint(go, edge, kept, cloud_at)
@@ -80,7 +81,7 @@ def train(
 def save_checkpoint(edge: EdgeTrainer, kept: CheckpointStore) -> None:
     """Save a checkpoint of both sides."""
     step = edge.trainer.step_index
-    edge.settle()
+    edge.wait_for_optimiser()
     edge.cloud.save(step)
     kept.save(step, edge.state())
 

@@ -130,7 +130,7 @@ class TuneServer(SessionServer[TuneSession]):
         start = (lambda: None) if threads is None else (lambda: torch.set_num_threads(threads))
         self._engine = ThreadPoolExecutor(1, thread_name_prefix="engine", initializer=start)
 
-    def kept(self, group: str, principal: str) -> Group:
+    def saved_group(self, group: str, principal: str) -> Group:
         """Group after its latest round.
 
         Raises:
@@ -280,7 +280,7 @@ class TuneServer(SessionServer[TuneSession]):
         """Release the session's weights and optimiser; checkpoints stay."""
         session.trainer, session.ended = None, True
         if session.group_server is not None:
-            self._engine.submit(session.group_server.group.leave, session.name, session.id)
+            self._engine.submit(session.group_server.group.unregister, session.name, session.id)
             if not any(other.group_server is session.group_server for other in self.held()):
                 self._group_servers = {
                     at: one for at, one in self._group_servers.items() if one is not session.group_server
@@ -333,7 +333,7 @@ class TuneServer(SessionServer[TuneSession]):
         if session.trainer is None:
             session.trainer = self._new_trainer(session)
             if session.group_server is not None:
-                session.group_server.group.arrive(session.name, session.id)
+                session.group_server.group.register(session.name, session.id)
         return session.trainer
 
     def _state(self, session: TuneSession, group_server: GroupServer) -> RoundReply:

@@ -12,9 +12,9 @@ from raycloud.link.channel import Channel
 from raycloud.models.loading import load
 from raycloud.split.finetune.assembly import EdgeSetup, build_edge_setup, build_local_setup
 from raycloud.split.finetune.checkpoints import CheckpointStore
-from raycloud.split.finetune.client import RemoteCloudClient
+from raycloud.split.finetune.client import CloudClient, RemoteCloudClient
 from raycloud.split.finetune.edge_data import EdgeData
-from raycloud.split.finetune.edge_trainer import CloudClient, EdgeTrainer
+from raycloud.split.finetune.edge_trainer import EdgeTrainer
 from raycloud.split.finetune.loop import last_common_checkpoint
 from raycloud.split.finetune.messages import GroupConfig
 from raycloud.split.parts import load_edge

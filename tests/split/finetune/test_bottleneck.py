@@ -140,7 +140,7 @@ def six_numbers(ahead: Segment) -> Bottleneck:
 
 def test_a_code_for_few_steps_spans_the_same_with_coefficients_of_one_size() -> None:
     some = torch.randn(300, WIDTH, generator=torch.Generator().manual_seed(0)) * torch.logspace(2, -1, WIDTH)
-    plainly, evenly = fit_low_rank(some, 10, 1), fit_low_rank(some, 10, 1, even=True)
+    plainly, evenly = fit_low_rank(some, 10, 1), fit_low_rank(some, 10, 1, rotate=True)
     assert off(evenly.decoder(evenly.encoder(some)), plainly.decoder(plainly.encoder(some))) < 1e-5
 
     def spread(code: Bottleneck) -> float:

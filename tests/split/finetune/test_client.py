@@ -328,7 +328,7 @@ def test_bytes_told_in_advance_are_those_that_cross_a_link_in_pieces(
         fitted_to, mine = calibration(language=False), batches(0, 3, language=False)
         edge.fit(fitted_to)
         edge.step(mine)
-        edge.settle()
+        edge.wait_for_optimiser()
         told = bottleneck_traffic(
             [token_counts(batch) for batch in fitted_to], edge.wire_formats, WIDTH, uplink=True, downlink=True
         )
@@ -373,7 +373,7 @@ def test_a_lost_cloud_comes_back_with_both_codes(service: Service, tmp_path: Pat
     edge.cloud = service.at(None)
     edge.fit(calibration(language=False))
     edge.step(batches(0, 2, language=False))
-    edge.settle()
+    edge.wait_for_optimiser()
     edge.cloud.save(1)
     kept, before = edge.state(), edge.predict(batch)
     edge.cloud.close()

@@ -17,7 +17,7 @@ from raycloud.link.frames import Frame
 from raycloud.link.meter import Meter
 from raycloud.models.segments import Segment
 from raycloud.split.finetune.bottleneck import identity_bottleneck
-from raycloud.split.finetune.edge import LocalCloudClient
+from raycloud.split.finetune.client import LocalCloudClient
 from raycloud.split.finetune.edge_trainer import EdgeTrainer
 from raycloud.split.finetune.label_sharing import LabelSharingCloud, LabelSharingEdge
 from raycloud.split.finetune.messages import PredictRequest, TrainRequest, TuneConfig, TuneKind
@@ -97,7 +97,7 @@ def test_bytes_are_told_from_lengths_alone(changes: bool) -> None:
     edge = labelled(model_of("bert"), 3, activation_delta=changes, meter=meter)
     mine = batches(0, 3, language=False)
     edge.step(mine)
-    edge.settle()
+    edge.wait_for_optimiser()
     told = edge.traffic(0, [batch.valid.sum(dim=1).tolist() for batch in mine])
     assert dict(meter.payload) == dict(told)
 
@@ -108,7 +108,7 @@ def test_the_number_of_labels_is_told_with_as_many_bytes_as_it_takes() -> None:
     mine = batches(0, 34, language=False)
     assert sum(batch.targets for batch in mine) > 127
     edge.step(mine)
-    edge.settle()
+    edge.wait_for_optimiser()
     assert dict(meter.payload) == dict(edge.traffic(0, [batch.valid.sum(dim=1).tolist() for batch in mine]))
 
 

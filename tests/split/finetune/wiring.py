@@ -19,9 +19,9 @@ from raycloud.link.meter import Meter
 from raycloud.models.segments import Segment
 from raycloud.models.structure import base_of, blocks_of
 from raycloud.split.finetune.bottleneck import Bottleneck, empty_bottleneck, identity_bottleneck
-from raycloud.split.finetune.client import RemoteCloudClient
+from raycloud.split.finetune.client import LocalCloudClient, RemoteCloudClient
 from raycloud.split.finetune.cloud import CloudTrainer
-from raycloud.split.finetune.edge import LocalCloudClient, UShapedEdge
+from raycloud.split.finetune.edge import UShapedEdge
 from raycloud.split.finetune.messages import CutConfig, OpenTuning, TuneConfig
 from raycloud.split.finetune.server import TuneLimits, TuneServer
 from raycloud.split.finetune.tasks import Classification, LanguageModelling, Task, TextHead, pooled

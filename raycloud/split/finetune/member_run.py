@@ -27,7 +27,7 @@ from raycloud.split.finetune.traffic import bytes_by_cut
 from raycloud.training.loop import Step
 
 
-class EdgeRun:
+class MemberRun:
     """Edge of a recipe, with its own texts and its own folder.
 
     Its results are the same however often it is interrupted and resumed.

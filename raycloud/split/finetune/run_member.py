@@ -12,7 +12,7 @@ from raycloud.errors import RecipeError
 from raycloud.report.console import console, print_and_log, progress_bars, timed
 from raycloud.report.split_tune_edges import print_summary, summarise, write_page
 from raycloud.results import Mode, ResultDir, resumable
-from raycloud.split.finetune.edge_run import EdgeRun
+from raycloud.split.finetune.member_run import MemberRun
 from raycloud.split.finetune.metrics_log import MetricsLog, Record
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.sides import Connect
@@ -20,7 +20,7 @@ from raycloud.split.finetune.sides import Connect
 _LOG = logging.getLogger(__name__)
 
 
-def run_edge(recipe: SplitTuneRecipe, connect: Connect, mode: Mode = "new") -> dict[str, Any]:
+def run_member(recipe: SplitTuneRecipe, connect: Connect, mode: Mode = "new") -> dict[str, Any]:
     """Train as one of the recipe's edges and write the same results as the job on a cluster, for this edge alone.
 
     The results are ``recipe.yaml``, ``metrics.jsonl``, ``summary.json``, ``report.html`` and, in a folder of the edge's
@@ -45,7 +45,7 @@ def run_edge(recipe: SplitTuneRecipe, connect: Connect, mode: Mode = "new") -> d
     with resumable(recipe.output), ResultDir.open(recipe.output, recipe, mode) as results:
         name = recipe.edge
         folder = results.path / "edges" / name
-        member = EdgeRun(
+        member = MemberRun(
             recipe, name, folder, connect, run=results.run_id, group=recipe.group, notify=partial(print_and_log, _LOG)
         )
         metrics_log = MetricsLog(results)
@@ -63,7 +63,7 @@ def run_edge(recipe: SplitTuneRecipe, connect: Connect, mode: Mode = "new") -> d
         return summary
 
 
-def _run_phase(member: EdgeRun, what: str, metrics_log: MetricsLog) -> Record:
+def _run_phase(member: MemberRun, what: str, metrics_log: MetricsLog) -> Record:
     if what == "before":
         with timed("evaluated before the first step"):
             return {**member.before(), **member.facts()}
