@@ -25,9 +25,10 @@ from raycloud.models.loading import load
 from raycloud.models.segments import Segment
 from raycloud.models.weights import load_weights, weights_of
 from raycloud.report.console import console, progress_bars
-from raycloud.split.finetune.assembly import build_local_edge, task_of
+from raycloud.split.finetune.assembly import task_of
 from raycloud.split.finetune.edge_trainer import EdgeTrainer, TrainableParts
 from raycloud.split.finetune.recipe import SplitTuneRecipe
+from raycloud.split.finetune.sides import build_local_edge
 from raycloud.split.finetune.tasks import pooled
 from raycloud.split.finetune.traffic import bottleneck_traffic, bytes_by_cut, step_traffic
 from raycloud.split.finetune.wire_format import WireFormat, WireFormats

@@ -170,3 +170,12 @@ class Segment(nn.Module):
             allowed |= slots[past:, None] == slots[None, :]
         blocked = torch.finfo(dtype).min
         return torch.zeros(allowed.shape, dtype=dtype, device=keys.device).masked_fill_(~allowed, blocked)[:, None]
+
+
+def cut_segments(model: PreTrainedModel, start_block: int, end_block: int) -> tuple[Segment, Segment, Segment]:
+    """Cut a model into three segments: before ``start_block``, from there to ``end_block``, and the rest."""
+    return (
+        Segment(model, 0, start_block, head=False),
+        Segment(model, start_block, end_block, embed=False, head=False),
+        Segment(model, end_block, embed=False),
+    )

@@ -1,4 +1,4 @@
-"""Formatting of numbers that may not be finite, which files store as null, for tables and plots."""
+"""Formatting of numbers for tables and plots: bytes, and numbers that may not be finite, which files store as null."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def shown(value: float | None, how: str) -> str:
 def plotted(value: float | None) -> float:
     """Return a number for a plot; NaN, which is not drawn, if it is missing or diverged."""
     return value if value is not None and math.isfinite(value) else math.nan
+
+
+def kilobytes(size: float) -> str:
+    """Format bytes as kilobytes for a table, without the unit."""
+    return f"{size / 1e3:,.1f}"

@@ -9,7 +9,7 @@ from typing import Any
 from raycloud.origin import Origin
 from raycloud.report import split_tune_edges
 from raycloud.report.bos import bos_lines, print_bos
-from raycloud.report.numbers import shown
+from raycloud.report.numbers import kilobytes, shown
 from raycloud.report.page import Page
 from raycloud.report.plots import curves
 from raycloud.report.run_files import run_files
@@ -41,7 +41,7 @@ def _headlines(summary: Summary) -> tuple[list[str], list[list[str]]]:
     for name, label in _NAMED.items():
         if name not in summary:
             continue
-        number = f"{summary[name] / 1e3:,.1f}" if "bytes" in name else f"{summary[name]:,.3f}"
+        number = kilobytes(summary[name]) if "bytes" in name else f"{summary[name]:,.3f}"
         rows.append([label, "", number])
     return ["", "before", "after"], rows
 
@@ -53,7 +53,7 @@ def _verdict(summary: Summary) -> str:
         for name in (key.removesuffix(_BEFORE) for key in summary if key.endswith(_BEFORE))
     ]
     sent = summary.get("bytes_per_step")
-    label = ", ".join(changes) + f" in {summary['steps']} steps" + ("" if sent is None else f" of {sent / 1e3:,.1f} kB")
+    label = ", ".join(changes) + f" in {summary['steps']} steps" + ("" if sent is None else f" of {kilobytes(sent)} kB")
     return f"{label[:1].upper()}{label[1:]}."
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from raycloud.origin import Origin
 from raycloud.report.bos import bos_lines, print_bos
-from raycloud.report.numbers import plotted, shown
+from raycloud.report.numbers import kilobytes, plotted, shown
 from raycloud.report.page import Page
 from raycloud.report.plots import curves
 from raycloud.report.table import print_table
@@ -91,7 +91,7 @@ def _sizes(summary: Summary) -> tuple[list[str], list[list[str]]]:
     for name, edge in summary["edges"].items():
         texts = [str(edge.get(key, "-")) for key in ("train_texts", "held_out_texts")]
         sizes = [edge.get("bytes_per_step"), edge.get("bytes_per_round")]
-        rows.append([name, *texts, *("-" if size is None else f"{size / 1e3:,.1f}" for size in sizes)])
+        rows.append([name, *texts, *("-" if size is None else kilobytes(size) for size in sizes)])
     return ["edge", "training texts", "held-out texts", "kB per step", "kB of weights per round"], rows
 
 

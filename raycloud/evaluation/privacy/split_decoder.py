@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from raycloud.errors import ModelError
 from raycloud.link.codecs.cut_codec import CutCodec
 from raycloud.models.cache import KVCache
-from raycloud.models.segments import Segment
+from raycloud.models.segments import Segment, cut_segments
 from raycloud.models.structure import blocks_of, structure_of
 
 
@@ -49,9 +49,7 @@ class SplitDecoder:
             )
         if not structure_of(model.config).causal:
             raise ModelError(f"family '{model.config.model_type}' is an encoder; only decoders answer prompts")
-        self.edge = Segment(model, 0, start_block, head=False)
-        self.cloud = Segment(model, start_block, end_block, embed=False, head=False)
-        self.last = Segment(model, end_block, embed=False)
+        self.edge, self.cloud, self.last = cut_segments(model, start_block, end_block)
         self.vocab_size: int = model.config.get_text_config().vocab_size
         self.device = model.device
         self._uplink, self._downlink, self._dtype = uplink, downlink, model.dtype

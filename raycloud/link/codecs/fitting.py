@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from raycloud.link.codecs.centred import CentredCodec, CutStatistics
 from raycloud.link.codecs.codec import Codec
 from raycloud.link.codecs.quantised import Int4, Int8, extremes, grouped
-from raycloud.link.codecs.transforms import Rotate, without_coordinates
+from raycloud.link.codecs.transforms import Rotate, random_orthogonal, without_coordinates
 
 FittedName = Literal["int8", "int4"]
 FITTED: tuple[FittedName, ...] = get_args(FittedName)
@@ -150,13 +150,9 @@ def random_rotation(width: int, seed: int = 0) -> Rotate:
     """Random rotation for hidden states of this width, with factors as close to square as the width allows."""
     left = next(p for p in range(int(width**0.5), 0, -1) if width % p == 0)
     generator = torch.Generator().manual_seed(seed)
-
-    def orthogonal(size: int) -> Tensor:
-        drawn = torch.randn(size, size, dtype=torch.float64, generator=generator)
-        # In row-major order, as when read from a file: products round differently in another order.
-        return torch.linalg.qr(drawn)[0].float().contiguous()
-
-    return Rotate(orthogonal(left), orthogonal(width // left))
+    # In row-major order, as when read from a file: products round differently in another order.
+    factors = [random_orthogonal(size, generator).contiguous() for size in (left, width // left)]
+    return Rotate(*factors)
 
 
 def fit_levels(groups: Tensor) -> Tensor:

@@ -97,3 +97,9 @@ def without_coordinates(coordinates: Tensor, width: int) -> SelectCoordinates:
     ordinary = torch.ones(width, dtype=torch.bool)
     ordinary[coordinates] = False
     return SelectCoordinates(width, ordinary.nonzero()[:, 0])
+
+
+def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
+    """Random orthogonal matrix (size, size) in float32."""
+    drawn = torch.randn(size, size, dtype=torch.float64, generator=generator)
+    return torch.linalg.qr(drawn)[0].float()

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from raycloud.link.channel import Connection
 from raycloud.link.frames import (
@@ -25,6 +25,7 @@ from raycloud.link.frames import (
 from raycloud.link.pieces import MessageTooLarge
 from raycloud.link.server.connection import FrameConnection, frame_connection, serve_in_order
 from raycloud.link.server.limits import SessionLimits
+from raycloud.link.server.metrics import NullMetrics, SessionMetrics
 from raycloud.link.server.replies import RequestRefused, ServerBusy, completed, error_frame
 from raycloud.link.server.session import Session
 
@@ -34,26 +35,6 @@ _ATTEMPTS = 3
 _RETRY_S = 1.0
 
 S = TypeVar("S", bound=Session)
-
-
-class SessionMetrics(Protocol):
-    """Metrics sink of a session server."""
-
-    def count(self, name: Literal["errors", "sessions_opened", "sessions_expired"], value: float = 1) -> None:
-        """Add to a counter."""
-        ...
-
-    def level(self, name: Literal["sessions"], value: float) -> None:
-        """Set a gauge."""
-        ...
-
-
-class _NullMetrics:
-    def count(self, name: str, value: float = 1) -> None:
-        pass
-
-    def level(self, name: str, value: float) -> None:
-        pass
 
 
 @dataclass
@@ -87,7 +68,7 @@ class SessionServer(ABC, Generic[S]):
 
     def __init__(self, limits: SessionLimits, metrics: SessionMetrics | None = None) -> None:
         self._limits = limits
-        self._metrics: SessionMetrics = metrics or _NullMetrics()
+        self._metrics: SessionMetrics = metrics or NullMetrics()
         self._attached: dict[bytes, _AttachedSession[S]] = {}
         self._sweeper: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()

@@ -1,4 +1,4 @@
-"""Assembly of the edge's side of split fine-tuning and of a cloud in this process; sides.py adds the link."""
+"""Assembly of the edge's side of split fine-tuning: parts, head and bottlenecks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from raycloud.data.batches import Batch
 from raycloud.data.checks import check_positions
 from raycloud.errors import ModelError, RecipeError
 from raycloud.models.segments import Segment
-from raycloud.models.structure import pooler_of
 from raycloud.split.finetune.bottleneck import (
     Bottleneck,
     check_sizes,
@@ -22,9 +21,8 @@ from raycloud.split.finetune.bottleneck import (
     identity_bottleneck,
     sft_bottleneck,
 )
-from raycloud.split.finetune.checkpoints import CheckpointStore, trainable_parameters
-from raycloud.split.finetune.client import CloudClient, LocalCloudClient
-from raycloud.split.finetune.cloud_assembly import build_cloud
+from raycloud.split.finetune.checkpoints import trainable_parameters
+from raycloud.split.finetune.client import CloudClient
 from raycloud.split.finetune.edge import UShapedEdge
 from raycloud.split.finetune.edge_trainer import EdgeTrainer, TrainableParts
 from raycloud.split.finetune.label_sharing import LabelSharingEdge
@@ -280,49 +278,3 @@ def build_edge_setup(
         head=head if labels_cross else None,
     )
     return EdgeSetup(recipe, plan, config, first, last, task, uplink, downlink)
-
-
-def build_local_setup(
-    model: PreTrainedModel,
-    recipe: SplitTuneRecipe,
-    calibration: Sequence[Batch],
-    *,
-    classes: int = 0,
-    total_steps: int,
-    kept: CheckpointStore | None = None,
-) -> tuple[EdgeSetup, LocalCloudClient]:
-    """Build the edge's setup and the cloud's side in this process.
-
-    Args:
-        model: model to be cut; its weights are trained in place.
-        recipe: recipe of the run.
-        calibration: calibration texts for the bottlenecks.
-        classes: number of classes, for a classification.
-        total_steps: step at which the learning rate's schedule ends.
-        kept: store of the cloud's checkpoints.
-
-    Raises:
-        ModelError: the model cannot be cut so.
-    """
-    plan, pooler = plan_of(recipe, model.config), pooler_of(model)
-    first = Segment(model, 0, plan.start_block, embed=True, head=False)
-    middle = Segment(model, plan.start_block, plan.end_block, embed=False, head=False)
-    last = Segment(model, plan.end_block, embed=False)
-    setup = build_edge_setup(recipe, first, last, calibration, classes=classes, total_steps=total_steps, pooler=pooler)
-    cloud = build_cloud(setup.config, middle, last, pooler, decoder=setup.uplink_bottleneck.decoder)
-    return setup, LocalCloudClient(cloud, kept=kept)
-
-
-def build_local_edge(
-    model: PreTrainedModel,
-    recipe: SplitTuneRecipe,
-    calibration: Sequence[Batch],
-    *,
-    classes: int = 0,
-    total_steps: int,
-) -> EdgeTrainer:
-    """Build the edge trainer with a fitted cloud in this process; see :func:`build_local_setup`."""
-    setup, cloud = build_local_setup(model, recipe, calibration, classes=classes, total_steps=total_steps)
-    edge = setup.edge(cloud)
-    edge.fit(calibration)
-    return edge

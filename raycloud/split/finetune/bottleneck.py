@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from raycloud.errors import ModelError
+from raycloud.link.codecs.transforms import random_orthogonal
 from raycloud.models.segments import Segment
 
 _SAFETENSORS_HEADER_BYTES = 1024
@@ -147,7 +148,7 @@ def fit_low_rank(hidden: Tensor, rank: int, num_outliers: int = 0, *, rotate: bo
     apart = largest.sort().values
     basis = principal_directions(centred.index_fill(1, apart, 0.0), rank)
     if rotate:
-        basis = basis @ _random_rotation(rank)
+        basis = basis @ random_orthogonal(rank, torch.Generator().manual_seed(0))
     return Bottleneck(
         LowRankEncoder(basis, mean, apart), LowRankDecoder(basis, mean, apart), num_outliers + rank, num_outliers
     )
@@ -159,12 +160,6 @@ def check_sizes(width: int, rank: int, num_outliers: int) -> None:
         raise ModelError(
             f"rank={rank} and num_outliers={num_outliers} for hidden states of {width} numbers; allowed: up to {width}"
         )
-
-
-def _random_rotation(size: int) -> Tensor:
-    """Random orthogonal matrix (size, size), always the same."""
-    drawn = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return torch.linalg.qr(drawn)[0].float()
 
 
 class _AttentionHalf(nn.Module):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,9 +14,15 @@ from torch import Tensor, nn
 
 from raycloud.checksums import verify
 from raycloud.durable import remove, write_folder
-from raycloud.errors import ChecksumError, TrainingError
+from raycloud.errors import ChecksumError, RaycloudError, TrainingError
+from raycloud.link.client import SessionRefused
+from raycloud.report.console import print_and_log
 from raycloud.split.finetune.activation_cache import STATE_PREFIX
 from raycloud.training.loop import Trainer
+
+_LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 GROUPS = "groups"
 """Folder, next to those of the runs, with the rounds of groups."""
@@ -197,3 +205,35 @@ class CheckpointStore:
 
     def _unreadable(self, step: int, error: Exception) -> TrainingError:
         return TrainingError(f"cannot read the checkpoint '{self._path(step)}': {str(error).splitlines()[0]}")
+
+
+def latest_usable(store: CheckpointStore, use: Callable[[int], T], next_try: str, what: str = "") -> T | None:
+    """Result of ``use`` for the latest step for which it succeeds; None if the store is empty.
+
+    Damaged checkpoints are reported, and later ones than the result are removed.
+
+    Args:
+        store: store of checkpoints.
+        use: reads the checkpoint of a step; raises TrainingError, or SessionRefused with the code ``checkpoint``, if
+            that cannot be used.
+        next_try: end of the warning, which says what is done instead.
+        what: beginning of the warning, before the error.
+
+    Raises:
+        TrainingError: no checkpoint can be used; so for SessionRefused.
+    """
+    first: RaycloudError | None = None
+    for step in reversed(store.steps()):
+        try:
+            found = use(step)
+        except (TrainingError, SessionRefused) as error:
+            if isinstance(error, SessionRefused) and error.code != "checkpoint":
+                raise
+            print_and_log(_LOG, f"warning: {what}{error}; {next_try}", logging.WARNING)
+            first = first or error
+            continue
+        store.forget_after(step)
+        return found
+    if first is not None:
+        raise first
+    return None

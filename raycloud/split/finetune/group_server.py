@@ -8,7 +8,6 @@ group continues from the round before, and its members from a checkpoint that fi
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -22,14 +21,18 @@ from torch import Tensor
 from raycloud.errors import TrainingError
 from raycloud.link.server import RequestRefused
 from raycloud.models.weights import Weights
-from raycloud.report.console import print_and_log
 from raycloud.rounds.machine import RoundMachine
-from raycloud.split.finetune.checkpoints import CheckpointStore, bottleneck_tensors, state_of, trainable_parameters
+from raycloud.split.finetune.checkpoints import (
+    CheckpointStore,
+    bottleneck_tensors,
+    latest_usable,
+    state_of,
+    trainable_parameters,
+)
 from raycloud.split.finetune.cloud import CloudTrainer
 from raycloud.split.finetune.group import Group, GroupRoundOutcome
 from raycloud.split.finetune.messages import GroupConfig, OpenTuning, PushReply, PushRequest, RoundReply
 
-_LOG = logging.getLogger(__name__)
 _METADATA_KEY = "group"
 """Key under which a saved round's metadata is kept beside its tensors."""
 
@@ -214,21 +217,9 @@ def _latest_readable(rounds: CheckpointStore) -> _Read | None:
     Raises:
         TrainingError: all rounds are damaged.
     """
-    first: TrainingError | None = None
-    for ended in reversed(rounds.steps()):
-        try:
-            found = _read_round(rounds, ended)
-        except TrainingError as error:
-            print_and_log(
-                _LOG, f"warning: a group's round: {error}; going on from the round before it", logging.WARNING
-            )
-            first = first or error
-            continue
-        rounds.forget_after(ended)
-        return found
-    if first is not None:
-        raise first
-    return None
+    return latest_usable(
+        rounds, lambda ended: _read_round(rounds, ended), "going on from the round before it", "a group's round: "
+    )
 
 
 def _read_round(rounds: CheckpointStore, ended: int) -> _Read:

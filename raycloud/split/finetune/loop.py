@@ -7,10 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from raycloud.data.batches import Batch
-from raycloud.errors import RaycloudError, TrainingError
-from raycloud.link.client import SessionLost, SessionRefused
-from raycloud.report.console import print_and_log
-from raycloud.split.finetune.checkpoints import CheckpointStore
+from raycloud.link.client import SessionLost
+from raycloud.split.finetune.checkpoints import CheckpointStore, latest_usable
 from raycloud.split.finetune.client import CloudClient
 from raycloud.split.finetune.edge_trainer import EdgeTrainer
 from raycloud.split.finetune.group_client import GroupClient
@@ -101,22 +99,12 @@ def last_common_checkpoint(
         TrainingError: the edge can read none of its checkpoints, or the cloud in this process none of its own.
         LinkError: the cloud cannot be reached, or has none of them.
     """
-    first: RaycloudError | None = None
-    for step in reversed(kept.steps()):
-        try:
-            kept.check(step)
-            cloud = cloud_at(step)
-        except (TrainingError, SessionRefused) as error:
-            if isinstance(error, SessionRefused) and error.code != "checkpoint":
-                raise
-            print_and_log(log, f"warning: {error}; trying the checkpoint before it", logging.WARNING)
-            first = first or error
-            continue
-        kept.forget_after(step)
-        return step, cloud
-    if first is not None:
-        raise first
-    return None
+
+    def opened(step: int) -> tuple[int, CloudClient]:
+        kept.check(step)
+        return step, cloud_at(step)
+
+    return latest_usable(kept, opened, "trying the checkpoint before it")
 
 
 T = TypeVar("T")

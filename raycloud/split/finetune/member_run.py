@@ -20,7 +20,7 @@ from raycloud.split.finetune.edge_data import EdgeData
 from raycloud.split.finetune.group_client import GroupClient, RoundResult
 from raycloud.split.finetune.loop import MAX_LOST_SESSIONS, train
 from raycloud.split.finetune.messages import GroupConfig
-from raycloud.split.finetune.metrics_log import Record
+from raycloud.split.finetune.metrics_log import Record, step_record
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.sides import Connect, Sides, remote_sides
 from raycloud.split.finetune.traffic import bytes_by_cut
@@ -128,8 +128,7 @@ class MemberRun:
         kept = CheckpointStore(self._kept_in(what), None if group is None else group.steps)
 
         def stepped(step: Step) -> None:
-            record = {"step": step.step, "loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr}
-            on_record({"kind": "step", "what": what, **record, "skipped": step.skipped})
+            on_record({"kind": "step", "what": what, **step_record(step)})
 
         def met(result: RoundResult) -> None:
             on_record({"kind": "round", **asdict(result)})

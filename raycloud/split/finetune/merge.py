@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from raycloud.models.loading import load
-from raycloud.models.segments import Segment
+from raycloud.models.segments import cut_segments
 from raycloud.models.structure import pooler_of
 from raycloud.models.weights import Weights
 from raycloud.split.finetune.assembly import plan_of
@@ -30,11 +30,8 @@ def save_merged_model(recipe: SplitTuneRecipe, weights: Weights, folder: Path) -
     pretrained = load(recipe.model, device="cpu", dtype="float32")
     model = pretrained.model
     plan = plan_of(recipe, model.config)
-    parts: dict[str, nn.Module] = {
-        "first": Segment(model, 0, plan.start_block, embed=True, head=False),
-        "middle": Segment(model, plan.start_block, plan.end_block, embed=False, head=False),
-        "last": Segment(model, plan.end_block, embed=False),
-    }
+    first, middle, last = cut_segments(model, plan.start_block, plan.end_block)
+    parts: dict[str, nn.Module] = {"first": first, "middle": middle, "last": last}
     if recipe.uses_pooler and (pooler := pooler_of(model)) is not None:
         parts["head.pooler"] = pooler
     with torch.no_grad():

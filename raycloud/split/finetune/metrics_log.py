@@ -5,8 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from raycloud.results import ResultDir
+from raycloud.training.loop import Step
 
 Record = dict[str, Any]
+
+
+def step_record(step: Step) -> Record:
+    """Record of an optimiser step."""
+    return {
+        "step": step.step,
+        "loss": step.loss,
+        "grad_norm": step.grad_norm,
+        "lr": step.lr,
+        "skipped": step.skipped,
+    }
 
 
 class MetricsLog:

@@ -16,6 +16,7 @@ from raycloud.data.fingerprint import data_sources, fingerprints
 from raycloud.durable import write_atomically, write_folder
 from raycloud.errors import RecipeError
 from raycloud.report.console import console, print_and_log, progress_bars
+from raycloud.report.numbers import kilobytes
 from raycloud.report.split_tune import print_summary, write_page
 from raycloud.report.table import print_table
 from raycloud.results import Mode, ResultDir, record_inputs, resumable
@@ -25,6 +26,7 @@ from raycloud.split.finetune.edge_data import EdgeData
 from raycloud.split.finetune.edge_trainer import EdgeTrainer, StepTimes
 from raycloud.split.finetune.label_sharing import WARNING
 from raycloud.split.finetune.loop import retry_from_checkpoint, save_checkpoint, train
+from raycloud.split.finetune.metrics_log import step_record
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.sides import Connect, Sides, local_sides, remote_sides
 from raycloud.split.finetune.traffic import bytes_by_cut, bytes_by_direction
@@ -151,9 +153,8 @@ class _SplitTuneRun:
         with progress_bars(steps) as shown:
 
             def on_step(step: Step) -> None:
-                record = {"step": step.step, "loss": step.loss, "grad_norm": step.grad_norm, "lr": step.lr}
                 if step.step not in logged:  # a step is repeated if the cloud lost it
-                    self.results.log_metrics({**record, "skipped": step.skipped})
+                    self.results.log_metrics(step_record(step))
                     logged.add(step.step)
                 shown.move("steps", step.step + 1, f"loss {step.loss:.3f}")
 
@@ -177,12 +178,12 @@ class _SplitTuneRun:
         }
         choices[self.recipe.trainable] = edge.trainable  # fewer parts may be trained than requested
         rows = [
-            [name, *(f"{size / some / 1e3:,.1f}" for size in bytes_by_cut(data.traffic(edge, some, learning)))]
+            [name, *(kilobytes(size / some) for size in bytes_by_cut(data.traffic(edge, some, learning)))]
             for name, learning in choices.items()
         ]
         print_table(["trainable; kB of a step", "first cut", "second cut", "in all"], rows)
         if codes := data.bottleneck_traffic(edge).total():
-            console.print(f"bottlenecks, once: {codes / 1e3:,.1f} kB")
+            console.print(f"bottlenecks, once: {kilobytes(codes)} kB")
 
 
 def _evaluate(data: EdgeData, edge: EdgeTrainer) -> dict[str, float]:

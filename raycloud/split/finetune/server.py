@@ -41,7 +41,6 @@ from raycloud.split.finetune.messages import (
     SaveRequest,
     TuneKind,
 )
-from raycloud.split.inference.metrics import NullMetrics
 from raycloud.split.parts import CloudPart
 
 _WAIT_S = 4.0
@@ -121,7 +120,7 @@ class TuneServer(SessionServer[TuneSession]):
         metrics: SessionMetrics | None = None,
         threads: int | None = None,
     ) -> None:
-        super().__init__(limits or TuneLimits(), metrics or NullMetrics())
+        super().__init__(limits or TuneLimits(), metrics)
         self.heartbeat_s = self._limits.heartbeat_s
         self._part, self._folder = part, folder
         self._group_servers: dict[Path, GroupServer] = {}

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from raycloud.data.batches import Batch
 from raycloud.link.channel import Channel
 from raycloud.models.loading import load
-from raycloud.split.finetune.assembly import EdgeSetup, build_edge_setup, build_local_setup
+from raycloud.models.segments import cut_segments
+from raycloud.models.structure import pooler_of
+from raycloud.split.finetune.assembly import EdgeSetup, build_edge_setup, plan_of
 from raycloud.split.finetune.checkpoints import CheckpointStore
-from raycloud.split.finetune.client import CloudClient, RemoteCloudClient
+from raycloud.split.finetune.client import CloudClient, LocalCloudClient, RemoteCloudClient
+from raycloud.split.finetune.cloud_assembly import build_cloud
 from raycloud.split.finetune.edge_data import EdgeData
 from raycloud.split.finetune.edge_trainer import EdgeTrainer
 from raycloud.split.finetune.loop import last_common_checkpoint
 from raycloud.split.finetune.messages import GroupConfig
+from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.parts import load_edge
 from raycloud.split.plan import PlanSet
 
@@ -54,6 +59,50 @@ class Sides:
         edge = self.setup.edge(self.cloud_at(None), self.max_in_flight)
         edge.fit(self.data.calibration())
         return edge
+
+
+def build_local_setup(
+    model: PreTrainedModel,
+    recipe: SplitTuneRecipe,
+    calibration: Sequence[Batch],
+    *,
+    classes: int = 0,
+    total_steps: int,
+    kept: CheckpointStore | None = None,
+) -> tuple[EdgeSetup, LocalCloudClient]:
+    """Build the edge's setup and the cloud's side in this process.
+
+    Args:
+        model: model to be cut; its weights are trained in place.
+        recipe: recipe of the run.
+        calibration: calibration texts for the bottlenecks.
+        classes: number of classes, for a classification.
+        total_steps: step at which the learning rate's schedule ends.
+        kept: store of the cloud's checkpoints.
+
+    Raises:
+        ModelError: the model cannot be cut so.
+    """
+    plan, pooler = plan_of(recipe, model.config), pooler_of(model)
+    first, middle, last = cut_segments(model, plan.start_block, plan.end_block)
+    setup = build_edge_setup(recipe, first, last, calibration, classes=classes, total_steps=total_steps, pooler=pooler)
+    cloud = build_cloud(setup.config, middle, last, pooler, decoder=setup.uplink_bottleneck.decoder)
+    return setup, LocalCloudClient(cloud, kept=kept)
+
+
+def build_local_edge(
+    model: PreTrainedModel,
+    recipe: SplitTuneRecipe,
+    calibration: Sequence[Batch],
+    *,
+    classes: int = 0,
+    total_steps: int,
+) -> EdgeTrainer:
+    """Build the edge trainer with a fitted cloud in this process; see :func:`build_local_setup`."""
+    setup, cloud = build_local_setup(model, recipe, calibration, classes=classes, total_steps=total_steps)
+    edge = setup.edge(cloud)
+    edge.fit(calibration)
+    return edge
 
 
 def local_sides(data: EdgeData, steps: int, folder: Path, notify: Callable[[str], None]) -> Sides:

@@ -41,6 +41,8 @@ def _add(sizes: Counter[str], kind: TuneKind, body: Body | None, raw_bytes: int 
 def check_batch_size(tokens: int, wire_formats: WireFormats, pooling: Pooling, fitted: int = 0) -> None:
     """Check that a cloud accepts a batch of ``tokens`` tokens at either cut, and one of ``fitted`` tokens at the first.
 
+    The cloud is one with the default ``message_bytes``: the edge does not know the limits of its own.
+
     Raises:
         RecipeError: a batch takes more bytes than a message may have.
     """

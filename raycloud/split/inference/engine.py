@@ -12,8 +12,9 @@ import torch
 
 from raycloud.errors import LinkError
 from raycloud.link.codecs.cut_codec import CutCodec
+from raycloud.link.server import NullMetrics
 from raycloud.split.inference.blocks import CloudStage, StepRequest, cloud_stage
-from raycloud.split.inference.metrics import InferenceMetrics, NullMetrics
+from raycloud.split.inference.metrics import InferenceMetrics
 from raycloud.split.parts import CloudPart
 from raycloud.split.plan import PlanSet, SplitPlan
 

@@ -23,16 +23,3 @@ class InferenceMetrics(Protocol):
     def observe(self, name: Duration, seconds: float) -> None:
         """Add to a distribution."""
         ...
-
-
-class NullMetrics:
-    """Metrics sink that discards everything."""
-
-    def count(self, name: Count, value: float = 1) -> None:
-        """Do nothing."""
-
-    def level(self, name: Level, value: float) -> None:
-        """Do nothing."""
-
-    def observe(self, name: Duration, seconds: float) -> None:
-        """Do nothing."""

@@ -20,12 +20,13 @@ from raycloud.errors import Interrupted, RecipeError, TrainingError
 from raycloud.link.channel import Channel, Loopback
 from raycloud.models.loading import load, load_tokenizer, resolve
 from raycloud.results import read_records
-from raycloud.split.finetune.assembly import EdgeSetup, build_local_edge
+from raycloud.split.finetune.assembly import EdgeSetup
 from raycloud.split.finetune.edge import UShapedEdge
 from raycloud.split.finetune.examples import CALIBRATION_TEXTS, calibration_batches, load_examples
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.run import run
 from raycloud.split.finetune.server import TuneServer
+from raycloud.split.finetune.sides import build_local_edge
 from raycloud.split.finetune.traffic import check_batch_size
 from raycloud.split.finetune.wire_format import WireFormat, WireFormats
 from raycloud.split.parts import load_cloud
