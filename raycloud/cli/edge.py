@@ -137,6 +137,9 @@ def learn(
     send_tokens: Annotated[
         bool, typer.Option("--send-tokens", help="Allow token ids of the texts to leave for the teacher.")
     ] = False,
+    send_hidden: Annotated[
+        bool, typer.Option("--send-hidden", help="Allow hidden states of the texts to leave for the cloud's blocks.")
+    ] = False,
     max_bytes: Annotated[
         str | None, typer.Option(help="Most bytes over the link in a round, such as 500MB; default: no limit.")
     ] = None,
@@ -148,15 +151,16 @@ def learn(
     certificates: Certificates = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take part in a distillation on a cluster: this device trains on its own texts, without ray.
+    """Take part in a distillation or split fine-tuning on a cluster: this device trains on its own texts, without ray.
 
     The same command continues after an interruption.
     """
     _check(cloud, certificates)
     from contextlib import ExitStack
 
-    from raycloud.edge.learn import JobEndpoint, LearnOptions
+    from raycloud.edge.learn import JobEndpoint
     from raycloud.edge.learn import learn as take_part
+    from raycloud.edge.learn_session import LearnOptions
     from raycloud.edge.learn_terms import Allowance, size_of
     from raycloud.report.console import ProgressBars, console, progress_bars
     from raycloud.report.device import print_learnt
@@ -164,6 +168,7 @@ def learn(
     endpoint = JobEndpoint(cloud, job, token, certificates)
     allowed = Allowance(
         send_tokens,
+        send_hidden,
         None if max_bytes is None else size_of(max_bytes),
         None if max_memory is None else size_of(max_memory),
     )

@@ -1,19 +1,27 @@
-"""Actor that trains the cloud part of a model with edges of the same cluster."""
+"""Actor that trains the cloud part of a model with edges of the same cluster, and with devices over the link."""
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import logging
 import os
+from collections.abc import Awaitable, Coroutine
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from raycloud.cluster.actor_channel import ActorService
 from raycloud.cluster.run_log import RunLog
 from raycloud.cluster.runtime import threads_per_actor
+from raycloud.link.channel import Connection
 from raycloud.models.loading import load_config, resolve
+from raycloud.rounds.service import DeviceGone, RoundServer
 from raycloud.split.finetune.assembly import plan_of
+from raycloud.split.finetune.device_member import device_members
+from raycloud.split.finetune.phase_report import PHASES, PhaseReport
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.server import TuneLimits, TuneServer
 from raycloud.split.parts import load_cloud
@@ -21,7 +29,13 @@ from raycloud.split.plan import PlanSet
 
 _LOG = logging.getLogger(__name__)
 _PRINCIPAL = "cluster"
-"""Principal of every connection: a process that can call the actor is already inside the cluster's trust domain."""
+"""Principal of every session that trains: the edges of a job are one group, whether they are actors or devices. A
+process that can call the actor is inside the cluster's trust domain; a device has shown a token."""
+_FAREWELL_S = 15.0
+"""Longest time to wait until the devices know that a job has ended."""
+
+Record = dict[str, Any]
+T = TypeVar("T")
 
 
 class CloudTrainerActor(ActorService):
@@ -32,15 +46,27 @@ class CloudTrainerActor(ActorService):
     Args:
         recipe: recipe of the edges that will connect.
         folder: folder for checkpoints and the group's rounds; shared by all nodes if the actor may be restarted.
+        run: id of the run, which devices keep their state under.
         log: log of the run; None for none.
     """
 
-    def __init__(self, recipe: SplitTuneRecipe, folder: Path, log: RunLog | None = None) -> None:
+    def __init__(self, recipe: SplitTuneRecipe, folder: Path, run: str, log: RunLog | None = None) -> None:
         if log is not None:
             log.attach()
-        self._recipe, self._folder = recipe, folder
+        self._recipe, self._folder, self._run = recipe, folder, run
+        self._attempts = itertools.count(1)
+        self._newest: dict[str, int] = {}
+        """Latest attempt to have a device run a phase."""
+        self._reports: dict[str, list[PhaseReport]] = {edge.name: [] for edge in recipe.devices}
         # No method of this class may be a coroutine: Ray would run all of them on one event loop, one at a time.
-        super().__init__(lambda connection: self._server.serve(connection, _PRINCIPAL))
+        super().__init__(self._serve)
+
+    def _serve(
+        self, connection: Connection, principal: str = _PRINCIPAL, service: str = "split-tune"
+    ) -> Awaitable[None]:
+        if service == "rounds" and self._recipe.devices:
+            return self._rounds.serve(connection, principal)
+        return self._server.serve(connection, _PRINCIPAL)
 
     def ready(self) -> None:
         """Load the cloud part. A restarted actor loads it with the first edge that connects.
@@ -49,6 +75,8 @@ class CloudTrainerActor(ActorService):
             RaycloudError: the part cannot be loaded here.
         """
         _ = self._server
+        if self._recipe.devices:
+            _ = self._rounds
 
     @cached_property
     def _server(self) -> TuneServer:
@@ -60,6 +88,12 @@ class CloudTrainerActor(ActorService):
         _LOG.info("ready with blocks [%d, %d), process %d", part.middle.lo, part.middle.hi, os.getpid())
         return server
 
+    @cached_property
+    def _rounds(self) -> RoundServer:
+        members = device_members(self._recipe, self._run)
+        _LOG.info("devices may take part as %s", ", ".join(members))
+        return RoundServer(members)
+
     def group(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the cloud's and the edges' weights after the group's latest round; the edges' are empty if private.
 
@@ -68,6 +102,63 @@ class CloudTrainerActor(ActorService):
         """
         kept = self._server.saved_group(name, _PRINCIPAL)
         return kept.cloud, kept.edge
+
+    # -- for devices
+
+    def run_phase(self, name: str, what: str) -> Record:
+        """Wait for a device, have it run one phase, and return its metrics.
+
+        Raises:
+            DeviceGone: the device goes.
+        """
+        attempt = self._newest[name] = next(self._attempts)
+        self._do(self._rounds.prepare(name))
+        update = None
+        if attempt == self._newest[name]:  # the driver may have gone on without the device meanwhile
+            update = self._do(self._rounds.train(name, attempt, PHASES.index(what), {}))
+        if update is None:
+            raise DeviceGone(f"the device '{name}' was asked for something newer")
+        self._reports[name].append(update.report)
+        return dict(update.report.found())
+
+    def records(self, name: str, pid: int, since: int) -> tuple[int, list[Record]]:
+        """Return this process's id and a device's records: all, or from index ``since`` on if ``pid`` is this process.
+
+        Raises:
+            DeviceGone: it is not there.
+        """
+        if not self._rounds.present(name):
+            raise DeviceGone(f"the device '{name}' is not there")
+        records = [record for report in self._reports[name] for record in report.records_of(name)]
+        return os.getpid(), records[since if pid == os.getpid() else 0 :]
+
+    def finish(self) -> None:
+        """Tell the devices that there is nothing more to do."""
+        if self._recipe.devices:
+            self._do(self._rounds.finish({edge.name: {} for edge in self._recipe.devices}, _FAREWELL_S))
+
+    def _do(self, call: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(call, self._service.loop).result()
+
+
+class _DeviceCall:
+    """Method of the actor for one device, with the interface of an actor's method."""
+
+    def __init__(self, remote: Any) -> None:
+        self.remote = remote
+
+
+class DeviceEdge:
+    """Handle of a device with the methods that the handle of an edge's actor has.
+
+    Args:
+        actor: handle of :class:`CloudTrainerActor`.
+        name: name of the device's edge.
+    """
+
+    def __init__(self, actor: Any, name: str) -> None:
+        self.do = _DeviceCall(lambda what: actor.run_phase.remote(name, what))
+        self.news = _DeviceCall(lambda pid, since: actor.records.remote(name, pid, since))
 
 
 def limits_for(recipe: SplitTuneRecipe) -> TuneLimits:

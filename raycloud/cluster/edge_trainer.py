@@ -11,6 +11,7 @@ from typing import Any, Literal
 import ray
 
 from raycloud.cluster.actor_channel import ActorChannel
+from raycloud.cluster.device_rounds import NAMESPACE
 from raycloud.cluster.run_log import RunLog
 from raycloud.cluster.runtime import threads_per_actor
 from raycloud.link.channel import Channel, LinkDown
@@ -100,7 +101,7 @@ class EdgeTrainerActor:
 
     def _channel(self, session: str) -> Channel:
         try:
-            actor: Any = ray.get_actor(self._cloud)
+            actor: Any = ray.get_actor(self._cloud, namespace=NAMESPACE)
         except ValueError:
             raise LinkDown("the cloud's actor is gone") from None
         network = self._recipe.network

@@ -20,13 +20,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from raycloud.cluster.actor_channel import CALLS_AT_ONCE
-from raycloud.cluster.cloud_trainer import CloudTrainerActor
+from raycloud.cluster.cloud_trainer import CloudTrainerActor, DeviceEdge
+from raycloud.cluster.device_rounds import NAMESPACE, actor_name, job_name
 from raycloud.cluster.edge_trainer import EdgeTrainerActor, Phase
 from raycloud.cluster.run_log import RunLog
 from raycloud.data.checks import check_eos
 from raycloud.data.sources import load_rows
 from raycloud.durable import write_atomically, write_folder
-from raycloud.errors import ClusterError, LinkError, RaycloudError, RecipeError, TrainingError
+from raycloud.errors import ClusterError, ClusterSetupError, LinkError, RaycloudError, RecipeError, TrainingError
 from raycloud.jobs.runner import Summary, actor_options, cluster_run, finished_summary, get_result
 from raycloud.models.loading import check_model, load_tokenizer, resolve
 from raycloud.report.bos import format_bos
@@ -37,7 +38,7 @@ from raycloud.split.finetune.assembly import check_lengths, plan_of
 from raycloud.split.finetune.examples import bos_of
 from raycloud.split.finetune.merge import save_merged_model
 from raycloud.split.finetune.metrics_log import MetricsLog, Record
-from raycloud.split.finetune.recipe import LanguageRecipe, SplitTuneRecipe, bundles
+from raycloud.split.finetune.recipe import LanguageRecipe, SplitTuneEdgeRecipe, SplitTuneRecipe, bundles
 
 _LOG = logging.getLogger(__name__)
 _POLL_S = 0.5
@@ -134,27 +135,39 @@ class _SplitTuneJob:
         return self._finish()
 
     def _start_cloud(self) -> None:
-        self.name = f"cloud-{uuid.uuid4().hex[:8]}"
-        options = {"name": self.name, "max_restarts": -1, **actor_options(self.recipe.cloud_placement, "cloud")}
-        options["max_concurrency"] = max(CALLS_AT_ONCE, 4 * len(self.recipe.edges))
+        recipe = self.recipe
+        job = job_name(recipe.output)
+        # Devices ask for the job by its name; other jobs of the cluster may look it up.
+        self.name = actor_name(job) if recipe.devices else f"cloud-{uuid.uuid4().hex[:8]}"
+        options = {"name": self.name, "namespace": NAMESPACE, "max_restarts": -1}
+        options |= actor_options(recipe.cloud_placement, "cloud")
+        options["max_concurrency"] = max(CALLS_AT_ONCE, 4 * len(recipe.edges) + 8 * len(recipe.devices))
         actor: Any = ray.remote(CloudTrainerActor)
-        self.cloud = actor.options(**options).remote(self.recipe, self.results.path / "cloud", self.log.of("cloud"))
+        try:
+            self.cloud = actor.options(**options).remote(
+                recipe, self.results.path / "cloud", self.results.run_id, self.log.of("cloud")
+            )
+        except ValueError:
+            raise ClusterSetupError(
+                f"a job '{job}' with devices runs already; choose another last part of output"
+            ) from None
         get_result(self.cloud.ready.remote(), "cloud")
+        if recipe.devices:
+            console.print(f"devices take part by: raycloud edge learn --job {job} --cloud wss://…/v1/rounds")
 
     def _start_edges(self) -> list[EdgeHandle]:
         # The control concurrency group answers while the edge trains.
         actor: Any = ray.remote(concurrency_groups={"control": 1})(EdgeTrainerActor)  # type: ignore[call-overload]
         options = {"max_restarts": -1, **actor_options(self.recipe.edge_placement, "edge")}
         folder = self.results.path / "edges"
-        return [
-            EdgeHandle(
-                edge.name,
-                actor.options(**options).remote(
-                    index, self.recipe, self.name, folder, self.results.run_id, self.log.of(f"edge {edge.name}")
-                ),
-            )
-            for index, edge in enumerate(self.recipe.edges)
-        ]
+
+        def start(index: int, edge: SplitTuneEdgeRecipe) -> Any:
+            if edge.device:
+                return DeviceEdge(self.cloud, edge.name)
+            log = self.log.of(f"edge {edge.name}")
+            return actor.options(**options).remote(index, self.recipe, self.name, folder, self.results.run_id, log)
+
+        return [EdgeHandle(edge.name, start(index, edge)) for index, edge in enumerate(self.recipe.edges)]
 
     def _all(self, what: Phase, edges: list[EdgeHandle]) -> None:
         """Run one phase on every edge.
@@ -180,7 +193,8 @@ class _SplitTuneJob:
                     if (found := self._found(ref, edge)) is not None:
                         self._drain_records(edge)
                         self.metrics_log.add({"kind": "evaluation", "edge": edge.name, "what": what, **found})
-                        forgetting.append(edge.actor.forget.remote(what))
+                        if not isinstance(edge.actor, DeviceEdge):  # a device forgets once its report is accepted
+                            forgetting.append(edge.actor.forget.remote(what))
                         last_seen, done = time.monotonic(), True
                     elif len(edge.failures) < _ATTEMPTS:
                         calls[edge.actor.do.remote(what)] = edge
@@ -251,6 +265,7 @@ class _SplitTuneJob:
 
     def _finish(self) -> Summary:
         cloud, edge = get_result(self.cloud.group.remote(self.results.run_id), "cloud")
+        get_result(self.cloud.finish.remote(), "cloud")
         shared: dict[str, Tensor] = {**cloud, **{f"edge/{name}": tensor for name, tensor in edge.items()}}
         write_atomically(self.results.path / "group.safetensors", save(shared), checksum=True)
         if self.recipe.rounds.parts == "averaged":

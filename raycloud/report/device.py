@@ -10,7 +10,23 @@ from raycloud.report.table import print_table
 
 
 def print_learnt(summary: dict[str, Any]) -> None:
-    """Print the rounds of a device, what it sent and received, and where its model is."""
+    """Print what a device did in a job, what it sent and received, and where its model is."""
+    if "phases" in summary:
+        _print_phases(summary)
+    else:
+        _print_rounds(summary)
+    up, down = summary["bytes_up"] / 1e6, summary["bytes_down"] / 1e6
+    console.print(f"{up:,.1f} MB sent, {down:,.1f} MB received in {summary['seconds']:.0f} s")
+    if (model := summary.get("student") or summary.get("weights")) is not None:
+        console.print(f"model: {model}")
+
+
+def _title(summary: dict[str, Any]) -> str:
+    return f"'{summary['device']}' in job '{summary['job']}'"
+
+
+def _print_rounds(summary: dict[str, Any]) -> None:
+    """Print the rounds of a distillation."""
     rows = [
         [
             str(one["round"] + 1),
@@ -21,9 +37,16 @@ def print_learnt(summary: dict[str, Any]) -> None:
         ]
         for one in summary["rounds"]
     ]
-    title = f"'{summary['device']}' in job '{summary['job']}'"
-    print_table(["round", "contribution", "tokens", "last loss", "seconds"], rows, title=title, texts=2)
-    up, down = summary["bytes_up"] / 1e6, summary["bytes_down"] / 1e6
-    console.print(f"{up:,.1f} MB sent, {down:,.1f} MB received in {summary['seconds']:.0f} s")
-    if summary["student"] is not None:
-        console.print(f"model: {summary['student']}")
+    header = ["round", "contribution", "tokens", "last loss", "seconds"]
+    print_table(header, rows, title=_title(summary), texts=2)
+
+
+def _print_phases(summary: dict[str, Any]) -> None:
+    """Print the metrics of a split fine-tuning's phases, and in how many rounds the device was counted."""
+    names = list(dict.fromkeys(name for metrics in summary["phases"].values() for name in metrics))
+    rows = [
+        [what, *(shown(metrics[name], ".4g") if name in metrics else "-" for name in names)]
+        for what, metrics in summary["phases"].items()
+    ]
+    print_table(["", *(name.replace("_", " ") for name in names)], rows, title=_title(summary))
+    console.print(f"counted in {summary['counted']} of {len(summary['rounds'])} rounds")

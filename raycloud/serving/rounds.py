@@ -30,7 +30,7 @@ class RoundsSettings(ReplicaSettings):
 
     num_cpus: float = Field(0.1, ge=0)
     devices: int = Field(64, ge=1)
-    """Devices that a replica serves at once; each has one socket for rounds and one for signals."""
+    """Devices that a replica serves at once; each has one socket for rounds, and one for signals or for training."""
 
 
 async def relay(connection: Connection, actor: Any, principal: str, service: str) -> None:
@@ -40,7 +40,7 @@ async def relay(connection: Connection, actor: Any, principal: str, service: str
         connection: connection to the device.
         actor: handle of the actor, a :class:`~raycloud.cluster.actor_channel.ActorService`.
         principal: principal of the device, from its credentials.
-        service: ``rounds`` or ``signals``.
+        service: ``rounds``, ``signals`` or ``split-tune``.
     """
     number: int | None = None
 
@@ -112,6 +112,10 @@ def build_api(authenticator: Authenticator) -> FastAPI:
     @api.websocket("/v1/rounds/signals")
     async def signals(socket: WebSocket) -> None:
         await serve(socket, "signals")
+
+    @api.websocket("/v1/rounds/split-tune")
+    async def split_tune(socket: WebSocket) -> None:
+        await serve(socket, "split-tune")
 
     return api
 

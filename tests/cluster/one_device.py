@@ -31,14 +31,15 @@ WITHOUT_RAY = "import sys; sys.modules['ray'] = None; from raycloud.cli.app impo
 class Device:
     """Process of the device."""
 
-    def __init__(self, port: int, folder: Path) -> None:
+    def __init__(self, port: int, folder: Path, *, data: str = "builtin:reviews", allow: str = "--send-tokens") -> None:
         self._port, self._folder, self._starts = port, folder, 0
+        self._data, self._allow = data, allow
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
         self._starts += 1
         cloud = f"ws://127.0.0.1:{self._port}/v1/rounds"
-        options = ["--cloud", cloud, "--job", "run", "--data", "builtin:reviews", "--send-tokens", "--threads", "1"]
+        options = ["--cloud", cloud, "--job", "run", "--data", self._data, self._allow, "--threads", "1"]
         options += ["--folder", str(self._folder / "device"), "--json"]
         self.process = subprocess.Popen(
             [sys.executable, "-c", WITHOUT_RAY, "edge", "learn", *options],

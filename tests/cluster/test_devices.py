@@ -1,4 +1,4 @@
-"""A device without Ray in a distillation beside two actors, over Ray Serve and a WebSocket."""
+"""A device without Ray beside actors in a distillation and in a split fine-tuning, over Ray Serve and a WebSocket."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.cluster.one_machine import in_a_process
-from tests.cluster.recipes import small
+from tests.cluster.recipes import small, split_edges
 
 EDGES = [
     {"name": "store", "where": {"domain": ["movie", "product"]}},
@@ -39,3 +39,27 @@ def test_a_device_takes_part_beside_actors_and_comes_back_after_a_kill(tiny_llam
     for folder in (tmp_path / "run" / "student", Path(seen["device"]["student"])):
         kept = load_file(folder / "model.safetensors")
         assert all(torch.equal(last[name], tensor) for name, tensor in kept.items())
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_a_device_fine_tunes_beside_an_actor_and_comes_back_after_a_kill(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = split_edges(
+        tiny_llama,
+        tmp_path / "run",
+        edges=[{"name": "store", "where": {"domain": ["product"]}}, {"name": "shop", "device": True}],
+        rounds={"count": 3, "steps": 8, "deadline_s": 240},
+        checkpoint_every=2,
+    )
+    seen = in_a_process("tests.cluster.one_split_device", recipe, tmp_path)
+    assert seen["killed"] >= 3
+    rounds = seen["summary"]["rounds"]
+    assert [one["round"] for one in rounds] == [1, 2, 3]
+    assert all(sorted(one["members"]) == ["shop", "store"] and not one["missed"] for one in rounds)
+    assert all(seen["summary"]["edges"][name]["together"] for name in ("store", "shop"))
+    assert seen["device"]["device"] == "shop" and seen["device"]["counted"] >= 3
+    # The device ends with the weights that all edges share.
+    group = load_file(tmp_path / "run" / "group.safetensors")
+    shared = {name.removeprefix("edge/"): tensor for name, tensor in group.items() if name.startswith("edge/")}
+    mine = load_file(seen["device"]["weights"])
+    assert shared and all(torch.equal(mine[name], tensor) for name, tensor in shared.items())

@@ -20,7 +20,8 @@ from raycloud.distill.learner import StudentLearner
 from raycloud.distill.recipe import DistillRecipe
 from raycloud.distill.signals.file import tokenizer_fingerprint
 from raycloud.distill.signals.remote import ModelTeacher, SignalServer
-from raycloud.edge.learn import LearnOptions, learn
+from raycloud.edge.learn import learn
+from raycloud.edge.learn_session import LearnOptions
 from raycloud.edge.learn_terms import Allowance, JobDemands, size_of
 from raycloud.errors import LinkSetupError, RecipeError
 from raycloud.link.channel import Channel, Connection, Loopback

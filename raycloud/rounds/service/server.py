@@ -152,6 +152,10 @@ class RoundServer(SessionServer[DeviceSession]):
             await device.changed.wait()
         return device.samples
 
+    def present(self, name: str) -> bool:
+        """Return whether a device has a session."""
+        return bool(self._devices[name].session)
+
     async def train(self, name: str, attempt: int, number: int, weights: Weights) -> DeviceUpdate | None:
         """Let a device train for a round; None if a newer attempt begins.
 

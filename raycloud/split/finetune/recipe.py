@@ -155,6 +155,9 @@ class SplitTuneEdgeRecipe(Recipe):
     name: str = Field(pattern=r"^[\w-]{1,64}$")
     where: dict[str, list[Any]] = {}
     """Filter of this edge's rows by columns and values, in addition to ``data.where``."""
+    device: bool = False
+    """True for a device without Ray, which takes part by ``raycloud edge learn`` and brings its own data. It takes no
+    resources of the cluster."""
 
 
 class SplitTuneRoundsRecipe(Recipe):
@@ -235,6 +238,17 @@ class SplitTuneRecipe(Recipe):
     edge_placement: Placement = Placement()
 
     @property
+    def devices(self) -> list[SplitTuneEdgeRecipe]:
+        """Edges that are devices without Ray."""
+        return [edge for edge in self.edges if edge.device]
+
+    def for_device(self) -> SplitTuneRecipe:
+        """Recipe as a device gets it: with the names of the other edges, and without what their rows are."""
+        edges = [edge.model_copy(update={"where": {}}) for edge in self.edges]
+        data = self.data.model_copy(update={"validation": None})
+        return self.model_copy(update={"edges": edges, "data": data})
+
+    @property
     def uses_pooler(self) -> bool:
         """Return whether the head uses only the first hidden state of a text, through the model's own pooler."""
         return isinstance(self.task, ClassificationRecipe | RegressionRecipe) and self.task.pooling == "first"
@@ -301,6 +315,13 @@ class SplitTuneRecipe(Recipe):
             raise ValueError(f"edges: names {', '.join(names)}; allowed: each once")
         if self.lora is not None:
             raise ValueError("lora: means of the factors are not the mean of their products; allowed with edges: null")
+        for edge in self.devices:
+            if edge.where:
+                raise ValueError(f"edges: the device '{edge.name}' brings its data; allowed: no where")
+            if self.uses_pooler:
+                raise ValueError(
+                    f"task.pooling=first, and the device '{edge.name}' gets no pooler; allowed with devices: mean"
+                )
         if self.uplink.kind == "sft":
             raise ValueError("edges are at the ends of links; allowed there: uplink.kind low_rank or plain")
         if isinstance(self.task, ClassificationRecipe) and self.task.classes is None:
@@ -324,9 +345,9 @@ class SplitTuneRecipe(Recipe):
 
 
 def bundles(recipe: SplitTuneRecipe) -> list[Bundle]:
-    """Return the resources of the cloud part, then of each edge; empty for a recipe without ``edges``.
+    """Return the resources of the cloud part, then of each edge that is no device.
 
-    Without ``edges`` one edge trains in the driver's process or over a link, so no actor is needed.
+    Empty without ``edges``: one edge trains in the driver's process or over a link, so no actor is needed.
     """
-    edges = [recipe.edge_placement.bundle("edge")] * len(recipe.edges)
-    return [recipe.cloud_placement.bundle("cloud"), *edges] if edges else []
+    edges = [recipe.edge_placement.bundle("edge")] * (len(recipe.edges) - len(recipe.devices))
+    return [recipe.cloud_placement.bundle("cloud"), *edges] if recipe.edges else []
