@@ -21,7 +21,7 @@ from raycloud.models.configuration import CONFIG, load_config
 from raycloud.origin import cores
 from raycloud.results import read_records
 from raycloud.rounds.service.messages import Blob
-from raycloud.split.finetune.edge_run import EdgeRun
+from raycloud.split.finetune.member_run import MemberRun
 from raycloud.split.finetune.metrics_log import Record
 from raycloud.split.finetune.phase_report import MAX_RECORDS, PHASES, PhaseReport
 from raycloud.split.finetune.recipe import SplitTuneRecipe
@@ -56,7 +56,7 @@ class SplitTuneDevice:
         if part is None:
             raise LinkSetupError(f"the cloud sent no part of the model for job '{session.job}'")
         torch.set_num_threads(options.threads or cores())
-        self._run = EdgeRun(
+        self._run = MemberRun(
             recipe.model_copy(update={"model": str(part)}),
             granted.device,
             session.folder / "edge",

@@ -22,7 +22,7 @@ from raycloud.models.loading import load_config
 from raycloud.rounds.service import RoundClient, RoundLimits, RoundServer
 from raycloud.split.finetune.assembly import plan_of
 from raycloud.split.finetune.device_member import device_members
-from raycloud.split.finetune.edge_run import EdgeRun
+from raycloud.split.finetune.member_run import MemberRun
 from raycloud.split.finetune.phase_report import PHASES, PhaseReport
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.server import TuneServer
@@ -102,7 +102,7 @@ def reference(job: Job, folder: Path) -> tuple[dict[str, Any], dict[str, torch.T
     def connect(session: str) -> Channel:
         return job.connect("split-tune", session)
 
-    member = EdgeRun(recipe, "shop", folder, connect, run="ref", group="ref")
+    member = MemberRun(recipe, "shop", folder, connect, run="ref", group="ref")
     found = {"before": member.before(), "together": member.together(lambda record: None)}
     return found, load_file(folder / "together.safetensors")
 
