@@ -245,6 +245,6 @@ def test_a_log_that_cannot_be_written_fails_the_run(tmp_path: Path, monkeypatch:
         def full(record: dict[str, Any]) -> None:
             raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
-        monkeypatch.setattr(results, "log", full)
+        monkeypatch.setattr(results, "log_metrics", full)
         with pytest.raises(OSError, match="No space left"), one._following(Told({"kind": "step", "step": 1}), 3):
             pass

@@ -58,8 +58,8 @@ class MemberRun:
     ) -> None:
         self.name, self._connect, self._run, self._folder = name, connect, run, folder
         self._names, self._rounds, self._group = [edge.name for edge in recipe.edges], recipe.rounds, group
-        record_inputs(folder, fingerprints(data_sources(recipe.data)))
         self._data = EdgeData(recipe.of(name), notify)
+        record_inputs(folder, fingerprints(data_sources(recipe.data)))  # after the data: a mistake leaves nothing
         self.steps = recipe.rounds.count * recipe.rounds.steps
         """Number of steps of a training, alone or together."""
 
