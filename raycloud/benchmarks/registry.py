@@ -34,6 +34,10 @@ BENCHMARKS = {
         "Equality of a model cut in three with the whole model, at every pair of cuts.",
         ("families", "pairs", "runs", "mismatches"),
     ),
+    "families": Benchmark(
+        "Text models of the library in segments: which types are accepted, and whether any of them is silently wrong.",
+        ("types", "configurations", "accepted", "silently_wrong", "compose", "generate", "families"),
+    ),
     "split-speed": Benchmark(
         "Tokens per second of a split model, in one process and over Serve's WebSocket, against the whole model.",
         ("unsplit_tok_s", "local_ratio", "websocket_ratio"),
