@@ -8,13 +8,17 @@ wrong.
 from __future__ import annotations
 
 import itertools
+import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from raycloud.benchmarks.family_configs import DECODERS, ENCODERS, tiny_model
 from raycloud.benchmarks.measure import Measured
@@ -23,6 +27,7 @@ from raycloud.models.chain import find_chain
 from raycloud.models.loading import quiet_transformers
 from raycloud.models.self_check import CheckedStructure, check_structure, cut_model, new_caches, run_segments
 from raycloud.models.trace import final_of, trace
+from raycloud.models.verdict import structure_verdict
 from raycloud.report.console import progress_bars
 
 ATTENTIONS = ("sdpa", "eager")
@@ -131,6 +136,41 @@ def _stock(model: PreTrainedModel, prompt: Tensor) -> list[int]:
     return found
 
 
+@dataclass(frozen=True)
+class TwinResult:
+    """Verdict on a type's default configuration by its twin, and how long it took."""
+
+    accepted: bool
+    first_s: float
+    again_s: float
+    """Seconds to read the verdict that was kept."""
+
+
+def judge(kind: str, *, causal: bool, folder: Path) -> TwinResult:
+    """Take the verdict on a type's default configuration twice, with the first attention implementation that it has."""
+    config = CONFIG_MAPPING[kind]()
+    seconds: list[float] = []
+    for attention in ATTENTIONS:
+        seconds = []
+        for _ in range(2):
+            began = time.perf_counter()
+            verdict = structure_verdict(config, attention, causal=causal, folder=folder)
+            seconds.append(time.perf_counter() - began)
+        if verdict.accepted:
+            break
+    return TwinResult(verdict.accepted, *seconds)
+
+
+def _judge_types(names: Sequence[str]) -> dict[str, TwinResult]:
+    """Take the verdicts on the default configurations of the types that have these names."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {
+            kind: judge(kind, causal=name in DECODERS, folder=Path(folder))
+            for name, (kind, _) in (DECODERS | ENCODERS).items()
+            if name == kind and name in names
+        }
+
+
 def run(*, names: Sequence[str] = (*DECODERS, *ENCODERS), attentions: Sequence[str] = ATTENTIONS) -> Measured:
     """Examine configurations of all types."""
     results: dict[str, FamilyResult] = {}
@@ -139,6 +179,7 @@ def run(*, names: Sequence[str] = (*DECODERS, *ENCODERS), attentions: Sequence[s
         for name in names:
             results[name] = examine(name, attentions)
             shown.move("configurations", next(done), name)
+    twins = _judge_types(names)
     types = {(DECODERS | ENCODERS)[name][0] for name in names}
     accepted = [name for name, one in results.items() if one.accepted]
     figures = {
@@ -148,6 +189,9 @@ def run(*, names: Sequence[str] = (*DECODERS, *ENCODERS), attentions: Sequence[s
         "silently_wrong": sum(bool(one.wrong) for one in results.values()),
         "compose": sum(one.accepted and one.composed for one in results.values()),
         "generate": sum(bool(one.generated) for one in results.values()),
+        "twins": sum(twin.accepted for twin in twins.values()),
+        "self_check_s": max(twin.first_s for twin in twins.values()),
+        "self_check_again_s": max(twin.again_s for twin in twins.values()),
         "families": {name: one.figures() for name, one in results.items()},
     }
     rows = [

@@ -36,7 +36,18 @@ BENCHMARKS = {
     ),
     "families": Benchmark(
         "Text models of the library in segments: which types are accepted, and whether any of them is silently wrong.",
-        ("types", "configurations", "accepted", "silently_wrong", "compose", "generate", "families"),
+        (
+            "types",
+            "configurations",
+            "accepted",
+            "silently_wrong",
+            "compose",
+            "generate",
+            "twins",
+            "self_check_s",
+            "self_check_again_s",
+            "families",
+        ),
     ),
     "split-speed": Benchmark(
         "Tokens per second of a split model, in one process and over Serve's WebSocket, against the whole model.",
