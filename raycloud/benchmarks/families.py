@@ -1,4 +1,4 @@
-"""Which of the library's text models can be cut: tiny random models of every type, checked as a user's model is.
+"""Text models of the library in segments: tiny random models of every type, checked as a user's model is.
 
 A model is accepted if the self-check accepts it. Then another random model of the same configuration must give the same
 logits in segments, and the same greedy text as the library's ``generate``; an accepted model that does not is silently
@@ -47,7 +47,7 @@ class FamilyResult:
     generated: bool | None = None
     """True if the greedy text was that of the whole; None for a model that keeps no cache."""
     wrong: list[str] = field(default_factory=list)
-    """What an accepted model got wrong."""
+    """Errors of an accepted model."""
     refusal: str = ""
     path: str = ""
 
@@ -102,7 +102,9 @@ def _compare(model: PreTrainedModel, checked: CheckedStructure, result: FamilyRe
             result.wrong.append(f"{attention}: logits at {pair}")
     if checked.decode is None or model.get_output_embeddings() is None:
         return
-    same = all(_greedy(model, structure, pair, ids[:1, :PROMPT]) == _stock(model, ids[:1, :PROMPT]) for pair in CUTS)
+    prompt = ids[:1, :PROMPT]
+    text = _stock(model, prompt)
+    same = all(_greedy(model, structure, pair, prompt) == text for pair in CUTS)
     result.generated = same and result.generated is not False
     if not same:
         result.wrong.append(f"{attention}: text")

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from raycloud.cluster.actor_channel import ActorService
+from raycloud.cluster.device_rounds import FAREWELL_S, DeviceCall
 from raycloud.cluster.run_log import RunLog
 from raycloud.cluster.runtime import threads_per_actor
 from raycloud.link.channel import Connection
@@ -21,6 +22,7 @@ from raycloud.models.loading import load_config, resolve
 from raycloud.rounds.service import DeviceGone, RoundServer
 from raycloud.split.finetune.assembly import plan_of
 from raycloud.split.finetune.device_member import device_members
+from raycloud.split.finetune.metrics_log import Record
 from raycloud.split.finetune.phase_report import PHASES, PhaseReport
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.server import TuneLimits, TuneServer
@@ -31,10 +33,7 @@ _LOG = logging.getLogger(__name__)
 _PRINCIPAL = "cluster"
 """Principal of every session that trains: the edges of a job are one group, whether they are actors or devices. A
 process that can call the actor is inside the cluster's trust domain; a device has shown a token."""
-_FAREWELL_S = 15.0
-"""Longest time to wait until the devices know that a job has ended."""
 
-Record = dict[str, Any]
 T = TypeVar("T")
 
 
@@ -135,17 +134,10 @@ class CloudTrainerActor(ActorService):
     def finish(self) -> None:
         """Tell the devices that there is nothing more to do."""
         if self._recipe.devices:
-            self._do(self._rounds.finish({edge.name: {} for edge in self._recipe.devices}, _FAREWELL_S))
+            self._do(self._rounds.finish({edge.name: {} for edge in self._recipe.devices}, FAREWELL_S))
 
     def _do(self, call: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(call, self._service.loop).result()
-
-
-class _DeviceCall:
-    """Method of the actor for one device, with the interface of an actor's method."""
-
-    def __init__(self, remote: Any) -> None:
-        self.remote = remote
 
 
 class DeviceEdge:
@@ -157,8 +149,7 @@ class DeviceEdge:
     """
 
     def __init__(self, actor: Any, name: str) -> None:
-        self.do = _DeviceCall(lambda what: actor.run_phase.remote(name, what))
-        self.news = _DeviceCall(lambda pid, since: actor.records.remote(name, pid, since))
+        self.do, self.news = DeviceCall(actor.run_phase, name), DeviceCall(actor.records, name)
 
 
 def limits_for(recipe: SplitTuneRecipe) -> TuneLimits:

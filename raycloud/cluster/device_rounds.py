@@ -39,7 +39,7 @@ from raycloud.rounds.service import RoundServer
 
 NAMESPACE = "raycloud"
 """Ray namespace of the actors that other jobs of the cluster may look up."""
-_FAREWELL_S = 15.0
+FAREWELL_S = 15.0
 """Longest time to wait until the devices know that a job has ended."""
 _LOG = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ class DeviceRounds(ActorService):
     def finish(self, weights: Mapping[str, Weights]) -> None:
         """Tell the devices that there are no further rounds, with the final weights by cohort."""
         final = {edge.name: weights[self._recipe.cohort_of(edge).name] for edge in self._recipe.devices}
-        self._do(self._servers.rounds.finish(final, _FAREWELL_S))
+        self._do(self._servers.rounds.finish(final, FAREWELL_S))
 
     def _do(self, call: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(call, self._service.loop).result()
@@ -186,13 +186,14 @@ class DeviceRounds(ActorService):
 
 
 @dataclass(frozen=True)
-class _DeviceCall:
+class DeviceCall:
     """Method of the actor for one device, with the interface of an actor's method."""
 
     method: Any
     device: str
 
     def remote(self, *arguments: Any) -> Any:
+        """Call the method for the device; return the reference of the result."""
         return self.method.remote(self.device, *arguments)
 
 
@@ -205,8 +206,8 @@ class DeviceStudent:
     """
 
     def __init__(self, actor: Any, device: str) -> None:
-        self.prepare, self.train = _DeviceCall(actor.prepare, device), _DeviceCall(actor.train, device)
-        self.heartbeat, self.advance = _DeviceCall(actor.heartbeat, device), _DeviceCall(actor.advance, device)
+        self.prepare, self.train = DeviceCall(actor.prepare, device), DeviceCall(actor.train, device)
+        self.heartbeat, self.advance = DeviceCall(actor.heartbeat, device), DeviceCall(actor.advance, device)
 
 
 def start_device_rounds(

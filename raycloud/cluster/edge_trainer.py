@@ -67,7 +67,7 @@ class EdgeTrainerActor:
             TrainingError: gradients stay non-finite.
         """
         recipe = self._recipe
-        with torch_threads(threads_per_actor(recipe.threads, "edge", len(recipe.edges))):
+        with torch_threads(threads_per_actor(recipe.threads, "edge", len(recipe.edges) - len(recipe.devices))):
             if self._member is None:
                 self._member = MemberRun(
                     recipe,

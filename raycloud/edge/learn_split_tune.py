@@ -147,6 +147,7 @@ class SplitTuneDevice:
                 session.on_progress(what, record["step"] + 1, self._run.steps, f"loss {record['loss']:.3f}")
 
             if what == "before":
+                session.notify("evaluating before training")
                 return PhaseReport.model_validate({"metrics": self._run.before(), "facts": self._run.facts()})
             found = self._run.alone(on_record) if what == "alone" else self._run.together(on_record)
         return PhaseReport.model_validate({"metrics": found, "records": _read_records(written)})

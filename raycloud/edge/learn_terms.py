@@ -61,7 +61,7 @@ class JobDemands:
     rounds: int
     steps: int
     leaves: str
-    """What leaves the device besides trained weights and losses; empty for nothing."""
+    """Data that leaves the device besides trained weights and losses; empty for none."""
     tokens_leave: bool
     """Token ids of the device's texts go to the teacher."""
     hidden_leave: bool

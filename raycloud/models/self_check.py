@@ -31,7 +31,7 @@ Cut = tuple[int, int]
 
 @dataclass(frozen=True)
 class LogitsRule:
-    """How logits come from the head's output for final hidden states."""
+    """Relation of a model's logits to its head's output for final hidden states."""
 
     kind: Literal["none", "head", "factor", "cap", "other"]
     """``none``: no head. ``head``: as they are. ``factor``: times ``value``. ``cap``: ``value`` tanh(x / ``value``)."""

@@ -22,7 +22,7 @@ Shape = tuple[int | str, ...]
 
 @dataclass(frozen=True)
 class TracedStructure:
-    """What one traced forward says of a model."""
+    """Structure of a model, as found by tracing its forward."""
 
     chain: BlockChain
     tuple_size: int
