@@ -2,7 +2,7 @@
 
 A model is accepted if the self-check accepts it. Then another random model of the same configuration must give the same
 logits in segments, and the same greedy text as the library's ``generate``; an accepted model that does not is silently
-wrong.
+wrong. Its parts must also load from a checkpoint as the library loads them (:mod:`raycloud.benchmarks.family_parts`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from raycloud.benchmarks.family_configs import DECODERS, ENCODERS, tiny_model
+from raycloud.benchmarks.family_parts import compare_parts
 from raycloud.benchmarks.measure import Measured
 from raycloud.errors import ModelError
 from raycloud.models.chain import find_chain
@@ -50,6 +52,8 @@ class FamilyResult:
     """Errors of an accepted model."""
     refusal: str = ""
     path: str = ""
+    parts: list[str] = field(default_factory=list)
+    """Differences of its parts, loaded from a checkpoint, from the library's loading of the whole."""
 
     def figures(self) -> dict[str, Any]:
         """Figures of the configuration."""
@@ -60,6 +64,7 @@ class FamilyResult:
             "wrong": self.wrong,
             "refusal": self.refusal,
             "path": self.path,
+            "parts": self.parts,
         }
 
 
@@ -163,6 +168,14 @@ def judge(kind: str, *, causal: bool, folder: Path) -> TwinResult:
     return TwinResult(verdict.accepted, *seconds)
 
 
+def parts_of(name: str) -> list[str]:
+    """Differences of a configuration's parts from the library's loading, see :func:`~.family_parts.compare_parts`."""
+    for attention in ATTENTIONS:
+        with suppress(ValueError):  # the library's own refusal of this implementation
+            return compare_parts(tiny_model(name, attention))
+    return [f"no attention implementation of {', '.join(ATTENTIONS)}"]
+
+
 def _judge_types(names: Sequence[str]) -> dict[str, TwinResult]:
     """Take the verdicts on the default configurations of the types that have these names."""
     with tempfile.TemporaryDirectory() as folder:
@@ -180,6 +193,7 @@ def run(*, names: Sequence[str] = (*DECODERS, *ENCODERS), attentions: Sequence[s
     with progress_bars(len(names)) as shown, quiet_transformers():
         for name in names:
             results[name] = examine(name, attentions)
+            results[name].parts = parts_of(name)
             shown.move("configurations", next(done), name)
     twins = _judge_types(names)
     types = {(DECODERS | ENCODERS)[name][0] for name in names}
@@ -191,6 +205,7 @@ def run(*, names: Sequence[str] = (*DECODERS, *ENCODERS), attentions: Sequence[s
         "silently_wrong": sum(bool(one.wrong) for one in results.values()),
         "compose": sum(one.accepted and one.composed for one in results.values()),
         "generate": sum(bool(one.generated) for one in results.values()),
+        "loads_parts": len({(DECODERS | ENCODERS)[name][0] for name, one in results.items() if not one.parts}),
         "twins": sum(twin.accepted for twin in twins.values()),
         "self_check_s": max(twin.first_s for twin in twins.values()),
         "self_check_again_s": max(twin.again_s for twin in twins.values()),
@@ -202,9 +217,10 @@ def run(*, names: Sequence[str] = (*DECODERS, *ENCODERS), attentions: Sequence[s
             "yes" if one.accepted else "no",
             "yes" if one.accepted and one.composed else "-",
             {True: "yes", False: "no", None: "-"}[one.generated],
-            "; ".join(one.wrong) or one.refusal,
+            "no" if one.parts else "yes",
+            "; ".join(one.wrong) or one.refusal or "; ".join(one.parts),
         ]
         for name, one in results.items()
     ]
-    header = ["configuration", "accepted", "composes", "generates", "remark"]
+    header = ["configuration", "accepted", "composes", "generates", "loads parts", "remark"]
     return Measured("Text models in segments, by the library's own forward", header, rows, figures)

@@ -43,6 +43,7 @@ BENCHMARKS = {
             "silently_wrong",
             "compose",
             "generate",
+            "loads_parts",
             "twins",
             "self_check_s",
             "self_check_again_s",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -15,12 +15,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.core_model_loading import build_glob_alternation
 
 from raycloud.checksums import verify
 from raycloud.errors import ModelError
 from raycloud.models.configuration import CONFIG, file_of, first_line, quiet_transformers
-from raycloud.models.structure import base_of, pooler_of, structure_of
+from raycloud.models.tensor_sources import Conversion, TensorSource
 from raycloud.models.weights import tensor_digest
 
 INDEX, SINGLE, GENERATION = "model.safetensors.index.json", "model.safetensors", "generation_config.json"
@@ -104,6 +113,21 @@ class Checkpoint:
         with self._open(self.tensors[name].shard) as file:
             return file.get_tensor(name)
 
+    @contextmanager
+    def reader(self) -> Iterator[Callable[[str], Tensor]]:
+        """Function that reads tensors as :meth:`tensor` does; in the context each shard is opened once."""
+        with ExitStack() as stack:
+            files: dict[str, Any] = {}
+
+            def read(name: str) -> Tensor:
+                shard = self.tensors[name].shard
+                if shard not in files:
+                    files[shard] = stack.enter_context(self._open(shard))
+                found: Tensor = files[shard].get_tensor(name)
+                return found
+
+            yield read
+
     @cached_property
     def digests(self) -> dict[str, str]:
         """SHA-256 of every byte of each tensor with its type and shape, by name; a file is read once per process."""
@@ -184,6 +208,17 @@ def fingerprint_from(config: Mapping[str, Any], digests: Mapping[str, str]) -> s
     return hashlib.sha256(json.dumps([plain, dict(digests)], sort_keys=True).encode()).hexdigest()
 
 
+def has_language_head(config: PretrainedConfig) -> bool:
+    """Return whether a type is loaded as a causal language model; other types are loaded without a head.
+
+    By the library's own lists: types that have a masked-language head as well are encoders, or encoders with decoders,
+    unless their configuration says ``is_decoder``.
+    """
+    kind = type(config)
+    masked = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and not masked
+
+
 def empty_model(
     config: PretrainedConfig,
     *,
@@ -196,7 +231,7 @@ def empty_model(
 
     Args:
         config: configuration of the model.
-        dtype: type of the parameters.
+        dtype: type of the parameters; those that the library keeps in single precision stay so.
         attention: the attention implementation of ``transformers``.
         device: device of the computed buffers.
         names: tensor names of the checkpoint; an encoder whose checkpoint has no pooler gets none.
@@ -204,7 +239,7 @@ def empty_model(
     Raises:
         ModelError: the configuration contradicts itself.
     """
-    auto = AutoModelForCausalLM if structure_of(config).causal else AutoModel
+    auto = AutoModelForCausalLM if has_language_head(config) else AutoModel
     with quiet_transformers(), torch.device("meta"):
         try:
             model: PreTrainedModel = auto.from_config(
@@ -214,46 +249,81 @@ def empty_model(
             raise ModelError(
                 f"no '{config.model_type}' model can be built of its {CONFIG}: {first_line(error)}"
             ) from error
-    if names is not None and pooler_of(model) is not None and not any("pooler." in name for name in names):
-        base_of(model).pooler = None  # type: ignore[assignment]
-    owners: dict[str, nn.Module] = {}
-    for name, buffer in model.named_non_persistent_buffers():
-        path, _, leaf = name.rpartition(".")
-        owners[path] = model.get_submodule(path)
-        owners[path].register_buffer(leaf, torch.empty_like(buffer, device=device), persistent=False)
-    with torch.no_grad():
-        for owner in owners.values():
-            # The library's own way to fill computed buffers; parameters are still without memory and not touched.
-            model._init_weights(owner)
+    base: Any = model.base_model
+    if names is not None and getattr(base, "pooler", None) is not None and not any("pooler." in name for name in names):
+        base.pooler = None
+    _keep_single_precision(model, dtype)
+    _compute_buffers(model, device)
     return model.eval()
 
 
+def _keep_single_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the parameters that the library keeps in single precision their type."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    pattern, group_names, _ = build_glob_alternation(list(plan))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if (found := pattern.search(name)) is not None and found.lastgroup is not None:
+            tensor.data = tensor.data.to(plan[group_names[found.lastgroup]])
+
+
+def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Compute the buffers that are not saved, by the library's own initialisation."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True  # the library then leaves it as it is
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path).register_buffer(leaf, torch.empty_like(buffer, device=device), persistent=False)
+    with torch.no_grad():
+        # Of the whole model: falcon_h1 computes the buffers of its blocks in the module above them.
+        model.initialize_weights()
+
+
 def load_tensors(
-    model: PreTrainedModel, accounts: Mapping[str, str], checkpoint: Checkpoint, device: torch.device
+    model: PreTrainedModel, sources: Mapping[str, TensorSource], checkpoint: Checkpoint, device: torch.device
 ) -> None:
     """Load tensors of a checkpoint into an empty model; all other parameters stay without memory.
 
-    Where type and device agree, parameters are the memory-mapped pages of the file and take memory once they are used.
+    Where type and device agree, parameters are the memory-mapped pages of the file and take memory once they are used;
+    tensors that the library converts are made one by one.
 
     Args:
         model: a model from :func:`empty_model`.
-        accounts: stored name of each wanted tensor, see :func:`raycloud.models.tensor_check.match_tensors`.
+        sources: source of each wanted tensor, see :func:`raycloud.models.tensor_check.match_tensors`.
         checkpoint: the checkpoint that holds the tensors.
         device: device of the loaded tensors.
     """
-    loaded: dict[str, nn.Parameter] = {}
-    for name, stored in accounts.items():
-        path, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(path)
-        empty = getattr(owner, leaf)
-        if stored not in loaded:
-            tensor = checkpoint.tensor(stored)
-            kind = empty.dtype if empty.dtype.is_floating_point else tensor.dtype
-            loaded[stored] = nn.Parameter(tensor.to(device=device, dtype=kind), tensor.is_floating_point())
-        if isinstance(empty, nn.Parameter):
-            setattr(owner, leaf, loaded[stored])
-        else:
-            owner.register_buffer(leaf, loaded[stored].detach())
+    wanted: dict[Conversion, list[str]] = {}
+    for name, source in sources.items():
+        wanted.setdefault(source.conversion, []).append(name)
+    for conversion, names in wanted.items():
+        made = make_tensors(conversion, model, checkpoint)
+        loaded: dict[str, nn.Parameter] = {}
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            owner, key = model.get_submodule(path), sources[name].name
+            empty = getattr(owner, leaf)
+            if key not in loaded:
+                loaded[key] = nn.Parameter(made.pop(key).to(device=device), empty.is_floating_point())
+            if isinstance(empty, nn.Parameter):
+                setattr(owner, leaf, loaded[key])
+            else:
+                owner.register_buffer(leaf, loaded[key].detach())
+
+
+def make_tensors(conversion: Conversion, model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Make tensors of a model of stored ones, by name, in the type that the model has them in.
+
+    Args:
+        conversion: see :func:`raycloud.models.tensor_sources.find_conversions`.
+        model: the model.
+        checkpoint: the checkpoint.
+    """
+    path, _, leaf = conversion.target.rpartition(".")
+    dtype = getattr(model.get_submodule(path), leaf).dtype
+    with checkpoint.reader() as read, torch.no_grad():
+        return conversion.run(model, lambda name: read(name).to(dtype=dtype))
 
 
 def copy_parameters(modules: Iterable[nn.Module]) -> None:

@@ -2,12 +2,14 @@
 
 A checkpoint is compared with the model of its configuration by the headers of its files alone, before anything takes
 memory. Every tensor of the file is used, every parameter and saved buffer of the model is read, in its own shape, or
-the load fails with one line that names the tensors at fault. These known differences are accepted:
+the load fails with one line that names the tensors at fault. Tensors that the library converts are checked one by one
+too: those stored must be those that the library would store. These known differences are accepted:
 
-- a base model's tensors may lack the prefix of the task model or have it, and LayerNorm's weights may have the names
-  ``gamma`` and ``beta`` of releases before transformers;
+- the library's renamings: a base model's tensors may lack the prefix of the task model or have it, and LayerNorm's
+  weights may have the names ``gamma`` and ``beta`` of releases before transformers;
 - one of several tensors that the configuration ties together is enough; if several are stored they must be equal;
-- buffers that the library now computes (rotary ``inv_freq``, ``position_ids``, GPT-2's causal masks) are not read;
+- buffers that the library now computes (rotary ``inv_freq``, ``position_ids``, GPT-2's causal masks), and tensors that
+  its class for the model says to ignore, such as blocks for the prediction of several tokens, are not read;
 - an encoder is loaded without a task head: if some tensors have the base model's prefix, those without it belong to a
   head and are not read; and an encoder that was saved without a pooler has none.
 """
@@ -15,18 +17,25 @@ the load fails with one line that names the tensors at fault. These known differ
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raycloud.errors import ModelError
-from raycloud.models.checkpoint import Checkpoint
-from raycloud.models.structure import structure_of
+from raycloud.models.checkpoint import Checkpoint, make_tensors
+from raycloud.models.configuration import first_line
+from raycloud.models.tensor_sources import (
+    Conversion,
+    Shape,
+    TensorSource,
+    find_conversions,
+    missing_sources,
+    shapes_by_stored_name,
+)
 
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|attn\.(masked_)?bias)$")
-_LEGACY = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
 _PLAIN = ("F64", "F32", "F16", "BF16")
 
 
@@ -35,35 +44,36 @@ def match_tensors(
     checkpoint: Checkpoint,
     modules: Iterable[nn.Module] | None = None,
     *,
-    part: bool = False,
-) -> dict[str, str]:
-    """Match the parameters and saved buffers of a model with a checkpoint: its stored names, by the model's names.
+    whole: Collection[str] | None = None,
+) -> dict[str, TensorSource]:
+    """Match the parameters and saved buffers of a model with a checkpoint: their sources, by the model's names.
 
     Args:
         model: an empty model, see :func:`~raycloud.models.checkpoint.empty_model`.
         checkpoint: the checkpoint with the same configuration.
         modules: modules whose tensors are wanted; those of the whole model if None.
-        part: the checkpoint is an exported part of a model, which needs to hold the wanted tensors only.
+        whole: names of all tensors of the whole checkpoint, if this one is an exported part of it, which needs to hold
+            the wanted tensors only.
 
     Raises:
         ModelError: a tensor is missing, not used, of another shape, or not stored as plain numbers.
     """
     saved = model.state_dict(keep_vars=True)
+    conversions, unplaced = find_conversions(model, saved, checkpoint.tensors if whole is None else whole)
+    check = _Check(model, saved, checkpoint)
+    found = {source.name: source for one in conversions for source in check.sources(one)}
+    _tie(found, model, checkpoint)
     wanted = _wanted(modules, saved)
-    found = {name: stored for name in saved if (stored := _stored(name, model, checkpoint)) is not None}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    used = set(found.values())
-    for target, source in tied.items():
-        _tie(found, target, source, checkpoint)
-    needed = wanted if part else saved
+    absent = [name for name in (saved if whole is None else wanted) if name not in found]
+    ignored = _ignored(model, checkpoint.tensors if whole is None else whole)
     check_tensors(
         checkpoint.source,
         model.config.model_type,
-        missing=[name for name in needed if name not in found],
-        unused=[name for name in checkpoint.tensors if name not in used and not _harmless(name, model, checkpoint)],
-        odd=[said for name, stored in found.items() if (said := _odd(saved[name], stored, checkpoint))],
+        missing=[*check.missing, *(name for name in absent if name not in check.refused)],
+        unused=[*check.extra, *(name for name in unplaced if name in checkpoint and not ignored(name))],
+        odd=check.odd,
     )
-    return {name: stored for name, stored in found.items() if name in wanted}
+    return {name: source for name, source in found.items() if name in wanted}
 
 
 def check_tensors(
@@ -97,43 +107,105 @@ def _wanted(modules: Iterable[nn.Module] | None, saved: dict[str, torch.Tensor])
     return {name for name, tensor in saved.items() if id(tensor) in held}
 
 
-def _stored(name: str, model: PreTrainedModel, checkpoint: Checkpoint) -> str | None:
+class _Check:
+    """Check of conversions by the headers of the stored tensors; what is wrong is collected."""
+
+    def __init__(self, model: PreTrainedModel, saved: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+        self._model, self._saved, self._checkpoint = model, saved, checkpoint
+        self.missing, self.extra, self.odd = list[str](), list[str](), list[str]()
+        self.refused = set[str]()
+        """Tensors of the model with stored tensors of which something is wrong, and named."""
+
+    def sources(self, conversion: Conversion) -> Iterator[TensorSource]:
+        """Sources of the tensors that a conversion makes; none if something is wrong with its stored tensors."""
+        held = [name for name in conversion.stored if name in self._checkpoint]
+        if not held:  # of another part
+            return
+        if conversion.converter is None:
+            self.odd += self._odd(held[0], tuple(self._saved[conversion.target].shape), conversion.target)
+            yield TensorSource(conversion, conversion.target)
+            return
+        missing = [name for name in conversion.stored if name not in self._checkpoint]
+        extra, shapes = list[str](), dict[str, Shape]()
+        expected = conversion.expected(self._model, self._saved[conversion.target])
+        if expected is not None:
+            shapes = shapes_by_stored_name(conversion, expected, self._model.base_model_prefix)
+            missing += missing_sources(conversion, expected, self._model)
+            extra += [name for name in held if name not in shapes]
+        odd = [said for name in held for said in self._odd(name, shapes.get(name), conversion.target)]
+        if missing or extra or odd:
+            self.missing, self.extra, self.odd = self.missing + missing, self.extra + extra, self.odd + odd
+            self.refused.add(conversion.target)
+            return
+        yield from self._made(conversion)
+
+    def _made(self, conversion: Conversion) -> Iterator[TensorSource]:
+        """Run a conversion without numbers, and compare the shapes of what it makes with the model's."""
+        headers = self._checkpoint.tensors
+        try:
+            made = conversion.run(self._model, lambda name: torch.empty(headers[name].shape, device="meta"))
+            said = ""
+        except Exception as error:  # the library's operations raise many kinds
+            made, said = {}, first_line(error)
+        for name, tensor in made.items():
+            shape = tuple(self._saved[name].shape) if name in self._saved else None
+            if tuple(tensor.shape) != shape:
+                said = said or f"they give {name} the shape {tuple(tensor.shape)}, not {shape}"
+        if said:
+            names, self.refused = conversion.stored, self.refused | {conversion.target}
+            self.odd.append(f"{names[0]} to {names[-1]} ({len(names)}), of which {conversion.target} is made: {said}")
+            return
+        for name in made:
+            yield TensorSource(conversion, name)
+
+    def _odd(self, stored: str, shape: Shape | None, target: str) -> list[str]:
+        """Remark on a stored tensor that has not this shape, or not the kind of numbers of the model's ``target``."""
+        there = self._checkpoint.tensors[stored]
+        if shape is not None and there.shape != shape:
+            return [f"{stored} has shape {there.shape}, not {shape}"]
+        floating = self._saved[target].is_floating_point()
+        if floating and there.dtype not in _PLAIN:
+            return [f"{stored} is stored as {there.dtype}, and only {', '.join(_PLAIN)} are plain numbers"]
+        if not floating and there.dtype in _PLAIN:
+            return [f"{stored} is stored as {there.dtype}, and the model's are whole numbers"]
+        return []
+
+
+def _tie(found: dict[str, TensorSource], model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Give tensors that are tied together one source: that of the first of them that is stored."""
+    groups: dict[str, list[str]] = {}
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        groups.setdefault(source, [source]).append(target)
+    for names in groups.values():
+        stored = [name for name in names if name in found]
+        for other in stored[1:]:
+            first, second = (_value(found[name], model, checkpoint) for name in (stored[0], other))
+            if not torch.equal(first, second):
+                raise ModelError(
+                    f"'{checkpoint.source}' holds '{found[other].stored[0]}' and '{found[stored[0]].stored[0]}' with "
+                    "different values, and its configuration ties them; allowed: tie_word_embeddings: false, or equal "
+                    "values"
+                )
+        if stored:
+            found |= dict.fromkeys(names, found[stored[0]])
+
+
+def _value(source: TensorSource, model: PreTrainedModel, checkpoint: Checkpoint) -> Tensor:
+    if source.conversion.converter is None:
+        return checkpoint.tensor(source.stored[0])
+    return make_tensors(source.conversion, model, checkpoint)[source.name]
+
+
+def _ignored(model: PreTrainedModel, names: Collection[str]) -> Callable[[str], bool]:
+    """Function that tells whether a stored tensor without a place in the model is known to be none of it."""
     prefix = f"{model.base_model_prefix}."
-    old = next((name.removesuffix(new) + old for new, old in _LEGACY if name.endswith(new)), name)
-    for known in (name, old):
-        for variant in (known, known.removeprefix(prefix), prefix + known):
-            if variant in checkpoint:
-                return variant
-    return None
+    headless = model.base_model is model and any(name.startswith(prefix) for name in names)
+    # The library searches its patterns anywhere in a name; whole components are asked for here, so that a stray
+    # "attn.c_attn.bias" is none of "attn.bias".
+    listed = [rf"(?:^|\.)(?:{one})(?:\.|$)" for one in model._keys_to_ignore_on_load_unexpected or ()]
+    patterns = [_COMPUTED, *map(re.compile, listed)]
 
+    def ignored(name: str) -> bool:
+        return any(pattern.search(name) for pattern in patterns) or (headless and not name.startswith(prefix))
 
-def _tie(found: dict[str, str], target: str, source: str, checkpoint: Checkpoint) -> None:
-    """Map two tied tensors to the stored one of the two."""
-    stored, other = found.get(source, found.get(target)), found.get(target)
-    if stored and other and stored != other and not torch.equal(*map(checkpoint.tensor, (stored, other))):
-        raise ModelError(
-            f"'{checkpoint.source}' holds '{other}' and '{stored}' with different values, and its configuration ties "
-            "them; allowed: tie_word_embeddings: false, or equal values"
-        )
-    if stored is not None:
-        found[target] = found[source] = stored
-
-
-def _odd(empty: torch.Tensor, stored: str, checkpoint: Checkpoint) -> str:
-    there = checkpoint.tensors[stored]
-    if there.shape != tuple(empty.shape):
-        return f"{stored} has shape {there.shape}, not {tuple(empty.shape)}"
-    if empty.is_floating_point() and there.dtype not in _PLAIN:
-        return f"{stored} is stored as {there.dtype}, and only {', '.join(_PLAIN)} are plain numbers"
-    return ""
-
-
-def _harmless(name: str, model: PreTrainedModel, checkpoint: Checkpoint) -> bool:
-    if _COMPUTED.search(name):
-        return True
-    prefix = f"{model.base_model_prefix}."
-    return (
-        not structure_of(model.config).causal
-        and not name.startswith(prefix)
-        and any(other.startswith(prefix) for other in checkpoint.tensors)
-    )
+    return ignored

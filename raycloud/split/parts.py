@@ -290,7 +290,8 @@ def export(
 
     def stored_of(side: PartSide) -> list[str]:
         model, _ = found.skeleton("cpu", "auto", "sdpa")
-        return sorted(set(match_tensors(model, checkpoint, _segments(model, plans, side)).values()))
+        sources = match_tensors(model, checkpoint, _segments(model, plans, side))
+        return sorted({stored for source in sources.values() for stored in source.stored})
 
     wanted = {side: stored_of(side) for side in sides}  # errors in the model are found before anything is written
 
@@ -344,8 +345,8 @@ class _PartSource:
         return model, place
 
     def fill(self, model: PreTrainedModel, modules: Sequence[nn.Module], place: torch.device) -> None:
-        accounts = match_tensors(model, self.checkpoint, modules, part=self.manifest is not None)
-        load_tensors(model, accounts, self.checkpoint, place)
+        whole = None if self.manifest is None else self.manifest.digests
+        load_tensors(model, match_tensors(model, self.checkpoint, modules, whole=whole), self.checkpoint, place)
 
 
 def _open_source(
