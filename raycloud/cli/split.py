@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from raycloud.cli import split_plan
 from raycloud.cli.options import AsJson, Out, Overwrite, print_json, read_recipe
 from raycloud.errors import ResultError
 
 app = typer.Typer(help="Split a model between edge and cloud.", no_args_is_help=True)
+app.command("plan")(split_plan.plan)
 
 
 @app.command("export")

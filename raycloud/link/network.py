@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import re
 import threading
 import time
 from dataclasses import dataclass
@@ -27,6 +28,37 @@ class Network:
     def seconds(self, size: int) -> float:
         """Seconds for which a message of ``size`` bytes occupies its direction."""
         return size * 8 / (self.mbit_s * 1e6)
+
+
+_BANDWIDTHS = {"kbit": 1e-3, "mbit": 1.0, "gbit": 1e3}
+_DELAYS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+
+
+def parse_bandwidth(text: str) -> float:
+    """Bandwidth in Mbit/s of a text such as ``10Mbit``, ``500kbit`` or ``1Gbit/s``.
+
+    Raises:
+        ValueError: it is no positive number with one of these units.
+    """
+    return _parse("bandwidth", text.removesuffix("/s"), _BANDWIDTHS, "10Mbit", least=1e-6)
+
+
+def parse_delay(text: str) -> float:
+    """Delay in milliseconds of a text such as ``50ms``, ``0.2s`` or ``300us``.
+
+    Raises:
+        ValueError: it is no number of 0 or more with one of these units.
+    """
+    return _parse("delay", text, _DELAYS, "50ms", least=0.0)
+
+
+def _parse(what: str, text: str, units: dict[str, float], example: str, least: float) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", text.strip().lower())
+    value = float(found[1]) * units[found[2]] if found and found[2] in units else -1.0
+    if not least <= value < float("inf"):
+        allowed = ", ".join(units)
+        raise ValueError(f"'{text}' is no {what}; allowed: a number with a unit of {allowed}, such as {example}")
+    return value
 
 
 class _Direction:

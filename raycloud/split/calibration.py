@@ -22,6 +22,7 @@ from raycloud.errors import DataError, LinkSetupError, ModelError
 from raycloud.link.codecs.cut_codec import CutCodec, float_cut_codec
 from raycloud.link.codecs.fitting import FITTED, CutFit, FitChoices, fit_cut, random_rotation
 from raycloud.link.codecs.floats import CODECS
+from raycloud.link.codecs.sizes import MOST_FIRST
 from raycloud.link.codecs.transforms import Rotate
 from raycloud.models.segments import Segment
 from raycloud.models.structure import blocks_of
@@ -31,7 +32,6 @@ CALIBRATION_TOKENS = 8192
 """Number of tokens that suffices for a calibration."""
 
 _BATCH = 16
-_MAX_SINK_POSITIONS = 4
 _MIN_TOKENS = 64
 _SINK_RATIO = 2.0
 """Factor by which hidden states at an attention-sink position are larger in norm than others."""
@@ -195,7 +195,7 @@ def calibrate(
         positions = torch.cat([torch.arange(int(n)) for batch in batches for n in batch.valid.sum(dim=1)])
         if not bool(hidden.isfinite().all()):
             raise ModelError(f"the hidden states at cut {cut} are not all finite; load it in float32 or bfloat16")
-        if int((positions >= _MAX_SINK_POSITIONS).sum()) < _MIN_TOKENS:
+        if int((positions >= MOST_FIRST).sum()) < _MIN_TOKENS:
             raise DataError(f"too little text to calibrate on: need {_MIN_TOKENS} tokens beyond the first of a text")
         first = num_sink_positions(hidden, positions)
         fitted[cut] = fit_cut(hidden[positions >= first], first, rotation)
@@ -211,8 +211,6 @@ def num_sink_positions(hidden: Tensor, positions: Tensor) -> int:
         positions: (n,) positions of the tokens in their texts.
     """
     lengths = hidden.norm(dim=1)
-    usual = lengths[positions >= _MAX_SINK_POSITIONS].median()
-    sinks = [
-        at for at in range(1, _MAX_SINK_POSITIONS) if bool(lengths[positions == at].median() > _SINK_RATIO * usual)
-    ]
+    usual = lengths[positions >= MOST_FIRST].median()
+    sinks = [at for at in range(1, MOST_FIRST) if bool(lengths[positions == at].median() > _SINK_RATIO * usual)]
     return max(sinks, default=0) + 1

@@ -11,7 +11,7 @@ import pytest
 
 from raycloud.errors import LinkError
 from raycloud.link.channel import LinkDown
-from raycloud.link.network import EmulatedChannel, Network
+from raycloud.link.network import EmulatedChannel, Network, parse_bandwidth, parse_delay
 from tests.clock import Clock
 
 
@@ -57,6 +57,28 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 def test_impossible_networks_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="mbit_s > 0"):
         Network(**wrong)
+
+
+@pytest.mark.parametrize(("text", "mbit_s"), [("10Mbit", 10), ("2.5 mbit/s", 2.5), ("500kbit", 0.5), ("1Gbit/s", 1000)])
+def test_bandwidths_have_units(text: str, mbit_s: float) -> None:
+    assert parse_bandwidth(text) == pytest.approx(mbit_s)
+
+
+@pytest.mark.parametrize(("text", "ms"), [("50ms", 50), ("0.2s", 200), ("300 us", 0.3), ("0ms", 0)])
+def test_delays_have_units(text: str, ms: float) -> None:
+    assert parse_delay(text) == pytest.approx(ms)
+
+
+@pytest.mark.parametrize("text", ["", "10", "ten Mbit", "10MB", "-1Mbit", "0Mbit", "10Mbit 5"])
+def test_other_bandwidths_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is no bandwidth; allowed: .*such as 10Mbit"):
+        parse_bandwidth(text)
+
+
+@pytest.mark.parametrize("text", ["50", "50min", "-1ms", "50ms,"])
+def test_other_delays_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is no delay; allowed: .*such as 50ms"):
+        parse_delay(text)
 
 
 def test_a_message_keeps_its_direction_busy_for_its_size() -> None:

@@ -22,6 +22,11 @@ from raycloud.split.inference.pipeline import SplitPipeline
 from raycloud.split.parts import CloudPart, EdgePart
 from raycloud.split.plan import PlanSet
 
+PROMPT_CHUNK = 128
+"""Tokens of a prompt processed at once."""
+CHUNKS_IN_FLIGHT = 4
+"""Chunks of a prompt in flight at once."""
+
 
 class SplitTokenSource:
     """Model cut between edge and cloud that continues prompts.
@@ -45,8 +50,8 @@ class SplitTokenSource:
         connect: Callable[[], CloudBlocks],
         plans: PlanSet,
         *,
-        chunk: int = 128,
-        ahead: int = 4,
+        chunk: int = PROMPT_CHUNK,
+        ahead: int = CHUNKS_IN_FLIGHT,
         seed: int = 0,
         max_length: int | None = None,
     ) -> None:
