@@ -35,7 +35,10 @@ from raycloud.report.console import progress_bars
 ATTENTIONS = ("sdpa", "eager")
 CUTS = ((0, 2), (1, 3), (2, 2), (3, 4), (0, 4))
 PROMPT, NEW = 9, 12
-QUICK = {"names": ("llama", "gpt_oss", "gemma2", "mamba", "zamba2", "roberta"), "attentions": ("sdpa", "eager")}
+QUICK = {
+    "names": ("llama", "gpt_oss", "qwen3_moe", "gemma2", "mamba", "zamba2", "roberta"),
+    "attentions": ("sdpa", "eager"),
+}
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 _TEXT = 24
 

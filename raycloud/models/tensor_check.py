@@ -22,9 +22,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightTransform
 
 from raycloud.errors import ModelError
-from raycloud.models.checkpoint import Checkpoint, make_tensors
+from raycloud.models.checkpoint import Checkpoint, StoredTensor, make_tensors
 from raycloud.models.configuration import first_line
 from raycloud.models.tensor_sources import (
     Conversion,
@@ -58,22 +59,58 @@ def match_tensors(
     Raises:
         ModelError: a tensor is missing, not used, of another shape, or not stored as plain numbers.
     """
+
+    def equal(one: TensorSource, other: TensorSource) -> bool:
+        return torch.equal(_value(one, model, checkpoint), _value(other, model, checkpoint))
+
     saved = model.state_dict(keep_vars=True)
-    conversions, unplaced = find_conversions(model, saved, checkpoint.tensors if whole is None else whole)
-    check = _Check(model, saved, checkpoint)
-    found = {source.name: source for one in conversions for source in check.sources(one)}
-    _tie(found, model, checkpoint)
     wanted = _wanted(modules, saved)
-    absent = [name for name in (saved if whole is None else wanted) if name not in found]
-    ignored = _ignored(model, checkpoint.tensors if whole is None else whole)
-    check_tensors(
-        checkpoint.source,
-        model.config.model_type,
-        missing=[*check.missing, *(name for name in absent if name not in check.refused)],
-        unused=[*check.extra, *(name for name in unplaced if name in checkpoint and not ignored(name))],
-        odd=check.odd,
+    found = match_headers(
+        model, checkpoint.tensors, checkpoint.source, whole=whole, needed=None if whole is None else wanted, equal=equal
     )
     return {name: source for name, source in found.items() if name in wanted}
+
+
+def match_headers(
+    model: PreTrainedModel,
+    headers: Mapping[str, StoredTensor],
+    source: str,
+    *,
+    mapping: list[WeightTransform] | None = None,
+    whole: Collection[str] | None = None,
+    needed: Collection[str] | None = None,
+    equal: Callable[[TensorSource, TensorSource], bool] = lambda one, other: True,
+) -> dict[str, TensorSource]:
+    """Match the parameters and saved buffers of a model with the headers of stored tensors, of any format of files.
+
+    Args:
+        model: an empty model.
+        headers: headers by stored name.
+        source: the model folder or file.
+        mapping: see :func:`~raycloud.models.tensor_sources.find_conversions`.
+        whole: see :func:`match_tensors`.
+        needed: names of the model that must be there; all if None.
+        equal: compares two stored tensors that the model ties together.
+
+    Raises:
+        ModelError: see :func:`match_tensors`.
+    """
+    saved = model.state_dict(keep_vars=True)
+    names = headers if whole is None else whole
+    conversions, unplaced = find_conversions(model, saved, names, mapping)
+    check = _Check(model, saved, headers)
+    found = {one.name: one for conversion in conversions for one in check.sources(conversion)}
+    _tie(found, model, source, equal)
+    absent = [name for name in (saved if needed is None else needed) if name not in found]
+    ignored = _ignored(model, names)
+    check_tensors(
+        source,
+        model.config.model_type,
+        missing=[*check.missing, *(name for name in absent if name not in check.refused)],
+        unused=[*check.extra, *(name for name in unplaced if name in headers and not ignored(name))],
+        odd=check.odd,
+    )
+    return found
 
 
 def check_tensors(
@@ -110,22 +147,24 @@ def _wanted(modules: Iterable[nn.Module] | None, saved: dict[str, torch.Tensor])
 class _Check:
     """Check of conversions by the headers of the stored tensors; what is wrong is collected."""
 
-    def __init__(self, model: PreTrainedModel, saved: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-        self._model, self._saved, self._checkpoint = model, saved, checkpoint
+    def __init__(
+        self, model: PreTrainedModel, saved: Mapping[str, Tensor], headers: Mapping[str, StoredTensor]
+    ) -> None:
+        self._model, self._saved, self._headers = model, saved, headers
         self.missing, self.extra, self.odd = list[str](), list[str](), list[str]()
         self.refused = set[str]()
         """Tensors of the model with stored tensors of which something is wrong, and named."""
 
     def sources(self, conversion: Conversion) -> Iterator[TensorSource]:
         """Sources of the tensors that a conversion makes; none if something is wrong with its stored tensors."""
-        held = [name for name in conversion.stored if name in self._checkpoint]
+        held = [name for name in conversion.stored if name in self._headers]
         if not held:  # of another part
             return
         if conversion.converter is None:
             self.odd += self._odd(held[0], tuple(self._saved[conversion.target].shape), conversion.target)
             yield TensorSource(conversion, conversion.target)
             return
-        missing = [name for name in conversion.stored if name not in self._checkpoint]
+        missing = [name for name in conversion.stored if name not in self._headers]
         extra, shapes = list[str](), dict[str, Shape]()
         expected = conversion.expected(self._model, self._saved[conversion.target])
         if expected is not None:
@@ -141,7 +180,7 @@ class _Check:
 
     def _made(self, conversion: Conversion) -> Iterator[TensorSource]:
         """Run a conversion without numbers, and compare the shapes of what it makes with the model's."""
-        headers = self._checkpoint.tensors
+        headers = self._headers
         try:
             made = conversion.run(self._model, lambda name: torch.empty(headers[name].shape, device="meta"))
             said = ""
@@ -160,7 +199,7 @@ class _Check:
 
     def _odd(self, stored: str, shape: Shape | None, target: str) -> list[str]:
         """Remark on a stored tensor that has not this shape, or not the kind of numbers of the model's ``target``."""
-        there = self._checkpoint.tensors[stored]
+        there = self._headers[stored]
         if shape is not None and there.shape != shape:
             return [f"{stored} has shape {there.shape}, not {shape}"]
         floating = self._saved[target].is_floating_point()
@@ -171,7 +210,12 @@ class _Check:
         return []
 
 
-def _tie(found: dict[str, TensorSource], model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+def _tie(
+    found: dict[str, TensorSource],
+    model: PreTrainedModel,
+    where: str,
+    equal: Callable[[TensorSource, TensorSource], bool],
+) -> None:
     """Give tensors that are tied together one source: that of the first of them that is stored."""
     groups: dict[str, list[str]] = {}
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
@@ -179,10 +223,9 @@ def _tie(found: dict[str, TensorSource], model: PreTrainedModel, checkpoint: Che
     for names in groups.values():
         stored = [name for name in names if name in found]
         for other in stored[1:]:
-            first, second = (_value(found[name], model, checkpoint) for name in (stored[0], other))
-            if not torch.equal(first, second):
+            if not equal(found[stored[0]], found[other]):
                 raise ModelError(
-                    f"'{checkpoint.source}' holds '{found[other].stored[0]}' and '{found[stored[0]].stored[0]}' with "
+                    f"'{where}' holds '{found[other].stored[0]}' and '{found[stored[0]].stored[0]}' with "
                     "different values, and its configuration ties them; allowed: tie_word_embeddings: false, or equal "
                     "values"
                 )

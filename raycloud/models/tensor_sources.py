@@ -105,7 +105,10 @@ class TensorSource:
 
 
 def find_conversions(
-    model: PreTrainedModel, saved: Mapping[str, Tensor], names: Iterable[str]
+    model: PreTrainedModel,
+    saved: Mapping[str, Tensor],
+    names: Iterable[str],
+    mapping: list[WeightTransform] | None = None,
 ) -> tuple[list[Conversion], list[str]]:
     """Find the conversions that make a model's tensors of stored ones, by the library's mapping for the model.
 
@@ -113,11 +116,12 @@ def find_conversions(
         model: the model.
         saved: its parameters and saved buffers.
         names: names of all tensors of the whole checkpoint.
+        mapping: the library's mapping for another format of files; that of safetensors files if None.
 
     Returns:
         The conversions, and the names that have no place in the model.
     """
-    renamings, converters = _split(get_model_conversion_mapping(model))
+    renamings, converters = _split(get_model_conversion_mapping(model) if mapping is None else mapping)
     owners = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix, meta = model.base_model_prefix, dict(saved)
     plain, unplaced = dict[str, str](), list[str]()
@@ -125,7 +129,7 @@ def find_conversions(
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, meta)
         if target not in meta and name in meta:
-            target, pattern = name, None
+            target, pattern = rename_source_key(name, [], [], prefix, meta)
         if target not in meta or target in plain or (pattern is None and target in collected):
             unplaced.append(name)
         elif pattern is None:

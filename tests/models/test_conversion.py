@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, LlamaForCausalLM, PreTrainedModel
 
+from raycloud.benchmarks.family_configs import tiny_model
 from raycloud.errors import ModelError
+from raycloud.models.checkpoint import Checkpoint, empty_model, load_tensors
+from raycloud.models.conversion import dequantised
 from raycloud.models.loading import load, resolve
+from raycloud.models.tensor_check import match_tensors
 from raycloud.split.inference.generation import local_split_model
 from raycloud.split.parts import load_cloud, load_edge
 from raycloud.split.plan import PlanSet, SplitPlan
@@ -176,31 +180,110 @@ def test_a_gguf_file_that_does_not_add_up_is_named_and_not_kept(case: str, tmp_p
     assert not kept(cache)
 
 
+def coded(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Code weights in blocks of 128 as DeepSeek's do: FP8 numbers, scales, and the values that both encode."""
+    rows, columns = weights.shape
+    tall, wide = max(1, rows // 128), max(1, columns // 128)
+    blocks = weights.reshape(tall, rows // tall, wide, columns // wide)
+    scales = blocks.abs().amax(dim=(1, 3)) / 448
+    numbers = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+    values = (numbers.float() * scales[:, None, :, None]).reshape(rows, columns)
+    return numbers.reshape(rows, columns), scales, values
+
+
 def fp8_folder(folder: Path) -> tuple[Path, PreTrainedModel]:
     """Write a checkpoint in DeepSeek's format, and the model with the values that it encodes."""
     model = tiny("llama", dtype=torch.float32, intermediate_size=256)
     model.save_pretrained(folder)
     stored = load_file(folder / "model.safetensors")
     for name in [name for name in stored if name.endswith("proj.weight")]:
-        rows, columns = stored[name].shape
-        tall, wide = max(1, rows // 128), max(1, columns // 128)
-        blocks = stored[name].reshape(tall, rows // tall, wide, columns // wide)
-        scales = blocks.abs().amax(dim=(1, 3)) / 448
-        coded = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
-        stored[name] = coded.reshape(rows, columns)
-        stored[f"{name}_scale_inv"] = scales
-        values = (coded.float() * scales[:, None, :, None]).reshape(rows, columns)
-        model.get_parameter(name).data = values
+        stored[name], stored[f"{name}_scale_inv"], model.get_parameter(name).data = coded(stored[name])
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    mark_fp8(folder)
+    return folder, model
+
+
+def mark_fp8(folder: Path, **settings: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "fp8",
         "activation_scheme": "dynamic",
         "weight_block_size": [128, 128],
+        **settings,
     }
     (folder / "config.json").write_text(json.dumps(config))
     trained(97, ["a text"]).save_pretrained(folder)
-    return folder, model
+
+
+def fp8_shards(name: str, folder: Path) -> None:
+    """Write a random model of another type with FP8 projections, in shards."""
+    tiny_model(name).float().save_pretrained(folder, max_shard_size="60KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for shard in sorted({*index["weight_map"].values()}):
+        stored = load_file(folder / shard)
+        for weight in [one for one in stored if "proj" in one and one.endswith(".weight")]:
+            stored[weight], scales, _ = coded(stored[weight])
+            stored[f"{weight}_scale_inv"], index["weight_map"][f"{weight}_scale_inv"] = scales, shard
+        save_file(stored, folder / shard, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    mark_fp8(folder)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "deepseek_v3"])
+def test_fp8_shards_give_the_logits_of_the_librarys_own_loading(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "fp8"
+    fp8_shards(name, folder)
+    options: dict[str, Any] = {"dtype": torch.float32, "quantization_config": FineGrainedFP8Config(dequantize=True)}
+    stock = AutoModelForCausalLM.from_pretrained(folder, **options)
+    where = dequantised(str(folder))
+    checkpoint = Checkpoint(where)
+    config = AutoConfig.from_pretrained(where)
+    model = empty_model(config, dtype=torch.float32, attention="sdpa", device=torch.device("cpu"))
+    load_tensors(model, match_tensors(model, checkpoint), checkpoint, torch.device("cpu"))
+    assert torch.allclose(logits(model), logits(stock), atol=1e-5)
+    assert not hasattr(config, "quantization_config")
+
+
+EXPERT = "model.layers.1.mlp.experts.{}.up_proj.weight"
+
+
+def without_expert(stored: dict[str, torch.Tensor]) -> None:
+    for ending in ("", "_scale_inv"):
+        del stored[EXPERT.format(1) + ending]
+
+
+def another_expert(stored: dict[str, torch.Tensor]) -> None:
+    """As many experts as the model has, of which one has another number: the library would take it for the last."""
+    for ending in ("", "_scale_inv"):
+        stored[EXPERT.format(4) + ending] = stored.pop(EXPERT.format(1) + ending)
+
+
+def other_blocks(stored: dict[str, torch.Tensor]) -> None:
+    stored[f"{EXPERT.format(1)}_scale_inv"] = torch.ones(2, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_expert, f"lacks {EXPERT.format(1)}"),
+        (another_expert, f"lacks {EXPERT.format(1)}.*no place for {EXPERT.format(4)}"),
+        (other_blocks, rf"{EXPERT.format(1)}_scale_inv has shape \(2, 1\)"),
+    ],
+)
+def test_fp8_experts_that_do_not_add_up_are_named_and_not_kept(
+    change: Callable[[dict[str, torch.Tensor]], None], message: str, tmp_path: Path, cache: Path
+) -> None:
+    fp8_shards("qwen3_moe", tmp_path)
+    stored: dict[str, torch.Tensor] = {}
+    for path in tmp_path.glob("*.safetensors"):
+        stored |= load_file(path)
+        path.unlink()
+    (tmp_path / "model.safetensors.index.json").unlink()
+    change(stored)
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=message) as raised:
+        dequantised(str(tmp_path))
+    assert "\n" not in str(raised.value) and not kept(cache)
 
 
 def test_fp8_weights_are_dequantised_for_whole_models_and_parts(tmp_path: Path) -> None:
