@@ -7,6 +7,7 @@ blocks inside them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -51,6 +52,34 @@ def find_chain(model: PreTrainedModel) -> BlockChain:
             f"'{lists[0].path}' of a '{kind}' model holds {held} blocks, and its configuration says {total}"
         )
     return lists[0]
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """Every block of a model that can be retrained, whether or not the model can be cut between them."""
+
+    blocks: Mapping[str, nn.Module]
+    """Blocks by dotted path below the model, in the order of registration."""
+    can_cut: bool
+    """True if they are the one chain that :func:`find_chain` finds. Blocks of several stages, or of an encoder and a
+    decoder, differ in what they take, so a model is never cut between them."""
+
+
+def block_list_of(model: PreTrainedModel) -> BlockList:
+    """List the blocks of a model of texts or images: its chain, or all its lists of blocks one after another.
+
+    Raises:
+        ModelError: there is no list of blocks.
+    """
+    try:
+        chains, can_cut = [find_chain(model)], True
+    except ModelError:
+        chains, can_cut = block_lists(model), False
+        if not chains:
+            raise
+    return BlockList(
+        {f"{one.path}.{index}": block for one in chains for index, block in enumerate(one.blocks)}, can_cut
+    )
 
 
 def block_lists(model: nn.Module) -> list[BlockChain]:
