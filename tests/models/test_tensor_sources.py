@@ -123,3 +123,27 @@ def test_encoders_are_loaded_without_a_head_and_decoders_with_one() -> None:
     names = ("llama", "mamba", "roberta", "modernbert", "t5")
     assert [has_language_head(CONFIG_MAPPING[name]()) for name in names] == [True, True, False, False, False]
     assert has_language_head(CONFIG_MAPPING["roberta"](is_decoder=True))
+
+
+def test_an_exported_part_of_a_mixture_loads_by_the_same_mapping(tmp_path: Path) -> None:
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    config, state = saved("mixtral", whole, lambda tensors: None)
+    empty, names = empty_of(config), Checkpoint(str(whole)).tensors
+    middle = [empty.model.layers[1], empty.model.layers[2]]
+    found = match_tensors(empty, Checkpoint(str(whole)), middle)
+    stored = {name for source in found.values() for name in source.stored}
+    tensors = {name: tensor for name, tensor in load_file(whole / "model.safetensors").items() if name in stored}
+    part.mkdir()
+    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+
+    checkpoint = Checkpoint(str(part))
+    load_tensors(empty, match_tensors(empty, checkpoint, middle, whole=names), checkpoint, CPU)
+    loaded = {name: tensor for name, tensor in empty.state_dict().items() if not tensor.is_meta}
+    assert loaded.keys() == {name for name in state if name.startswith(("model.layers.1.", "model.layers.2."))}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items())
+
+    del tensors[MIXTRAL.format(2)]
+    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+    other = empty_of(config)
+    with pytest.raises(ModelError, match=f"lacks {MIXTRAL.format(2)}"):
+        match_tensors(other, Checkpoint(str(part)), [*other.model.layers[1:3]], whole=names)
