@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 from torch.autograd.graph import Node
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from raycloud.errors import ModelError
 from raycloud.models.block_trace import (
@@ -30,6 +30,8 @@ from raycloud.models.block_trace import (
     trace_block,
     units_of_rows,
 )
+from raycloud.models.chain import block_list_of
+from raycloud.models.twin import twin_model
 
 Role = Literal["query", "key", "value", "attention_output", "ffn_gate", "ffn_up", "ffn_down"]
 """Role of a linear map in a block; a fused map has several."""
@@ -109,6 +111,31 @@ def roles_of(model: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> dict[st
     """
     calls = block_calls(model, blocks)
     return {path: roles_in(trace_block(block, calls[path])) for path, block in blocks.items()}
+
+
+def role_paths(config: PretrainedConfig) -> dict[Role, tuple[str, ...]]:
+    """Paths below a block of the maps with each role, of a text model's configuration, from a small twin of it.
+
+    No weights are needed. Blocks of several kinds count together; a map that has a role in some of them has it in all.
+
+    Raises:
+        ModelError: the twin cannot be built or traced, or a map's role differs between blocks.
+    """
+    with torch.random.fork_rng(devices=[]):  # making the twin seeds the generator
+        model = twin_model(config.get_text_config(), "eager", causal=False)
+    blocks = block_list_of(model).blocks
+    found = roles_of(model, blocks)
+    paths: dict[Role, tuple[str, ...]] = {}
+    for role in ROLES:
+        held = {path: set(one.paths(role)) for path, one in found.items()}
+        paths[role] = tuple(dict.fromkeys(name for path in held for name in found[path].paths(role)))
+        for name in paths[role]:
+            for path, block in blocks.items():
+                if name not in held[path] and any(name == own for own, _ in block.named_modules()):
+                    raise ModelError(
+                        f"'{name}' of a '{config.model_type}' model is {role} in some blocks only; name maps, not roles"
+                    )
+    return paths
 
 
 def roles_in(traced: TracedBlock) -> BlockRoles:

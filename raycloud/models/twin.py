@@ -134,7 +134,9 @@ def twin_config(config: PretrainedConfig, blocks: int = BLOCKS) -> PretrainedCon
 
 
 def _representatives(given: Mapping[str, Any], total: int, blocks: int) -> list[int]:
-    """Blocks of a model that its twin has: the first one of every kind, and the first others."""
+    """Blocks of a model that its twin has: the first one of every kind and the first others, or a few of them again."""
+    if 0 < total < blocks:
+        return [at % total for at in range(blocks)]
     lists = [value for key, value in given.items() if isinstance(value, list) and len(value) == total]
     marked = [given[key] for key in _INDEX_LISTS if given.get(key) is not None]
     kinds = [(*(repr(one[at]) for one in lists), *(at in one for one in marked)) for at in range(total)]

@@ -6,6 +6,7 @@ before. Adapters are saved as a PEFT directory.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from raycloud.errors import ModelError
 from raycloud.models.checkpoint import ADAPTERS
 from raycloud.models.configuration import json_object
 from raycloud.models.loading import quiet_transformers
+from raycloud.models.roles import ROLES, role_paths
 from raycloud.models.segments import Segment
 from raycloud.models.structure import blocks_of
 from raycloud.models.texts import save_end_ids
@@ -38,66 +40,146 @@ _PREFIX = "base_model.model."
 
 def linear_maps(blocks: Iterable[nn.Module]) -> dict[str, type[nn.Module]]:
     """Linear maps inside the blocks of a model without adapters: last part of the name -> module class."""
+    return {name.rpartition(".")[2]: kind for block in blocks for name, kind in _paths(block).items()}
+
+
+def _paths(block: nn.Module) -> dict[str, type[nn.Module]]:
+    """Linear maps of a block by path, with their classes."""
     return {
-        name.rpartition(".")[2]: kind
-        for block in blocks
-        for name, module in block.named_modules()
-        for kind in (nn.Linear, Conv1D)
-        if isinstance(module, kind)
+        name: kind for name, module in block.named_modules() for kind in (nn.Linear, Conv1D) if isinstance(module, kind)
     }
 
 
-def check_targets(config: PretrainedConfig, recipe: LoraRecipe) -> None:
+def check_targets(config: PretrainedConfig, recipe: LoraRecipe) -> frozenset[str]:
     """Check that a causal LM has the linear maps that a recipe names.
 
+    Returns:
+        Paths below a block of the maps whose roles it names; see :func:`maps_of_roles`.
+
     Raises:
-        ModelError: a named map is missing.
+        ModelError: a named map is missing, or no map has a named role.
     """
     if recipe.target_modules is None:
-        return
+        return frozenset()
     with torch.device("meta"):
         maps = linear_maps(blocks_of(AutoModelForCausalLM.from_config(config, trust_remote_code=False)))
-    _target_modules(recipe, maps)
+    return maps_of_roles(config, recipe, maps)
 
 
-def _target_modules(recipe: LoraRecipe, maps: Collection[str]) -> list[str]:
-    for name in recipe.target_modules or ():
+def maps_of_roles(config: PretrainedConfig, recipe: LoraRecipe, maps: Collection[str]) -> frozenset[str]:
+    """Paths below a block of the maps whose roles a recipe names; what is the name of a map is taken as such.
+
+    Raises:
+        ModelError: a name is neither a map's nor a role, or no map has the role.
+    """
+    roles = [name for name in recipe.target_modules or () if name not in maps]
+    _check_names([name for name in roles if name not in ROLES], maps)
+    if not roles:
+        return frozenset()
+    paths: dict[str, tuple[str, ...]] = {str(role): held for role, held in role_paths(config).items()}
+    for name in roles:
+        if not paths[name]:
+            known = ", ".join(role for role in ROLES if paths[role]) or "none"
+            raise ModelError(
+                f"lora.target_modules: no linear map of a '{config.model_type}' model has the role '{name}'; "
+                f"allowed roles: {known}"
+            )
+    return frozenset(path for name in roles for path in paths[name])
+
+
+def _check_names(names: Collection[str], maps: Collection[str]) -> None:
+    for name in names:
         if name not in maps:
-            raise ModelError(f"lora.target_modules: no linear map '{name}' in the blocks; allowed: {', '.join(maps)}")
-    return recipe.target_modules or list(maps)
+            raise ModelError(
+                f"lora.target_modules: no linear map '{name}' in the blocks; allowed: {', '.join(maps)}, "
+                f"or a role: {', '.join(ROLES)}"
+            )
 
 
-def lora_config(blocks: Iterable[nn.Module], recipe: LoraRecipe) -> LoraConfig:
-    """PEFT configuration of a recipe for these blocks.
+def lora_config(
+    root: nn.Module, blocks: Mapping[str, nn.Module], recipe: LoraRecipe, by_role: Collection[str] = ()
+) -> LoraConfig | None:
+    """PEFT configuration of a recipe for the blocks of a model.
+
+    Args:
+        root: module that PEFT adds adapters to.
+        blocks: blocks by their paths below ``root``; the path of ``root`` itself is empty.
+        recipe: settings of the adapters.
+        by_role: result of :func:`maps_of_roles`.
+
+    Returns:
+        The configuration; None if the recipe names only roles that other blocks of the model have.
 
     Raises:
         ModelError: the blocks have no linear map of a name in ``recipe.target_modules``.
     """
     from peft import LoraConfig
 
-    maps = linear_maps(blocks)
-    targets = _target_modules(recipe, maps)
+    maps = linear_maps(blocks.values())
+    names = [name for name in recipe.target_modules or maps if not (by_role and name in ROLES and name not in maps)]
+    _check_names(names, maps)
+    targets: list[str] | str = names
+    adapted = [maps[name] for name in names]
+    if by_role:
+        found = {_join(path, name): kind for path, block in blocks.items() for name, kind in _paths(block).items()}
+        chosen = {_join(path, name) for path in blocks for name in by_role} & found.keys()
+        chosen |= _named(root, names)
+        if not chosen:
+            return None
+        adapted = [found[path] for path in chosen if path in found]
+        targets = [name for name in maps if any(_ends(path, name) for path in chosen)]
+        if _named(root, targets) != chosen:  # names such as BERT's ``dense`` are of maps with several roles
+            targets = "|".join(re.escape(path) for path in sorted(chosen))
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.r,
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # PEFT's hint is narrower than what it takes
         lora_dropout=recipe.dropout,
         target_modules=targets,
-        fan_in_fan_out=all(maps[name] is Conv1D for name in targets),
+        fan_in_fan_out=all(kind is Conv1D for kind in adapted),
     )
 
 
-def add_adapters(model: PreTrainedModel, recipe: LoraRecipe, seed: int) -> PreTrainedModel:
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _ends(path: str, name: str) -> bool:
+    """Tell whether PEFT takes a path for one of a name."""
+    return path == name or path.endswith(f".{name}")
+
+
+def _named(root: nn.Module, names: Collection[str]) -> set[str]:
+    """Paths of the modules to which PEFT would add adapters for some names."""
+    return {path for path, _ in root.named_modules() if any(_ends(path, name) for name in names)}
+
+
+def add_adapters(
+    model: PreTrainedModel, recipe: LoraRecipe, seed: int, by_role: Collection[str] | None = None
+) -> PreTrainedModel:
     """Add new adapters to a model and make only them trainable; the model's outputs are unchanged.
 
     The randomly initialised matrices are a function of the seed and of the model's shapes.
 
+    Args:
+        model: the model.
+        recipe: settings of the adapters.
+        seed: seed of the adapters.
+        by_role: result of :func:`check_targets`, where roles cannot be found here: in a process in which new models are
+            partitioned.
+
     Raises:
-        ModelError: see :func:`lora_config`.
+        ModelError: see :func:`lora_config` and :func:`maps_of_roles`.
     """
     from peft import get_peft_model
 
-    config = lora_config(blocks_of(model), recipe)
+    chain = blocks_of(model)
+    prefix = next(name for name, module in model.named_modules() if module is chain)
+    blocks = {f"{prefix}.{index}": block for index, block in enumerate(chain)}
+    if by_role is None:
+        by_role = maps_of_roles(model.config, recipe, linear_maps(chain))
+    config = lora_config(model, blocks, recipe, by_role)
+    assert config is not None  # a role that no block has is an error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted: PreTrainedModel = get_peft_model(model, config, adapter_name=_NAME).get_base_model()  # type: ignore[assignment]
@@ -116,10 +198,14 @@ def add_segment_adapters(segment: Segment, recipe: LoraRecipe, seed: int) -> Non
     from peft import inject_adapter_in_model
 
     segment.requires_grad_(False)
+    by_role = maps_of_roles(segment.config, recipe, linear_maps(segment.blocks))
     for number, block in enumerate(segment.blocks, segment.lo):
+        config = lora_config(block, {"": block}, recipe, by_role)
+        if config is None:
+            continue
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, f"adapters of block {number}"))
-            inject_adapter_in_model(lora_config([block], recipe), block, adapter_name=_NAME)
+            inject_adapter_in_model(config, block, adapter_name=_NAME)
 
 
 def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -46,4 +46,5 @@ class LoraRecipe(Recipe):
     dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout probability of an adapter's input."""
     target_modules: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1)
-    """Names of the linear maps inside a block, such as ``q_proj``; None for all of them."""
+    """Linear maps inside a block, by name, such as ``q_proj``, or by role in any model: ``query``, ``key``, ``value``,
+    ``attention_output``, ``ffn_gate``, ``ffn_up``, ``ffn_down``; None for all of them. A map's name comes first."""

@@ -42,6 +42,14 @@ def test_a_twin_has_blocks_of_every_kind() -> None:
     assert len(twin_config(mixed).attn_layer_indices) == 1
 
 
+def test_a_model_of_few_blocks_has_a_twin_with_their_pattern_repeated() -> None:
+    config = CONFIG_MAPPING["qwen3"](num_hidden_layers=4)
+    assert twin_config(config).layer_types == ["full_attention"] * BLOCKS
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = CONFIG_MAPPING["gemma3_text"](num_hidden_layers=4, layer_types=kinds)
+    assert twin_config(config).layer_types == ["sliding_attention", "full_attention"] * (BLOCKS // 2)
+
+
 @pytest.mark.parametrize("config", [LlamaConfig(), GPT2Config(), Qwen3MoeConfig(), CONFIG_MAPPING["gemma3_text"]()])
 def test_a_decoder_is_accepted_by_its_twin(config: LlamaConfig) -> None:
     found = structure_verdict(config, "eager")

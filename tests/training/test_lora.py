@@ -21,6 +21,7 @@ from raycloud.training.lora import (
     adapter_weights,
     add_adapters,
     add_segment_adapters,
+    check_targets,
     load_adapter,
     load_trainable_weights,
     merge_adapters,
@@ -83,9 +84,10 @@ def test_adapters_are_a_function_of_the_seed_and_leave_the_generator_alone() -> 
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
     torch.random.set_rng_state(state)
-    plain = tiny("llama")
+    plain, second = tiny("llama"), tiny("llama")
     state = torch.random.get_rng_state()
     add_adapters(plain, RECIPE, 1)
+    add_adapters(second, LoraRecipe(target_modules=["query"]), 1)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -138,6 +140,75 @@ def test_targets_say_which_maps_are_adapted() -> None:
     assert {name.split(".")[4] for name in adapter_weights(model)} == {"q_proj", "v_proj"}
     with pytest.raises(ModelError, match="no linear map 'c_attn' in the blocks; allowed: q_proj, k_proj"):
         add_adapters(tiny("llama"), LoraRecipe(target_modules=["c_attn"]), seed=0)
+
+
+ROLES = ["query", "key", "value", "attention_output", "ffn_gate", "ffn_up", "ffn_down"]
+
+
+@pytest.mark.parametrize(
+    ("family", "roles", "names"),
+    [
+        ("llama", ["query", "value"], ["q_proj", "v_proj"]),
+        ("llama", ["ffn_gate", "ffn_down"], ["gate_proj", "down_proj"]),
+        ("gemma3", ["key", "attention_output", "ffn_up"], ["k_proj", "o_proj", "up_proj"]),
+        ("opt", ["attention_output", "ffn_up", "ffn_down"], ["out_proj", "fc1", "fc2"]),
+        ("llama", ROLES, None),
+        ("opt", [role for role in ROLES if role != "ffn_gate"], None),
+        ("gpt2", [role for role in ROLES if role != "ffn_gate"], None),
+    ],
+)
+def test_roles_are_the_maps_with_their_names(family: str, roles: list[str], names: list[str] | None) -> None:
+    by_role = add_adapters(tiny(family), LoraRecipe(r=3, target_modules=roles), seed=3)
+    by_name = add_adapters(tiny(family), LoraRecipe(r=3, target_modules=names), seed=3)
+    wanted, found = adapter_weights(by_name), adapter_weights(by_role)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert isinstance(by_role.peft_config["default"].target_modules, set)  # plain names, as in any adapter
+
+
+@pytest.mark.parametrize(("role", "path"), [("ffn_up", "mlp.c_fc"), ("ffn_down", "mlp.c_proj")])
+def test_a_role_is_found_where_names_are_shared(role: str, path: str, tmp_path: Path) -> None:
+    """GPT-2 calls the last maps of both halves of a block c_proj."""
+    plain = tiny("gpt2")
+    model = trained(add_adapters(copy.deepcopy(plain), LoraRecipe(target_modules=[role]), seed=0))
+    assert {name.split(".", 3)[3].split(".lora")[0] for name in adapter_weights(model)} == {path}
+    wanted = logits(model)
+    save_adapter(model, tmp_path)
+    assert close(logits(PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).get_base_model()), wanted)
+    assert close(logits(load_adapter(copy.deepcopy(plain), tmp_path)), wanted)
+    parts = tiny("gpt2")
+    add_segment_adapters(Segment(parts), LoraRecipe(target_modules=[role]), seed=0)
+    assert adapter_weights(parts).keys() == adapter_weights(model).keys()
+
+
+@pytest.mark.parametrize(
+    ("roles", "paths"),
+    [
+        (["ffn_down"], {"output.dense"}),
+        (["attention_output", "query"], {"attention.output.dense", "attention.self.query"}),
+        (["ffn_up", "value"], {"intermediate.dense", "attention.self.value"}),
+        (["key"], {"attention.self.key"}),
+    ],
+)
+def test_an_encoder_s_maps_that_share_a_name_are_told_apart(roles: list[str], paths: set[str]) -> None:
+    model = tiny("bert")
+    add_segment_adapters(Segment(model, 1, 4, embed=False, head=False), LoraRecipe(target_modules=roles), seed=0)
+    found = [name.split(".layer.")[1].split(".lora")[0].split(".", 1) for name in adapter_weights(model)]
+    assert {number for number, _ in found} == {"1", "2", "3"} and {path for _, path in found} == paths
+
+
+def test_roles_and_names_may_be_mixed_and_are_checked_without_weights() -> None:
+    mixed = LoraRecipe(target_modules=["c_attn", "ffn_down"])
+    found = adapter_weights(add_adapters(tiny("gpt2"), mixed, seed=0))
+    assert {name.split(".", 3)[3].split(".lora")[0] for name in found} == {"attn.c_attn", "mlp.c_proj"}
+    config = tiny("gpt2").config
+    assert check_targets(config, mixed) == {"mlp.c_proj"}
+    assert check_targets(config, LoraRecipe(target_modules=["c_attn"])) == frozenset()
+    said = "no linear map of a 'gpt2' model has the role 'ffn_gate'; allowed roles: query, key, value, "
+    with pytest.raises(ModelError, match=said) as raised:
+        check_targets(config, LoraRecipe(target_modules=["ffn_gate"]))
+    assert "\n" not in str(raised.value)
+    with pytest.raises(ModelError, match=r"no linear map 'q_proj' in the blocks; allowed: .*, or a role: query, key"):
+        check_targets(config, LoraRecipe(target_modules=["q_proj", "value"]))
 
 
 def test_what_was_learnt_moves_from_model_to_model() -> None:

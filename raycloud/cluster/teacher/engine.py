@@ -18,9 +18,9 @@ from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
 from raycloud.cluster.teacher.shards import ShardedCheckpoint
 from raycloud.data.batches import IGNORE, Batch
 from raycloud.models.checkpoint import Checkpoint
-from raycloud.models.loading import load, pick_device, pick_dtype, quiet_transformers, resolve
+from raycloud.models.loading import check_model, load, pick_device, pick_dtype, quiet_transformers, resolve
 from raycloud.models.segments import Segment
-from raycloud.training.lora import add_adapters
+from raycloud.training.lora import add_adapters, check_targets
 from raycloud.training.precision import autocast_to
 
 LOGITS_CHUNK = 1024
@@ -91,6 +91,8 @@ class TeacherEngine:
         # Partitioning needs the number of workers before anything else has set it in the library.
         library.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
         settings = deepspeed_config(recipe, device)
+        # Roles are found in a small model of its own, which must not be partitioned.
+        by_role = check_targets(check_model(resolve(recipe.model)), recipe.lora) if recipe.lora is not None else None
         with _partitioned(recipe, settings):
             model = (
                 _load_partitioned(recipe.model)
@@ -99,7 +101,7 @@ class TeacherEngine:
             )
             model.to(weights_type(recipe, device))  # type: ignore[arg-type]
             if recipe.lora is not None:
-                model = add_adapters(model, recipe.lora, recipe.seed)
+                model = add_adapters(model, recipe.lora, recipe.seed, by_role)
         model.train()
         if recipe.training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

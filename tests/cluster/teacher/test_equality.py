@@ -36,6 +36,7 @@ TRAINING = {
     "weight_decay": 0.1,
 }
 LORA = {"r": 4, "alpha": 8, "dropout": 0.0}
+ROLES = ["query", "key", "value", "attention_output", "ffn_gate", "ffn_up", "ffn_down"]
 
 
 def _case(name: str, model: Path, stage: int, **more: Any) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def trained(folder: Path, model: Path) -> Path:
     """Make all cases; two workers first write the checkpoints from which other cases resume."""
     # Stage 3 comes first: in a fresh process nothing has told the library yet how many workers there are.
     stages = [_case(f"stage{stage}", model, stage) for stage in (3, 0, 1, 2)]
-    lora = [_case(f"lora{stage}", model, stage, lora=LORA) for stage in (2, 3)]
+    lora = [_case("lora2", model, 2, lora=LORA), _case("lora3", model, 3, lora={**LORA, "target_modules": ROLES})]
     frugal = {"training": {**TRAINING, "gradient_checkpointing": True}}
     both = [
         *stages,
