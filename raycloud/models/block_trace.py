@@ -106,7 +106,7 @@ def block_calls(model: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> dict
 
         return record
 
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
         for path, block in blocks.items():
             stack.enter_context(_hook(block.register_forward_pre_hook(recorder(path), with_kwargs=True)))
@@ -117,7 +117,8 @@ def block_calls(model: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> dict
             why = (str(error).splitlines() or [type(error).__name__])[0][:120]
             raise ModelError(f"a '{kind}' model does not run on a small random input: {why}") from error
         finally:
-            model.train(training)
+            for module, training in modes:
+                module.training = training
     for path in blocks:
         if path not in found:
             raise ModelError(f"'{path}' of a '{kind}' model does not run in a forward on a small input")

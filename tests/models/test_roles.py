@@ -73,9 +73,11 @@ def test_the_model_is_left_as_it_was() -> None:
     known: Known = KNOWN["llama"]
     model = known.model().train()
     model.layers[1].requires_grad_(False)
+    model.layers[2].eval()
     before = {name: one.clone() for name, one in model.state_dict().items()}
     roles_at(model, known.block)
-    assert model.training and model.config._attn_implementation == "sdpa"
+    assert model.training and model.layers[1].training and not model.layers[2].mlp.training
+    assert model.config._attn_implementation == "sdpa"
     assert not any(one.requires_grad for one in model.layers[1].parameters())
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
     assert not model.layers[1]._forward_pre_hooks
