@@ -59,7 +59,9 @@ def masked(known: Known, model: PreTrainedModel) -> PreTrainedModel:
 
 
 def loss(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    return model(**inputs).last_hidden_state.square().mean()
+    hidden = model(**inputs).last_hidden_state
+    # Weighted, since the final norm makes the sum of squares a constant.
+    return (hidden * torch.rand(hidden.shape, generator=torch.Generator().manual_seed(6)).double()).sum()
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -74,13 +76,17 @@ def test_a_slice_is_the_block_with_zeros_and_so_are_its_gradients(name: str) -> 
     assert (wanted - plain).abs().max() > 1e-3
     loss(zeros, inputs).backward()
     loss(cut, inputs).backward()
-    gradients = {name: one.grad for name, one in zeros.get_submodule(known.block).named_parameters()}
+    assert cut.get_submodule(f"{known.block}.{known.query}").weight.grad.abs().max() > 1e-3
+    assert cut.get_submodule(f"{known.block}.{known.down}").weight.grad.abs().max() > 1e-3
+    gradients = {key: one.grad for key, one in zeros.get_submodule(known.block).named_parameters()}
     for parameter_name, parameter in cut.get_submodule(known.block).named_parameters():
         wanted = gradients[parameter_name]
         if (kept := part.kept.get(parameter_name)) is not None:
             wanted = wanted.index_select(kept.dim, kept.entries)
+        # Gemma's norms sum the gradients of their weights over heads in float32.
+        exact = 1e-6 if name == "gemma3" and "norm" in parameter_name else 1e-12
         if parameter.grad is not None or wanted is not None:
-            assert (parameter.grad - wanted).abs().max() <= 1e-12, parameter_name
+            assert (parameter.grad - wanted).abs().max() <= exact, parameter_name
     assert cut.num_parameters() < whole.num_parameters()
 
 
