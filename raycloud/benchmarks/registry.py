@@ -54,6 +54,10 @@ BENCHMARKS = {
         "Tokens per second of a split model, in one process and over Serve's WebSocket, against the whole model.",
         ("unsplit_tok_s", "local_ratio", "websocket_ratio"),
     ),
+    "split-plan": Benchmark(
+        "Predicted times of split plans against measured ones, the regret of the recommendation, and a model of 70B.",
+        ("plans", "profile", "plan_error", "plan_regret", "large_s", "large_mb"),
+    ),
     "split-wire": Benchmark(
         "Traffic on the link: bytes against a formula, and a search for token ids and text in a whole session.",
         ("codecs", "header_bytes", "rows", "equal", "leaks", "controls_found"),
