@@ -150,8 +150,8 @@ class ProfileSamples:
         """Measure once."""
         for threads, found in self._devices.items():
             with torch_threads(threads):
-                found.append(measure_device("cpu", "float32"))
-        self._links.append(measure_link_step_us("cpu", CODEC))
+                found.append(measure_device("cpu", "float32", repeats=1))
+        self._links.append(measure_link_step_us("cpu", CODEC, repeats=1))
 
     def profile(self, network: Mapping[str, float], cloud_threads: int) -> SplitProfile:
         """Profile of a condition: its link, and this device with the threads of the two sides."""

@@ -27,30 +27,34 @@ from raycloud.split.model_sizes import sizes_of
 from raycloud.split.parts import EdgePart, SplittableModel
 from raycloud.split.plan import PlanSet, SplitPlan
 
+REPEATS = 3
+"""Number of measurements of everything."""
 _TOKENS = 24
 """Timed tokens of each measurement, of which the median counts."""
-_REPEATS = 5
+_PROMPTS = 5
 _FEW, _MANY = 2, 12
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _VOCABULARY = 64
 
 
-def measure_device(device: Device = "auto", dtype: DType = "auto") -> DeviceProfile:
+def measure_device(device: Device = "auto", dtype: DType = "auto", repeats: int = REPEATS) -> DeviceProfile:
     """Profile of this device with the threads that torch uses now.
 
     Args:
         device: device to measure.
         dtype: type of weights.
+        repeats: number of measurements of everything, of which the fastest count: other programs only slow them down.
     """
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
-    few, many = (_token_ms(_narrow(blocks, place, kind)) for blocks in (_FEW, _MANY))
+    narrow, wide = [_narrow(blocks, place, kind) for blocks in (_FEW, _MANY)], _wide(place, kind)
+    rounds = [(*map(_token_ms, (*narrow, wide)), _prompt_ms(_whole(wide))) for _ in range(repeats)]
+    few, many, wide_token, wide_prompt = map(min, zip(*rounds, strict=True))
     block_ms = max(0.0, many - few) / (_MANY - _FEW)
-    wide = _wide(place, kind)
     [block, *_] = sizes_of(wide.model.config).blocks
     count, size = wide.blocks, kind.itemsize
-    reading_ms = max(1e-6, _token_ms(wide) - few - (count - _FEW) * block_ms)
-    computing_ms = max(1e-6, _prompt_ms(_whole(wide)) - few - (count - _FEW) * block_ms)
+    calls_ms = few + (count - _FEW) * block_ms
+    reading_ms, computing_ms = (max(1e-6, taken - calls_ms) for taken in (wide_token, wide_prompt))
     return DeviceProfile(
         memory_gb=_rounded(memory_bytes(place) / 1e9),
         memory_gb_s=_rounded(count * block.dense * size / reading_ms / 1e6),
@@ -61,15 +65,17 @@ def measure_device(device: Device = "auto", dtype: DType = "auto") -> DeviceProf
     )
 
 
-def measure_link_step_us(device: Device = "auto", codec: str = "bfloat16") -> float:
+def measure_link_step_us(device: Device = "auto", codec: str = "bfloat16", repeats: int = REPEATS) -> float:
     """Microseconds that codec, frames and sessions add to a step, with both ends on this device and no network."""
     place = pick_device(device)
     model = _narrow(_FEW, place, pick_dtype("auto", place))
-    plans = PlanSet.of(SplitPlan(1, 1 + 1))
+    plans = PlanSet.of(SplitPlan(1, _FEW))
     edge, cloud = model.edge(plans), model.cloud(plans)
     ids = [0] * (UNTIMED_TOKENS + _TOKENS)
-    split = measure_split(edge, cloud, CutCodecs(edge.config.hidden_size), codec, Network(), ids)
-    return _rounded(1e3 * max(0.0, split.ms_per_token - measure_unsplit(_whole(model), ids)))
+    codecs = CutCodecs(edge.config.hidden_size)
+    split = min(measure_split(edge, cloud, codecs, codec, Network(), ids).ms_per_token for _ in range(repeats))
+    whole = min(_token_ms(model) for _ in range(repeats))
+    return _rounded(1e3 * max(0.0, split - whole))
 
 
 def measured_profile(profile: SplitProfile, *, keep_limit: bool) -> SplitProfile:
@@ -139,7 +145,7 @@ def _prompt_ms(edge: EdgePart) -> float:
     """Median milliseconds of a chunk of a prompt."""
     ids = torch.zeros(1, PROMPT_CHUNK, dtype=torch.long, device=next(edge.last.parameters()).device)
     taken = []
-    for _ in range(1 + _REPEATS):
+    for _ in range(1 + _PROMPTS):
         pipeline = local_split_model(edge).open()
         start = time.perf_counter()
         int(pipeline.advance(ids)[0, -1].argmax())

@@ -130,10 +130,13 @@ def read_configuration(source: str, notify: Callable[[str], None] = lambda line:
         config: PretrainedConfig = load_auto(AutoConfig, str(path.parent), gguf_file=path.name)
         check_sizes(config.to_dict(), str(path))
         return config
+    if not path.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise ModelError(f"no model at '{source}'; allowed: a directory, a .gguf file, a hub id, or a builtin: name")
     where = str(path) if path.is_dir() else source
     found = file_of(where, CONFIG)
     if found is None:
-        raise ModelError(f"'{source}' holds no {CONFIG}; allowed: a model, or a folder with its {CONFIG}")
+        why = "" if path.is_dir() else ": no such directory, and the hub did not have it or is out of reach"
+        raise ModelError(f"'{source}' holds no {CONFIG}; allowed: a model, or a folder with its {CONFIG}{why}")
     check_sizes(json_object(found, source), source)
     config = load_auto(AutoConfig, where)
     # Weights are dequantised when they are loaded; planning needs their shapes only.

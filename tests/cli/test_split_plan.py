@@ -112,3 +112,5 @@ def test_a_folder_without_a_configuration_is_refused(plan: Plan) -> None:
     Path("empty").mkdir()
     done = plan(model="empty")
     assert done.code == 2 and done.err.startswith("error: 'empty' holds no config.json; allowed:")
+    done = plan(model="./none")
+    assert done.code == 2 and done.err.startswith("error: no model at './none'; allowed:")

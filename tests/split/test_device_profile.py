@@ -50,7 +50,7 @@ def test_a_wrong_file_is_refused_in_one_line(text: str, why: str, tmp_path: Path
 def test_a_measured_profile_is_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     """How fast this machine is proves nothing here; the limit of the profile stays if it is asked for."""
     monkeypatch.setattr("raycloud.split.device_measure._TOKENS", 2)
-    monkeypatch.setattr("raycloud.split.device_measure._REPEATS", 1)
+    monkeypatch.setattr("raycloud.split.device_measure._PROMPTS", 1)
     state = torch.get_rng_state()
     found = measured_profile(SplitProfile(), keep_limit=True)
     assert torch.equal(torch.get_rng_state(), state)
