@@ -25,11 +25,11 @@ from raycloud.benchmarks.family_configs import DECODERS, ENCODERS, tiny_model
 from raycloud.benchmarks.family_parts import compare_parts
 from raycloud.benchmarks.measure import Measured
 from raycloud.errors import ModelError
-from raycloud.models.chain import find_chain
 from raycloud.models.loading import quiet_transformers
-from raycloud.models.self_check import CheckedStructure, check_structure, cut_model, new_caches, run_segments
-from raycloud.models.trace import final_of, trace
-from raycloud.models.verdict import structure_verdict
+from raycloud.models.self_check import CheckedStructure, check_structure, cut_model, whole_output
+from raycloud.models.structure import ModelStructure
+from raycloud.models.trace import trace
+from raycloud.models.verdict import forget_verdicts, structure_verdict
 from raycloud.report.console import progress_bars
 
 ATTENTIONS = ("sdpa", "eager")
@@ -57,6 +57,8 @@ class FamilyResult:
     path: str = ""
     parts: list[str] = field(default_factory=list)
     """Differences of its parts, loaded from a checkpoint, from the library's loading of the whole."""
+    layout: str | None = None
+    """Layout of the fast path, where it was measured equal."""
 
     def figures(self) -> dict[str, Any]:
         """Figures of the configuration."""
@@ -68,6 +70,7 @@ class FamilyResult:
             "refusal": self.refusal,
             "path": self.path,
             "parts": self.parts,
+            "layout": self.layout,
         }
 
 
@@ -84,7 +87,8 @@ def examine(name: str, attentions: Sequence[str] = ATTENTIONS) -> FamilyResult:
             checked = check_structure(model, tolerance=_TOLERANCE[model.dtype])
         except ModelError as error:
             return FamilyResult(accepted=False, refusal=str(error))
-        result.path = checked.structure.chain.path
+        result.path = checked.structure.blocks
+        result.layout = checked.structure.layout
         other = tiny_model(name, attention, seed=1)
         _compare(other, checked, result, attention)
     if not built:
@@ -98,33 +102,42 @@ def _compare(model: PreTrainedModel, checked: CheckedStructure, result: FamilyRe
     """Compare segments of another model of the configuration with the whole, by the facts that were found."""
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(3, 96, (3, _TEXT), generator=generator)
-    structure = trace(model, find_chain(model), ids)
-    facts = [(one.causal, one.tuple_size, dict(one.token_leaves)) for one in (structure, checked.structure)]
-    if facts[0][:2] != facts[1][:2] or facts[0][2].keys() != facts[1][2].keys():
+    found = trace(model, ids)
+    if not any(_same_facts(one, checked.structure) for one in (found.structure, found.shared_structure)):
         result.wrong.append(f"{attention}: another structure with other weights")
-    whole = final_of(model(input_ids=ids))
+    general = checked.structure.model_copy(update={"layout": None})
+    structures = [general, checked.structure] if checked.structure.layout else [general]
+    whole = whole_output(model, general, ids)
     scale, tolerance = float(whole.abs().max()), _TOLERANCE[model.dtype]
-    for pair in CUTS:
-        found = run_segments(cut_model(model, structure, pair), ids)
-        if not float((found - whole).abs().max()) <= tolerance * scale:
-            result.wrong.append(f"{attention}: logits at {pair}")
+    for structure, pair in itertools.product(structures, CUTS):
+        logits = cut_model(model, structure, pair)(ids)
+        if not float((logits - whole).abs().max()) <= tolerance * scale:
+            result.wrong.append(f"{attention}: logits at {pair}, {structure.layout or 'general'}")
     if checked.decode is None or model.get_output_embeddings() is None:
         return
     prompt = ids[:1, :PROMPT]
     text = _stock(model, prompt)
-    same = all(_greedy(model, structure, pair, prompt) == text for pair in CUTS)
+    same = all(
+        _greedy(model, structure, pair, prompt) == text for structure, pair in itertools.product(structures, CUTS)
+    )
     result.generated = same and result.generated is not False
     if not same:
         result.wrong.append(f"{attention}: text")
 
 
-def _greedy(model: PreTrainedModel, structure: Any, pair: tuple[int, int], prompt: Tensor) -> list[int]:
+def _same_facts(found: ModelStructure, expected: ModelStructure) -> bool:
+    """Whether two models of one configuration have the same structure, as far as one forward shows it."""
+    names = ("blocks", "tuple_size", "early", "shared", "late", "has_norm", "causal")
+    return all(getattr(found, name) == getattr(expected, name) for name in names)
+
+
+def _greedy(model: PreTrainedModel, structure: ModelStructure, pair: tuple[int, int], prompt: Tensor) -> list[int]:
     """Greedy continuation by three segments with a cache each."""
     segments = cut_model(model, structure, pair)
-    caches = new_caches(model, segments)
+    caches = segments.new_caches()
     tokens, x = list[int](), prompt
     for _ in range(NEW):
-        tokens.append(int(run_segments(segments, x, caches)[0, -1].argmax()))
+        tokens.append(int(segments(x, caches)[0, -1].argmax()))
         x = torch.tensor([[tokens[-1]]])
     return tokens
 
@@ -156,18 +169,14 @@ class TwinResult:
     """Seconds to read the verdict that was kept."""
 
 
-def judge(kind: str, *, causal: bool, folder: Path) -> TwinResult:
-    """Take the verdict on a type's default configuration twice, with the first attention implementation that it has."""
-    config = CONFIG_MAPPING[kind]()
-    seconds: list[float] = []
-    for attention in ATTENTIONS:
-        seconds = []
-        for _ in range(2):
-            began = time.perf_counter()
-            verdict = structure_verdict(config, attention, causal=causal, folder=folder)
-            seconds.append(time.perf_counter() - began)
-        if verdict.accepted:
-            break
+def judge(kind: str, folder: Path) -> TwinResult:
+    """Take the verdict on a type's default configuration twice."""
+    config, seconds = CONFIG_MAPPING[kind](), list[float]()
+    for _ in range(2):
+        forget_verdicts()
+        began = time.perf_counter()
+        verdict = structure_verdict(config, folder=folder)
+        seconds.append(time.perf_counter() - began)
     return TwinResult(verdict.accepted, *seconds)
 
 
@@ -183,7 +192,7 @@ def _judge_types(names: Sequence[str]) -> dict[str, TwinResult]:
     """Take the verdicts on the default configurations of the types that have these names."""
     with tempfile.TemporaryDirectory() as folder:
         return {
-            kind: judge(kind, causal=name in DECODERS, folder=Path(folder))
+            kind: judge(kind, Path(folder))
             for name, (kind, _) in (DECODERS | ENCODERS).items()
             if name == kind and name in names
         }
@@ -209,6 +218,7 @@ def run(*, names: Sequence[str] = (*DECODERS, *ENCODERS), attentions: Sequence[s
         "compose": sum(one.accepted and one.composed for one in results.values()),
         "generate": sum(bool(one.generated) for one in results.values()),
         "loads_parts": len({(DECODERS | ENCODERS)[name][0] for name, one in results.items() if not one.parts}),
+        "fast": sum(one.layout is not None for one in results.values()),
         "twins": sum(twin.accepted for twin in twins.values()),
         "self_check_s": max(twin.first_s for twin in twins.values()),
         "self_check_again_s": max(twin.again_s for twin in twins.values()),
@@ -221,9 +231,10 @@ def run(*, names: Sequence[str] = (*DECODERS, *ENCODERS), attentions: Sequence[s
             "yes" if one.accepted and one.composed else "-",
             {True: "yes", False: "no", None: "-"}[one.generated],
             "no" if one.parts else "yes",
+            one.layout or ("general" if one.accepted else "-"),
             "; ".join(one.wrong) or one.refusal or "; ".join(one.parts),
         ]
         for name, one in results.items()
     ]
-    header = ["configuration", "accepted", "composes", "generates", "loads parts", "remark"]
-    return Measured("Text models in segments, by the library's own forward", header, rows, figures)
+    header = ["configuration", "accepted", "composes", "generates", "loads parts", "path", "remark"]
+    return Measured("Text models in segments", header, rows, figures)

@@ -172,6 +172,10 @@ DECODERS: dict[str, tuple[str, Options]] = {
             "global_head_dim": 16,
         },
     ),
+    "gemma4-plain": (
+        "gemma4_text",
+        {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "layer_types": _ALTERNATING},
+    ),
     "phi3-longrope": (
         "phi3",
         {

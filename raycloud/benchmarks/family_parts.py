@@ -9,13 +9,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from raycloud.errors import ModelError
 from raycloud.models.chain import BlockChain, find_chain
-from raycloud.models.checkpoint import Checkpoint, empty_model, has_language_head, load_tensors
+from raycloud.models.checkpoint import Checkpoint, empty_model, load_tensors
 from raycloud.models.loading import quiet_transformers
 from raycloud.models.tensor_check import match_tensors
+from raycloud.models.twin import auto_class
 
 CPU = torch.device("cpu")
 START, END = 1, 3
@@ -47,8 +48,7 @@ def compare_parts(model: PreTrainedModel) -> list[str]:
     attention = model.config._attn_implementation
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         model.save_pretrained(folder)
-        auto = AutoModelForCausalLM if has_language_head(model.config) else AutoModel
-        stock = auto.from_pretrained(folder, dtype=model.dtype, attn_implementation=attention)
+        stock = auto_class(model.config).from_pretrained(folder, dtype=model.dtype, attn_implementation=attention)
         reference = {**stock.state_dict(), **dict(stock.named_buffers())}
         checkpoint = _RecordingCheckpoint(folder)
 

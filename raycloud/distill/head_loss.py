@@ -34,11 +34,23 @@ class LogitsView:
     """Logits become ``softcap · tanh(logits / softcap)`` if given."""
 
     @classmethod
-    def of(cls, hidden: Tensor, head: nn.Linear, softcap: float | None = None, *, frozen: bool = False) -> LogitsView:
-        """Combine hidden states and a head; ``frozen`` detaches the head."""
+    def of(
+        cls,
+        hidden: Tensor,
+        head: nn.Linear,
+        softcap: float | None = None,
+        scale: float = 1.0,
+        *,
+        frozen: bool = False,
+    ) -> LogitsView:
+        """Combine hidden states and a head whose output is multiplied by ``scale``; ``frozen`` detaches the head."""
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
         if frozen:
-            return cls(hidden, head.weight.detach(), None if head.bias is None else head.bias.detach(), softcap)
-        return cls(hidden, head.weight, head.bias, softcap)
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        if scale != 1.0:  # the hidden states are far smaller than the head
+            hidden, bias = hidden * scale, None if bias is None else bias * scale
+        return cls(hidden, weight, bias, softcap)
 
     def logits(self) -> Tensor:
         """All logits at once (n, V), in float32 or better: for small inputs, and for losses that cannot be computed in

@@ -66,6 +66,8 @@ class StudentOutput:
     ids: TokenIds | None = None
     embedding: Tensor | None = None
     """(V, d), for objectives that use token embeddings."""
+    scale: float = 1.0
+    """Factor of the head's output, such as one over Granite's ``logits_scaling``."""
 
     @classmethod
     def of(cls, student: Segment, batch: Batch) -> StudentOutput:
@@ -78,14 +80,24 @@ class StudentOutput:
             raise ValueError("a student's head must be one linear map")
         wanted = batch.labels != IGNORE
         hidden = student.hidden(batch.ids, valid=None if bool(batch.valid.all()) else batch.valid)
-        softcap = getattr(student.config, "final_logit_softcapping", None)
+        rule = student.structure.logits
         return cls(
-            hidden[wanted], batch.labels[wanted], student.head, softcap, TokenIds.of(batch), token_embedding(student)
+            hidden[wanted],
+            batch.labels[wanted],
+            student.head,
+            rule.cap(student.config),
+            TokenIds.of(batch),
+            token_embedding(student),
+            rule.scale(student.config),
         )
 
     def logits_view(self, *, frozen: bool = False) -> LogitsView:
         """View of the hidden states and the head as logits."""
-        return LogitsView.of(self.hidden, self.head, self.softcap, frozen=frozen)
+        return self.view_of(self.hidden, frozen=frozen)
+
+    def view_of(self, hidden: Tensor, *, frozen: bool = False) -> LogitsView:
+        """View of other hidden states (n, d) and the student's head as logits."""
+        return LogitsView.of(hidden, self.head, self.softcap, self.scale, frozen=frozen)
 
 
 def token_embedding(model: Segment) -> Tensor | None:

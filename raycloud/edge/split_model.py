@@ -9,8 +9,8 @@ from raycloud.errors import LinkSetupError, ModelError
 from raycloud.models.devices import Device, DType
 from raycloud.models.generation import Decoding
 from raycloud.models.sampling import Sampling
-from raycloud.models.structure import structure_of
 from raycloud.models.text_model import TextModel
+from raycloud.models.verdict import structure_of
 from raycloud.split.inference.generation import local_split_model, text_model
 from raycloud.split.parts import load_splittable
 from raycloud.split.plan import PlanSet, SplitPlan

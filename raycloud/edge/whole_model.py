@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from raycloud.errors import ModelError
 from raycloud.models.loading import load_config, resolve
-from raycloud.models.structure import structure_of
 from raycloud.models.text_model import TextModel
+from raycloud.models.verdict import structure_of
 from raycloud.split.inference.generation import local_split_model, text_model
 from raycloud.split.parts import load_edge
 from raycloud.split.plan import PlanSet, SplitPlan

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raycloud.evaluation.recipe import GenerationRecipe
 from raycloud.evaluation.sampling import PADDING_ID, sample_tokens
-from raycloud.models.cache import KVCache
 from raycloud.models.segments import Segment
 from raycloud.models.texts import end_ids
 
@@ -87,7 +86,7 @@ def _continue(
     device = next(model.parameters()).device
     live, step = list(texts), 0
     while live and step < how.max_new_tokens:
-        batch, cache = live, KVCache()
+        batch, cache = live, model.new_cache()
         ids, valid = _left_padded([texts[index] for index in batch], device)
         history = ids.masked_fill(~valid, PADDING_ID)
         named = torch.tensor([numbers[index] for index in batch], device=device)

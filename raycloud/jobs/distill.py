@@ -38,7 +38,7 @@ from raycloud.evaluation.questions import build_questions
 from raycloud.jobs.distill_summary import summarise
 from raycloud.jobs.runner import Summary, actor_options, check_same_inputs, cluster_run, finished_summary, get_result
 from raycloud.models.loading import check_model, load_tokenizer, resolve
-from raycloud.models.structure import structure_of
+from raycloud.models.verdict import structure_of
 from raycloud.models.weights import Weights, nbytes
 from raycloud.report.bos import format_bos
 from raycloud.report.console import ProgressBars, console, print_and_log, progress_bars, timed

@@ -29,10 +29,9 @@ from raycloud.evaluation.perplexity import TokenPredictions, predict
 from raycloud.evaluation.questions import EvaluationQuestion, build_questions, references
 from raycloud.evaluation.recipe import EvaluateRecipe, GenerationRecipe, folders
 from raycloud.evaluation.rouge import exact, rouge_l
-from raycloud.models.attention import SDPA
 from raycloud.models.loading import load, load_config, load_tokenizer, resolve
-from raycloud.models.segments import Segment
-from raycloud.models.structure import structure_of
+from raycloud.models.segments import Segment, set_segment_attention
+from raycloud.models.verdict import structure_of
 from raycloud.report.console import console, progress_bars, timed
 from raycloud.results import Mode, ResultDir, plain_json, record_inputs, resumable
 
@@ -167,7 +166,7 @@ class _Model:
         with timed(f"{name} loaded"):
             loaded = load(where, device=recipe.device, dtype=recipe.dtype, notify=console.print)
         model, tokenizer = loaded.model, loaded.tokenizer
-        model.set_attn_implementation(SDPA)
+        set_segment_attention(model)
         return cls(Segment(model), tokenizer, answer_end_ids(model, tokenizer))
 
     def predict(self, samples: Sequence[Sample], batch_size: int) -> TokenPredictions:

@@ -41,7 +41,7 @@ from raycloud.errors import MissingExtra, ModelError, RaycloudError, TrainingErr
 from raycloud.evaluation.perplexity import perplexity
 from raycloud.jobs.runner import Summary, check_same_inputs, cluster_run, finished_summary
 from raycloud.models.loading import check_model, load, load_tokenizer, pick_device, resolve
-from raycloud.models.structure import structure_of
+from raycloud.models.verdict import structure_of
 from raycloud.report.bos import format_bos
 from raycloud.report.console import console, print_and_log, progress_bars, timed
 from raycloud.report.table import print_table

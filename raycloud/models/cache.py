@@ -31,6 +31,7 @@ class KVCache:
     """
 
     def __init__(self) -> None:
+        self._trunk: KVCache | None = None
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
         self._lengths: dict[int, int] = {}
         self._batch, self._device = 1, torch.device("cpu")
@@ -85,21 +86,25 @@ class KVCache:
             return self._padded[:, start:stop]
         return _counted(stop, self._device).narrow(1, start, stop - start).expand(self._batch, -1)
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append keys and values (B, H, T, d_head) of one block and return all that it holds."""
+        if self._trunk is not None:
+            return self._branched(self._trunk, key_states, value_states, layer_idx)
         length = self._lengths.get(layer_idx, 0)
-        total = length + keys.shape[2]
+        total = length + key_states.shape[2]
         buffers = self._buffers.get(layer_idx)
         if buffers is None or buffers[0].shape[2] < total:
             # Doubling makes the cost of appending linear in the length of the text; concatenation is quadratic.
             buffers = (
-                self._grown(buffers and buffers[0], keys, length, total),
-                self._grown(buffers and buffers[1], values, length, total),
+                self._grown(buffers and buffers[0], key_states, length, total),
+                self._grown(buffers and buffers[1], value_states, length, total),
             )
             self._buffers[layer_idx] = buffers
         self._lengths[layer_idx] = total
         # narrow is the cheapest way to slice a tensor, and this runs for every block and token.
-        for buffer, new in zip(buffers, (keys, values), strict=True):
+        for buffer, new in zip(buffers, (key_states, value_states), strict=True):
             buffer.narrow(2, length, total - length).copy_(new)
         return buffers[0].narrow(2, 0, total), buffers[1].narrow(2, 0, total)
 
@@ -120,9 +125,33 @@ class KVCache:
         if not 0 <= keep <= self.length:
             raise ValueError(f"keep must be between 0 and {self.length}, got {keep}")
         if keep == 0:
-            self.__init__()  # type: ignore[misc]
+            self._clear()
             return
         self.length = keep
         self.valid = None if self.valid is None else self.valid[:, :keep]
         self._padded = None if self._padded is None else self._padded[:, :keep]
         self._lengths = {block: min(length, keep) for block, length in self._lengths.items()}
+
+    def empty(self) -> KVCache:
+        """Make an empty cache of the same kind."""
+        return KVCache()
+
+    def branch(self, count: int) -> KVCache:
+        """Cache of ``count`` continuations by one token of this cache's text, whose keys and values are not changed.
+
+        Raises:
+            ModelError: the model keeps recurrent states, which cannot be shared.
+        """
+        branch = self.empty()
+        branch._trunk = self
+        branch.extend(count, self.length, None, self.positions(0, self.length).device)
+        return branch
+
+    def _branched(self, trunk: KVCache, keys: Tensor, values: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the trunk, expanded to every branch, followed by each branch's own (B, H, 1, d_head)."""
+        before = trunk.update(keys[:1, :, :0], values[:1, :, :0], block)
+        old_keys, old_values = (one.expand(len(keys), -1, -1, -1) for one in before)
+        return torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
+
+    def _clear(self) -> None:
+        self.__init__()  # type: ignore[misc]

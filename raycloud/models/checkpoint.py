@@ -15,21 +15,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoModel,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 from raycloud.checksums import verify
 from raycloud.errors import ModelError
 from raycloud.models.configuration import CONFIG, file_of, first_line, quiet_transformers
 from raycloud.models.tensor_sources import Conversion, TensorSource
+from raycloud.models.verdict import loading_class
 from raycloud.models.weights import tensor_digest
 
 INDEX, SINGLE, GENERATION = "model.safetensors.index.json", "model.safetensors", "generation_config.json"
@@ -208,17 +201,6 @@ def fingerprint_from(config: Mapping[str, Any], digests: Mapping[str, str]) -> s
     return hashlib.sha256(json.dumps([plain, dict(digests)], sort_keys=True).encode()).hexdigest()
 
 
-def has_language_head(config: PretrainedConfig) -> bool:
-    """Return whether a type is loaded as a causal language model; other types are loaded without a head.
-
-    By the library's own lists: types that have a masked-language head as well are encoders, or encoders with decoders,
-    unless their configuration says ``is_decoder``.
-    """
-    kind = type(config)
-    masked = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and not masked
-
-
 def empty_model(
     config: PretrainedConfig,
     *,
@@ -239,7 +221,7 @@ def empty_model(
     Raises:
         ModelError: the configuration contradicts itself.
     """
-    auto = AutoModelForCausalLM if has_language_head(config) else AutoModel
+    auto, attention = loading_class(config, attention)
     with quiet_transformers(), torch.device("meta"):
         try:
             model: PreTrainedModel = auto.from_config(

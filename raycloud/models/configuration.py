@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from raycloud.checksums import verify_file
 from raycloud.errors import ModelError
-from raycloud.models.structure import check_family, structure_of
+from raycloud.models.twin import auto_class
 
 CONFIG = "config.json"
 QUANTIZATION = "quantization_config"
@@ -65,8 +67,8 @@ def read_config(source: str) -> dict[str, Any]:
     """Content of ``config.json`` as plain data.
 
     Raises:
-        ModelError: there is none, it is not a JSON object, its family has no structure record, or a size is above those
-            of any model.
+        ModelError: there is none, it is not a JSON object, the library has no model of its type, or a size is above
+            those of any model.
         ChecksumError: it differs from its entry in ``checksums.json`` in the same folder.
     """
     path = file_of(source, CONFIG)
@@ -74,9 +76,23 @@ def read_config(source: str) -> dict[str, Any]:
         raise ModelError(f"cannot load '{source}': it holds no {CONFIG}{_hint(source)}")
     verify_file(path)
     found = json_object(path, source)
-    check_family(found.get("model_type"))
+    check_type(found.get("model_type"))
     check_sizes(found, source)
     return found
+
+
+def check_type(model_type: object) -> None:
+    """Check that the library has models of a type, the ``model_type`` of ``config.json``.
+
+    Raises:
+        ModelError: it has none.
+    """
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        said = str(model_type)[:60]
+        raise ModelError(
+            f"model type '{said}' is not known; allowed: a type of transformers {transformers.__version__}, whose own "
+            "code runs it"
+        )
 
 
 def json_object(path: Path, source: str) -> dict[str, Any]:
@@ -108,16 +124,18 @@ def check_sizes(config: Mapping[str, Any], source: str) -> None:
 
 
 def load_config(source: str) -> PretrainedConfig:
-    """Configuration of a model whose family has a structure record; the weights are not read.
+    """Configuration of a text model; the weights are not read.
 
     Raises:
-        ModelError: it cannot be read, the family has no record, or a setting is not supported.
+        ModelError: it cannot be read, its weights are quantised, or the library has no text model of its type.
     """
     if (method := quantization_of(read_config(source))) is not None:
         raise ModelError(
             f"'{source}' holds weights quantised by '{method}', which are not supported; dequantise them first"
         )
-    return without_remote_code(load_auto(AutoConfig, source))
+    config = without_remote_code(load_auto(AutoConfig, source))
+    auto_class(config)
+    return config
 
 
 def quantization_of(config: Mapping[str, Any]) -> str | None:
@@ -129,12 +147,7 @@ def quantization_of(config: Mapping[str, Any]) -> str | None:
 
 
 def without_remote_code(config: PretrainedConfig) -> PretrainedConfig:
-    """Remove the settings of a configuration that name code in the model folder.
-
-    Raises:
-        ModelError: see :func:`~raycloud.models.structure.structure_of`.
-    """
-    structure_of(config)
+    """Remove the settings of a configuration that name code in the model folder."""
     if hasattr(config, "auto_map"):
         del config.auto_map
     return config

@@ -22,8 +22,6 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
     AutoTokenizer,
     FineGrainedFP8Config,
     PretrainedConfig,
@@ -43,7 +41,7 @@ from transformers.utils.quantization_config import GgufConfig
 from raycloud.checksums import digest
 from raycloud.errors import ModelError
 from raycloud.fetch import cache_dir, cached_folder
-from raycloud.models.checkpoint import Checkpoint, StoredTensor, empty_model, has_language_head
+from raycloud.models.checkpoint import Checkpoint, StoredTensor, empty_model
 from raycloud.models.configuration import (
     CONFIG,
     QUANTIZATION,
@@ -55,6 +53,7 @@ from raycloud.models.configuration import (
 )
 from raycloud.models.tensor_check import check_tensors, match_headers
 from raycloud.models.texts import save_end_ids
+from raycloud.models.twin import auto_class
 
 _Read = tuple[PreTrainedModel, dict[str, Any], PreTrainedTokenizerBase]
 
@@ -94,7 +93,7 @@ def convert_gguf(path: Path, notify: Callable[[str], None] = lambda line: None) 
         config = AutoConfig.from_pretrained(**where)
         check_sizes(config.to_dict(), str(path))
         _account_gguf(reader, config, path)
-        loaded: Any = _auto(config).from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             **where,
             config=config,
             dtype=torch.float32,
@@ -125,7 +124,7 @@ def dequantised(source: str, notify: Callable[[str], None] = lambda line: None) 
         notify(f"dequantising {source}")
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         _account_fp8(checkpoint, config)
-        loaded: Any = _auto(config).from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             source,
             dtype=torch.float32,
             quantization_config=FineGrainedFP8Config(dequantize=True),
@@ -138,10 +137,6 @@ def dequantised(source: str, notify: Callable[[str], None] = lambda line: None) 
     shards = sorted({one.shard for one in checkpoint.tensors.values()})
     contents = [digest(path) for name in (CONFIG, *shards) if (path := checkpoint.path(name)) is not None]
     return str(_converted("|".join([_FORMAT, *contents]), source, f"FP8 checkpoint '{source}'", read))
-
-
-def _auto(config: PretrainedConfig) -> Any:
-    return AutoModelForCausalLM if has_language_head(config) else AutoModel
 
 
 def _empty(config: PretrainedConfig, names: Mapping[str, Any] | None = None) -> PreTrainedModel:

@@ -8,7 +8,6 @@ from typing import Literal, Protocol
 
 import torch
 
-from raycloud.models.cache import KVCache
 from raycloud.models.logprobs import TokenLogprobs
 from raycloud.models.sampling import GREEDY, Constraint, Sampling, checked
 from raycloud.models.segments import Segment
@@ -92,7 +91,7 @@ def greedy(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
         valid[row, longest - len(prompt) :] = True
-    cache, made = KVCache(), [list[int]() for _ in prompts]
+    cache, made = model.new_cache(), [list[int]() for _ in prompts]
     done = [False] * len(prompts)
     mask = None if bool(valid.all()) else valid
     for _ in range(max_new_tokens):

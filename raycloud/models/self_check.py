@@ -6,36 +6,34 @@ known.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from raycloud.errors import ModelError
-from raycloud.models.chain import find_chain
-from raycloud.models.stock_segment import StockCache, StockSegment, base_model_of
-from raycloud.models.trace import TracedStructure, arguments_of, final_of, trace
+from raycloud.models.attention import SDPA
+from raycloud.models.cache import KVCache
+from raycloud.models.fast_path import FastPath, layout_of
+from raycloud.models.stock_cache import StockCache
+from raycloud.models.stock_path import StockPath
+from raycloud.models.structure import LogitsRule, ModelStructure, apply_rule, base_of, module_at
+from raycloud.models.trace import Trace, arguments_of, hidden_of, trace
 
 TOKENS = 19
 _CHUNKS = (7, 1, 1, 5, 1, 4)
 """Tokens of the calls that process the text with a cache; they add up to ``TOKENS``."""
+_ONE_BY_ONE = (9, *[1] * (TOKENS - 9))
 _PADDING = 5
 
 Cut = tuple[int, int]
 """Blocks at which the second and the third segment begin."""
-
-
-@dataclass(frozen=True)
-class LogitsRule:
-    """Relation of a model's logits to its head's output for final hidden states."""
-
-    kind: Literal["none", "head", "factor", "cap", "other"]
-    """``none``: no head. ``head``: as they are. ``factor``: times ``value``. ``cap``: ``value`` tanh(x / ``value``)."""
-    value: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,14 +43,18 @@ class CheckedStructure:
     Differences are relative to the whole's largest absolute output.
     """
 
-    structure: TracedStructure
-    logits: LogitsRule
+    structure: ModelStructure
     prefill: float
     decode: float | None
     """Difference with a cache; None if the model keeps no cache."""
     padded: float
-    chunks: bool
-    """True if several tokens may follow a cached text in one call."""
+    fast: float | None
+    """Difference of the fast path; None if the model's modules have no layout of it."""
+
+    @property
+    def difference(self) -> float:
+        """Largest difference of the library's own forward in segments."""
+        return max(self.prefill, self.decode or 0.0, self.padded)
 
 
 @torch.no_grad()
@@ -69,86 +71,213 @@ def check_structure(
     Raises:
         ModelError: the model cannot be cut; one line that names the reason.
     """
-    kind, chain = model.config.model_type, find_chain(model)
     vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocabulary - 1, (2, TOKENS), generator=generator).to(model.device)
-    structure, whole = trace(model, chain, ids), final_of(model(input_ids=ids))
-    total, scale = len(chain.blocks), float(whole.abs().max())
+    traced = trace(model, ids)
+    total = len(module_at(base_of(model), traced.structure.blocks))
     pairs = list(itertools.combinations_with_replacement(range(total + 1), 2)) if cuts is None else list(cuts)
-    _check_crossing(model, structure, ids)
+    known: dict[str, Any] = {
+        "logits": _logits_rule(model, traced.structure, ids),
+        "attention": model.config._attn_implementation,
+    }
+    if traced.structure.causal:
+        if not {"past_key_values", "cache_params"} & set(inspect.signature(type(base_of(model)).forward).parameters):
+            raise ModelError(f"a '{model.config.model_type}' model keeps its state outside of a cache; run it whole")
+        layers = StockCache(base_of(model).config).layers
+        known["rolls_back"] = not any(isinstance(one, LinearAttentionCacheLayerMixin) for one in layers)
+    structure = traced.structure.model_copy(update=known)
+    compared = _Compared(model, structure, ids, pairs, tolerance)
+    try:
+        checked = _measured(compared, traced, structure)
+    except ModelError:
+        if not traced.token_independent:
+            raise
+        checked = _measured(compared, traced, traced.shared_structure.model_copy(update=known))
+    layout = layout_of(model, checked.structure)
+    if layout is None:
+        return checked
+    fast = checked.structure.model_copy(update={"layout": layout})
+    difference = _fast_difference(compared, fast)
+    return CheckedStructure(
+        fast if difference <= tolerance else checked.structure,
+        checked.prefill,
+        checked.decode,
+        checked.padded,
+        difference,
+    )
+
+
+class _Compared:
+    """Comparison of segments of a model with the whole for one text."""
+
+    def __init__(
+        self, model: PreTrainedModel, structure: ModelStructure, ids: Tensor, pairs: Sequence[Cut], tolerance: float
+    ) -> None:
+        self.model, self.ids, self.pairs, self.tolerance = model, ids, pairs, tolerance
+        self.whole = whole_output(model, structure, ids)
+        self.scale = float(self.whole.abs().max())
+        self.valid = torch.ones_like(ids, dtype=torch.bool)
+        # Encoders are padded on the right: they count positions from the first token of the batch.
+        self.valid[0, slice(None, _PADDING) if structure.causal else slice(-_PADDING, None)] = False
+        self.whole_padded = whole_output(model, structure, ids, self.valid)
+
+    def prefill(self, structure: ModelStructure) -> float:
+        """Difference without a cache."""
+        return max(self._difference(cut_model(self.model, structure, pair)(self.ids)) for pair in self.pairs)
+
+    def decode(self, structure: ModelStructure, sizes: Sequence[int]) -> float:
+        """Difference with a cache and calls of these numbers of tokens, beside another session.
+
+        The last call is repeated after its tokens were taken back, if the model's cache can do so.
+        """
+        return max(self._difference(self._cached(structure, pair, sizes)) for pair in self.pairs)
+
+    def _cached(self, structure: ModelStructure, pair: Cut, sizes: Sequence[int]) -> Tensor:
+        segments = cut_model(self.model, structure, pair)
+        caches, others, found = segments.new_caches(), segments.new_caches(), list[Tensor]()
+        for number, part in enumerate(self.ids.split(list(sizes), dim=1)):
+            segments(part.flip(0, 1), others)  # another session, which must not be noticed
+            if number == len(sizes) - 1 and structure.rolls_back:
+                kept = caches[0].length
+                segments(part.flip(1), caches)
+                for cache in caches:
+                    cache.crop(kept)
+            found.append(segments(part, caches))
+        return torch.cat(found, dim=1)
+
+    def padded(self, structure: ModelStructure) -> float:
+        """Difference for a batch in which one text is padded."""
+        total = len(module_at(base_of(self.model), structure.blocks))
+        found = cut_model(self.model, structure, (min(1, total), max(1, total - 1)))(self.ids, valid=self.valid)
+        return float((found - self.whole_padded)[self.valid].abs().max()) / self.scale
+
+    def _difference(self, found: Tensor) -> float:
+        return float((found - self.whole).abs().max()) / self.scale
+
+
+def _measured(compared: _Compared, traced: Trace, structure: ModelStructure) -> CheckedStructure:
+    """Measure the library's own forward in segments.
+
+    Raises:
+        ModelError: a difference is above the tolerance.
+    """
+    kind, tolerance = compared.model.config.model_type, compared.tolerance
 
     def refused(measured: float, how: str) -> ModelError:
         return ModelError(
             f"a '{kind}' model in segments differs from the whole by {measured:.1e} ({how}); run it whole"
         )
 
-    def difference(found: Tensor, expected: Tensor) -> float:
-        return float((found - expected).abs().max()) / scale
-
-    prefill = max(difference(run_segments(cut_model(model, structure, pair), ids), whole) for pair in pairs)
+    _check_crossing(compared.model, structure, traced, compared.ids)
+    prefill, decode = compared.prefill(structure), None
     if not prefill <= tolerance:
         raise refused(prefill, "prefill")
-    decode, chunks = None, True
-    if StockSegment(model, structure, 0, 0).keeps_cache:
-
-        def stepped(sizes: Sequence[int]) -> float:
-            return max(difference(_with_cache(model, structure, pair, ids, sizes), whole) for pair in pairs)
-
-        decode = stepped(_CHUNKS)
+    if structure.causal:
+        decode = compared.decode(structure, _CHUNKS)
         if not decode <= tolerance:  # some state-space models take one token at a time after a cached text
-            chunks, decode = False, stepped([9, *[1] * (TOKENS - 9)])
+            structure = structure.model_copy(update={"chunks": False})
+            decode = compared.decode(structure, _ONE_BY_ONE)
         if not decode <= tolerance:
             raise refused(decode, "decoding in steps")
-    padded = _padded_difference(model, structure, ids, scale)
+    padded = compared.padded(structure)
     if not padded <= tolerance:
         raise refused(padded, "padded batch")
-    return CheckedStructure(structure, _logits_rule(model, structure, ids, whole), prefill, decode, padded, chunks)
+    return CheckedStructure(structure, prefill, decode, padded, None)
 
 
-def cut_model(model: PreTrainedModel, structure: TracedStructure, pair: Cut) -> list[StockSegment]:
-    """Cut a model into three segments."""
-    total, (start, end) = len(structure.chain.blocks), pair
-    return [
-        StockSegment(model, structure, 0, start, embed=True, head=False),
-        StockSegment(model, structure, start, end, embed=False, head=False),
-        StockSegment(model, structure, end, total, embed=False, head=True),
-    ]
+def _fast_difference(compared: _Compared, structure: ModelStructure) -> float:
+    """Largest difference of the fast path, with the attention implementations that it is used with."""
+    model, differences = compared.model, list[float]()
+    names = [structure.attention, *([SDPA] if structure.attention == "sdpa" else [])]
+    try:
+        for name in names:
+            model.set_attn_implementation(name)
+            differences += [compared.prefill(structure), compared.padded(structure)]
+            if structure.causal:
+                differences.append(compared.decode(structure, _CHUNKS))
+    except Exception:  # blocks that are called otherwise raise errors of many kinds
+        return float("inf")
+    finally:
+        model.set_attn_implementation(structure.attention)
+    return max(differences) if all(one == one for one in differences) else float("inf")
 
 
-def run_segments(
-    segments: Sequence[StockSegment],
-    ids: Tensor,
-    caches: Sequence[StockCache] | None = None,
-    valid: Tensor | None = None,
-) -> Tensor:
-    """Output of the last segment for token ids (B, T) that enter the first one."""
-    x = ids
-    for index, segment in enumerate(segments):
-        x = segment(x, valid=valid, cache=None if caches is None else caches[index])
-    return x
+class CutModel:
+    """Model cut into three parts, each run by one path.
+
+    Args:
+        model: the model.
+        structure: its structure; its layout decides the path.
+        pair: blocks at which the second and the third part begin.
+    """
+
+    def __init__(self, model: PreTrainedModel, structure: ModelStructure, pair: Cut) -> None:
+        blocks = module_at(base_of(model), structure.blocks)
+        start, end = pair
+        self.bounds = ((0, start), (start, end), (end, len(blocks)))
+        path = StockPath if structure.layout is None else FastPath
+        self.paths = [path(model, structure, lo, blocks[lo:hi]) for lo, hi in self.bounds]
+        self._model, self._structure = model, structure
+
+    def new_caches(self) -> list[KVCache]:
+        """Empty cache for each part."""
+        return [path.new_cache() for path in self.paths]
+
+    def run(self, index: int, x: Tensor, cache: KVCache | None = None, valid: Tensor | None = None) -> Tensor:
+        """Output of one part: hidden states (B, T, d), final ones for the last part."""
+        path, (lo, hi) = self.paths[index], self.bounds[index]
+        store = KVCache() if cache is None else cache
+        past = store.length
+        store.extend(x.shape[0], x.shape[1], valid, x.device)
+        if index == 0:
+            x = path.embed(x, store.positions(past, store.length), None)
+        x = path.through(x, store, past, lo, hi, remember=cache is not None)
+        return path.finish(x) if index == 2 else x
+
+    def __call__(self, ids: Tensor, caches: Sequence[KVCache] | None = None, valid: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) for token ids (B, T), or final hidden states of a model without a head."""
+        x = ids
+        for index in range(3):
+            x = self.run(index, x, None if caches is None else caches[index], valid)
+        head = self._model.get_output_embeddings()
+        if self._structure.logits.kind == "none":
+            return x
+        return apply_rule(head(x), self._structure.logits, self._model.config)
 
 
-def new_caches(model: PreTrainedModel, segments: Sequence[StockSegment]) -> list[StockCache]:
-    """Empty cache for each segment."""
-    return [StockCache(model.config.get_text_config()) for _ in segments]
+def cut_model(model: PreTrainedModel, structure: ModelStructure, pair: Cut) -> CutModel:
+    """Cut a model into three parts."""
+    return CutModel(model, structure, pair)
 
 
-def _with_cache(
-    model: PreTrainedModel, structure: TracedStructure, pair: Cut, ids: Tensor, sizes: Sequence[int]
-) -> Tensor:
-    segments = cut_model(model, structure, pair)
-    caches = new_caches(model, segments)
-    return torch.cat([run_segments(segments, part, caches) for part in ids.split(list(sizes), dim=1)], dim=1)
+def whole_output(model: PreTrainedModel, structure: ModelStructure, ids: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Logits of a model by the library's own forward, or its final hidden states if it has no head of a decoder.
+
+    Args:
+        model: the model.
+        structure: its structure.
+        ids: token ids (B, T).
+        valid: (B, T), False for padding; None if there is none.
+    """
+    base, arguments = base_of(model), dict[str, Tensor]()
+    if valid is not None:
+        arguments["attention_mask"] = valid.long()
+        if structure.causal and "position_ids" in inspect.signature(type(base).forward).parameters:
+            arguments["position_ids"] = (valid.long().cumsum(1) - 1).clamp_min(0)
+    if structure.logits.kind == "none":
+        return hidden_of(base(input_ids=ids, **arguments))
+    logits: Tensor = model(input_ids=ids, **arguments).logits
+    return logits
 
 
-def _check_crossing(model: PreTrainedModel, structure: TracedStructure, ids: Tensor) -> None:
+def _check_crossing(model: PreTrainedModel, structure: ModelStructure, traced: Trace, ids: Tensor) -> None:
     """Check that the blocks after a cut are called with the same arguments as in the whole.
 
     Raises:
         ModelError: an argument depends on what only the part with the embedding has.
     """
-    kind, blocks = model.config.model_type, structure.chain.blocks
+    kind, blocks = model.config.model_type, module_at(base_of(model), structure.blocks)
     if len(blocks) < 2:
         return
     seen: list[dict[str, Tensor]] = []
@@ -159,9 +288,10 @@ def _check_crossing(model: PreTrainedModel, structure: TracedStructure, ids: Ten
         for block in blocks[1:]
     ]
     try:
-        first = StockSegment(model, structure, 0, 1)(ids)
+        cut = cut_model(model, structure, (1, len(blocks)))
+        first = cut.run(0, ids)
         seen.clear()
-        StockSegment(model, structure, 1, len(blocks))(first)
+        cut.run(1, first)
     except Exception as error:
         why = (str(error).splitlines() or [""])[0][:120]
         raise ModelError(f"a '{kind}' model without its embedding fails: {type(error).__name__}: {why}") from None
@@ -170,9 +300,9 @@ def _check_crossing(model: PreTrainedModel, structure: TracedStructure, ids: Ten
             hook.remove()
     crossing = {
         name
-        for expected, found in zip(structure.block_arguments[1:], seen, strict=True)
+        for expected, found in zip(traced.block_arguments[1:], seen, strict=True)
         for name, tensor in expected.items()
-        if name not in found or found[name].shape != tensor.shape or not torch.equal(found[name], tensor)
+        if name not in found or not _same(found[name], tensor)
     }
     if crossing:
         names = ", ".join(sorted(crossing))
@@ -181,38 +311,40 @@ def _check_crossing(model: PreTrainedModel, structure: TracedStructure, ids: Ten
         )
 
 
-def _padded_difference(model: PreTrainedModel, structure: TracedStructure, ids: Tensor, scale: float) -> float:
-    """Difference for a batch in which one text is padded on the left."""
-    total = len(structure.chain.blocks)
-    valid = torch.ones_like(ids, dtype=torch.bool)
-    valid[0, :_PADDING] = False
-    segments = cut_model(model, structure, (min(1, total), max(1, total - 1)))
-    whole = final_of(model(input_ids=ids, **segments[0].text_arguments(valid, 0, ids.shape[1])))
-    found = run_segments(segments, ids, valid=valid)
-    return float((found - whole)[valid].abs().max()) / scale
+def _same(found: Tensor, expected: Tensor) -> bool:
+    """Whether two arguments of blocks are equal, one of them perhaps written once for all texts."""
+    try:
+        return torch.equal(*torch.broadcast_tensors(found, expected))
+    except RuntimeError:  # shapes that are no broadcast of each other
+        return False
 
 
-def _logits_rule(model: PreTrainedModel, structure: TracedStructure, ids: Tensor, whole: Tensor) -> LogitsRule:
-    """Compare the model's logits with those of its head alone."""
+def _logits_rule(model: PreTrainedModel, structure: ModelStructure, ids: Tensor) -> LogitsRule:
+    """Compare a decoder's logits with those of its head alone.
+
+    Raises:
+        ModelError: they are not a multiple of them by a setting of the configuration, nor capped by one.
+    """
     head = model.get_output_embeddings()
-    if head is None:
-        return LogitsRule("none")
-    plain = head(base_model_of(model, structure.chain.path)(input_ids=ids)[0])
-    if plain.shape != whole.shape:
-        return LogitsRule("other")
-    factor = float((whole * plain).sum() / (plain * plain).sum())
-    if torch.allclose(plain, whole, rtol=1e-4, atol=1e-5):
-        return LogitsRule("head")
-    if torch.allclose(plain * factor, whole, rtol=1e-4, atol=1e-5):
-        return LogitsRule("factor", factor)
-    for cap in _caps(model):
-        if torch.allclose(torch.tanh(plain / cap) * cap, whole, rtol=1e-4, atol=1e-5):
-            return LogitsRule("cap", cap)
-    return LogitsRule("other")
+    if head is None or not structure.causal:
+        return LogitsRule(kind="none")
+    whole, plain = model(input_ids=ids).logits, head(hidden_of(base_of(model)(input_ids=ids)))
+    rules = [LogitsRule()]
+    for name, value in vars(model.config.get_text_config()).items():
+        if isinstance(value, int | float) and value and not isinstance(value, bool):
+            rules += [LogitsRule(kind=kind, setting=name) for kind in _kinds(name)]
+    for rule in rules:
+        expected = apply_rule(plain, rule, model.config)
+        if expected.shape == whole.shape and torch.allclose(expected, whole, rtol=1e-4, atol=1e-5):
+            return rule
+    raise ModelError(
+        f"the logits of a '{model.config.model_type}' model are not its head's output for final hidden states; run it "
+        "whole"
+    )
 
 
-def _caps(model: PreTrainedModel) -> list[float]:
-    """Numbers of the configuration that may cap logits."""
-    settings = vars(model.config.get_text_config())
-    named = [value for name, value in settings.items() if "logit" in name and "cap" in name]
-    return [float(value) for value in named if isinstance(value, int | float) and value and value is not True]
+def _kinds(name: str) -> tuple[Literal["factor", "divisor", "cap"], ...]:
+    """Kinds of rule that a setting of this name may be the value of."""
+    if "logit" not in name and "lm_head" not in name:
+        return ()
+    return ("cap",) if "cap" in name else ("factor", "divisor")

@@ -1,152 +1,96 @@
-"""Structure of transformers: one small record per family names the modules of its parts.
+"""Structure of a transformer: where its blocks are, what runs before and after them, and how logits come from its head.
 
-A record names the embedding modules, the blocks, the modules after the last block and the head, and holds the function
-that embeds tokens as the base model does. All other code uses these names only: a new family is one record here and one
-line in the table of ``tests/models/families.py``.
+A structure is found by tracing the model's own code (:mod:`raycloud.models.trace`) on a small twin, and holds for every
+model of the configuration. No table of families exists; see :func:`raycloud.models.verdict.structure_of`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from raycloud.errors import ModelError
+from raycloud.models.chain import find_chain
 
-NamedModules = Mapping[str, nn.Module]
-"""Modules of a base model by their dotted names."""
-
-Embed = Callable[[NamedModules, Tensor, Tensor, Tensor | None], Tensor]
-"""Function (parts, token ids, positions, token types) -> hidden states entering block 0, (B, T, d).
-
-Token ids, positions and token types are (B, T). Token types distinguish the two texts of a pair in families that were
-trained so; None if there is one text.
-"""
+Shape = tuple[int | str, ...]
+"""Shape of a module's output: ``B`` and ``T`` are the numbers of texts and of tokens, ``w0`` and ``w1`` the sizes of
+its weight."""
 
 
-@dataclass(frozen=True)
-class ModelStructure:
-    """Names of the parts of one family inside its base model (the module without a task head)."""
+class LogitsRule(BaseModel):
+    """Relation of a model's logits to the output of its head for final hidden states.
 
-    model_types: tuple[str, ...]
+    The value of a rule is a setting of the configuration.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["none", "head", "factor", "divisor", "cap"] = "head"
+    """``none``: no head. ``head``: as they are. ``factor`` and ``divisor``: times or divided by the value. ``cap``:
+    value · tanh(x / value)."""
+    setting: str = ""
+
+    def value(self, config: PretrainedConfig) -> float:
+        """Value of the rule for a model; 1 for a rule without one."""
+        return float(getattr(config.get_text_config(), self.setting)) if self.setting else 1.0
+
+    def scale(self, config: PretrainedConfig) -> float:
+        """Factor of the head's output; 1 if there is none."""
+        value = self.value(config)
+        return {"factor": value, "divisor": 1 / value}.get(self.kind, 1.0)
+
+    def cap(self, config: PretrainedConfig) -> float | None:
+        """Cap of the logits; None if there is none."""
+        return self.value(config) if self.kind == "cap" else None
+
+
+class ModelStructure(BaseModel):
+    """Structure of the models of one configuration. Paths are below the base model, see :func:`base_of`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     blocks: str
-    embedding: tuple[str, ...]
-    embed: Embed
-    after: tuple[str, ...] = ()
-    """Modules applied in turn after the last block; those that a model does not have are skipped."""
-    head: str = "lm_head"
-    """Module of the task model that turns final hidden states into logits, if there is one."""
-    rotary: str | None = None
-    rotary_per_layer_type: bool = False
-    causal: bool = True
+    """Path of the list of blocks."""
+    tuple_size: int
+    """0 if a block returns its hidden states, otherwise the size of the tuple that they are the first of."""
+    early: dict[str, Shape]
+    """Modules with weights that run before block 0 and that only the part with the embedding has, with the shapes of
+    their outputs."""
+    shared: tuple[str, ...]
+    """Modules with weights outside of the blocks that every part has, such as a bias that all blocks add."""
+    late: tuple[str, ...]
+    """Modules with weights that run after the last block, without the head and without a pooler."""
+    has_norm: bool
+    """True if something runs between the last block and the head: a final norm, which may have no weights."""
+    causal: bool
+    """True if a token does not change the outputs for earlier ones."""
+    chunks: bool = True
+    """True if several tokens may follow a cached text in one call."""
+    rolls_back: bool = True
+    """True if the last tokens of a cache can be dropped: it holds keys and values only, and no recurrent state."""
+    logits: LogitsRule = LogitsRule()
+    layout: str | None = None
+    """Layout of the fast path (:mod:`raycloud.models.fast_path`) if it was measured equal; None for the library's own
+    forward."""
+    attention: str = "sdpa"
+    """Attention implementation of the library: ``eager`` where a model has no other."""
 
 
-def _tokens(parts: NamedModules, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
-    """Embed tokens of rotary families, which add nothing; Gemma's embedding module scales its output itself."""
-    return parts["embed_tokens"](ids)
-
-
-def _gpt2(parts: NamedModules, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
-    return parts["drop"](parts["wte"](ids) + parts["wpe"](positions))
-
-
-def _opt(parts: NamedModules, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
-    hidden = parts["decoder.embed_tokens"](ids)
-    if "decoder.project_in" in parts:
-        hidden = parts["decoder.project_in"](hidden)
-    return hidden + parts["decoder.embed_positions"](None, position_ids=positions)
-
-
-def _bert(parts: NamedModules, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
-    return parts["embeddings"](input_ids=ids, position_ids=positions, token_type_ids=types)
-
-
-_ROTARY: dict[str, Any] = {
-    "blocks": "layers",
-    "embedding": ("embed_tokens",),
-    "embed": _tokens,
-    "after": ("norm",),
-    "rotary": "rotary_emb",
-}
-
-FAMILIES: tuple[ModelStructure, ...] = (
-    ModelStructure(model_types=("llama", "mistral", "qwen2", "qwen3"), **_ROTARY),
-    ModelStructure(model_types=("gemma3_text",), rotary_per_layer_type=True, **_ROTARY),
-    ModelStructure(model_types=("gpt2",), blocks="h", embedding=("wte", "wpe", "drop"), embed=_gpt2, after=("ln_f",)),
-    ModelStructure(
-        model_types=("opt",),
-        blocks="decoder.layers",
-        embedding=("decoder.embed_tokens", "decoder.project_in", "decoder.embed_positions"),
-        embed=_opt,
-        after=("decoder.final_layer_norm", "decoder.project_out"),
-    ),
-    ModelStructure(
-        model_types=("bert",),
-        blocks="encoder.layer",
-        embedding=("embeddings",),
-        embed=_bert,
-        head="cls",
-        causal=False,
-    ),
-)
-
-# Settings that change the attention mask, with the only value for which a record's masks are right.
-_REQUIRED_SETTINGS: dict[bool, tuple[tuple[str, bool], ...]] = {
-    True: (("is_causal", True), ("use_bidirectional_attention", False), ("add_cross_attention", False)),
-    False: (("is_decoder", False), ("add_cross_attention", False)),
-}
-
-_BY_TYPE = {model_type: record for record in FAMILIES for model_type in record.model_types}
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Base model: the module that holds embedding and blocks, whether or not ``model`` has a task head."""
+    found: PreTrainedModel | None = getattr(model, model.base_model_prefix, None)
+    if found is None and model.get_output_embeddings() is not None:  # some types' prefix is not their attribute
+        found = getattr(model, "model", None)
+    return model if found is None else found
 
 
 def pooler_of(model: PreTrainedModel) -> nn.Module | None:
     """Module that pools the first hidden state of a text, such as BERT's pooler; None if the model has none."""
     pooler: nn.Module | None = getattr(base_of(model), "pooler", None)
     return pooler
-
-
-def check_family(model_type: object) -> ModelStructure:
-    """Record of a family by the ``model_type`` of ``config.json``.
-
-    Raises:
-        ModelError: the family has no record; the message lists those that have.
-    """
-    record = _BY_TYPE.get(model_type) if isinstance(model_type, str) else None
-    if record is None:
-        said = str(model_type)[:60]
-        raise ModelError(f"model family '{said}' has no anatomy record; known: {', '.join(sorted(_BY_TYPE))}")
-    return record
-
-
-def structure_of(config: PretrainedConfig) -> ModelStructure:
-    """Record of a model's family.
-
-    Raises:
-        ModelError: the family has no record, or a setting changes the attention from that of the record, which the
-            masks of segments follow.
-    """
-    record = check_family(config.model_type)
-    for name, value in _REQUIRED_SETTINGS[record.causal]:
-        if (said := getattr(config, name, value)) is not None and bool(said) is not value:
-            raise ModelError(
-                f"a '{config.model_type}' model with {name}: {str(said).lower()} is not supported; allowed: "
-                f"{name}: {str(value).lower()}"
-            )
-    odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if odd:
-        raise ModelError(
-            f"a '{config.model_type}' model with blocks of the type '{min(odd)}' is not supported; allowed: "
-            "full_attention, sliding_attention"
-        )
-    return record
-
-
-def base_of(model: PreTrainedModel) -> nn.Module:
-    """Module that holds embedding and blocks, whether or not ``model`` has a task head."""
-    return getattr(model, model.base_model_prefix, model)
 
 
 def module_at(module: nn.Module, path: str) -> Any:
@@ -160,19 +104,17 @@ def module_at(module: nn.Module, path: str) -> Any:
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """List of the transformer blocks, in order."""
-    found: nn.ModuleList = module_at(base_of(model), structure_of(model.config).blocks)
-    return found
+    """List of the transformer blocks, in order.
+
+    Raises:
+        ModelError: the model has not exactly one chain of blocks.
+    """
+    return find_chain(model).blocks
 
 
-def layer_type(config: PretrainedConfig, index: int) -> str:
-    """Attention type of block ``index``: ``full_attention`` or ``sliding_attention``."""
-    types = getattr(config, "layer_types", None)
-    if types:
-        return str(types[index])
-    return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-
-
-def attention_window(config: PretrainedConfig, index: int) -> int | None:
-    """Number of latest tokens that block ``index`` attends to (the token itself included), or None for all."""
-    return config.sliding_window if layer_type(config, index) == "sliding_attention" else None
+def apply_rule(raw: Tensor, rule: LogitsRule, config: PretrainedConfig) -> Tensor:
+    """Logits for the output of a head."""
+    if (cap := rule.cap(config)) is not None:
+        return torch.tanh(raw / cap) * cap
+    scale = rule.scale(config)
+    return raw if scale == 1.0 else raw * scale

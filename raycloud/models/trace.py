@@ -1,4 +1,4 @@
-"""Trace of a model's own forward: how its blocks are called, and what runs before the first of them."""
+"""Trace of a model's own forward: how its blocks are called, and which modules run before and after them."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from raycloud.errors import ModelError
-from raycloud.models.chain import BlockChain
-
-Shape = tuple[int | str, ...]
-"""Shape of a tensor; ``B`` and ``T`` stand for the numbers of texts and of tokens."""
+from raycloud.models.chain import find_chain
+from raycloud.models.structure import ModelStructure, Shape, base_of
 
 
 @dataclass(frozen=True)
-class TracedStructure:
-    """Structure of a model, as found by tracing its forward."""
+class Trace:
+    """Structure of a model as one forward shows it, and what its blocks were called with."""
 
-    chain: BlockChain
-    tuple_size: int
-    """0 if a block returns its hidden states, otherwise the size of the tuple that they are the first of."""
-    token_leaves: Mapping[str, Shape]
-    """Modules with weights that run before block 0 and depend on token ids, by path, with the shapes of their outputs:
-    only the part with the embedding has them."""
-    causal: bool
-    """True if a token does not change the outputs for earlier ones."""
+    structure: ModelStructure
+    """Structure in which every module before block 0 belongs to the part with the embedding."""
+    token_independent: tuple[str, ...]
+    """Modules before block 0 whose outputs do not depend on token ids, such as learned positions."""
     block_arguments: tuple[dict[str, Tensor], ...] = field(repr=False)
     """Tensors that each block was called with, beside hidden states and cache, by argument."""
+
+    @property
+    def shared_structure(self) -> ModelStructure:
+        """The same structure, in which every part has the modules that do not depend on token ids."""
+        structure = self.structure
+        early = {name: shape for name, shape in structure.early.items() if name not in self.token_independent}
+        return structure.model_copy(update={"early": early, "shared": (*structure.shared, *self.token_independent)})
 
 
 @dataclass
@@ -45,23 +46,26 @@ class _Call:
 
 
 @torch.no_grad()
-def trace(model: PreTrainedModel, chain: BlockChain, ids: Tensor) -> TracedStructure:
+def trace(model: PreTrainedModel, ids: Tensor) -> Trace:
     """Trace forwards of a model over token ids (B, T).
 
     Raises:
-        ModelError: blocks are not called once each with hidden states (B, T, d).
+        ModelError: there is not one chain of blocks, or blocks are not called once each with hidden states (B, T, d).
     """
-    kind, total = model.config.model_type, len(chain.blocks)
-    changed, flipped = ids.clone(), ids.flip(1)
+    kind, chain, base = model.config.model_type, find_chain(model), base_of(model)
+    path = next((name for name, module in base.named_modules() if module is chain.blocks), None)
+    if path is None:
+        raise ModelError(f"the blocks of a '{kind}' model are not in its base model; run it whole")
+    total, changed = len(chain.blocks), ids.clone()
     changed[:, -1] -= 1
-    with _recorded(model, chain) as record:
-        outputs = final_of(model(input_ids=ids))
-        calls, leaves = list(record.calls), dict(record.leaves)
+    with _recorded(base, path, chain.blocks) as record:
+        outputs = hidden_of(base(input_ids=ids))
+        calls, early, late, last = list(record.calls), dict(record.early), list(record.late), record.last
         record.clear()
-        other = final_of(model(input_ids=changed))
+        other = hidden_of(base(input_ids=changed))
         record.clear()
-        model(input_ids=flipped)
-        again = record.leaves
+        base(input_ids=ids.flip(1))
+        again = record.early
     if len(calls) != total:
         raise ModelError(
             f"a '{kind}' model makes {len(calls)} calls of its {total} blocks in a forward; blocks that run more or "
@@ -73,22 +77,28 @@ def trace(model: PreTrainedModel, chain: BlockChain, ids: Tensor) -> TracedStruc
             f"a '{kind}' model hands its blocks hidden states of {dimensions} dimensions, which are not (texts, "
             "tokens, width)"
         )
-    token_leaves = {
-        name: _symbolic(output.shape, ids) for name, output in leaves.items() if not torch.equal(output, again[name])
-    }
-    return TracedStructure(
-        chain=chain,
+    weighted = _with_weights(base, path)
+    # Only a module without others inside can be replaced by its output.
+    single = {name: tensor for name, tensor in early.items() if not any(True for _ in weighted[name].children())}
+    structure = ModelStructure(
+        blocks=path,
         tuple_size=record.tuple_size,
-        token_leaves=token_leaves,
+        early={name: _symbolic(tensor.shape, ids, weighted[name]) for name, tensor in single.items()},
+        shared=tuple(name for name in weighted if name not in single and name not in late),
+        late=tuple(late),
+        has_norm=last is None or last.shape != outputs.shape or not torch.equal(last, outputs),
         causal=torch.allclose(other[:, :-1], outputs[:, :-1], rtol=1e-4, atol=1e-4),
-        block_arguments=tuple(call.others for call in calls),
+    )
+    return Trace(
+        structure,
+        tuple(name for name, tensor in single.items() if torch.equal(tensor, again[name])),
+        tuple(call.others for call in calls),
     )
 
 
-def final_of(output: Any) -> Tensor:
-    """Logits of a model's output, or the final hidden states of a model without a head."""
-    logits: Tensor | None = getattr(output, "logits", None)
-    final: Tensor = output.last_hidden_state if logits is None else logits
+def hidden_of(output: Any) -> Tensor:
+    """Final hidden states (B, T, d) of a base model's output."""
+    final: Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
     return final
 
 
@@ -112,21 +122,42 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(one, f"{name}[{index}]")
 
 
-def _symbolic(shape: torch.Size, ids: Tensor) -> Shape:
-    names = {0: ("B", ids.shape[0]), 1: ("T", ids.shape[1])}
-    return tuple(names[at][0] if at in names and size == names[at][1] else size for at, size in enumerate(shape))
+def _symbolic(shape: torch.Size, ids: Tensor, module: nn.Module) -> Shape:
+    """Shape of a module's output with the sizes that differ between models or calls as symbols."""
+    weight = next(module.parameters(recurse=False))
+    # The last size is the output's width: of a linear map the first of its weight, of an embedding the last.
+    sizes = list(enumerate(weight.shape))
+    named = [f"w{at}" for at, size in (sizes if isinstance(module, nn.Linear) else sizes[::-1]) if size == shape[-1]]
+    batch, tokens = ids.shape
+    known = [
+        "B" if at == 0 and size == batch else "T" if size == tokens else size for at, size in enumerate(shape[:-1])
+    ]
+    return (*known, named[0] if named else shape[-1])
+
+
+def _with_weights(base: nn.Module, path: str) -> dict[str, nn.Module]:
+    """Modules of a base model with weights of their own outside of the blocks and of a pooler, by name."""
+    return {
+        name: module
+        for name, module in base.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+        and not name.startswith(f"{path}.")
+        and name.partition(".")[0] != "pooler"
+    }
 
 
 class _Record:
     """Record of the current forward."""
 
-    def __init__(self) -> None:
+    def __init__(self, total: int) -> None:
         self.calls: list[_Call] = []
-        self.leaves: dict[str, Tensor] = {}
-        self.tuple_size = 0
+        self.early: dict[str, Tensor] = {}
+        self.late: list[str] = []
+        self.tuple_size, self._total, self._ended = 0, total, 0
+        self.last: Tensor | None = None
 
     def clear(self) -> None:
-        self.calls, self.leaves = [], {}
+        self.calls, self.early, self.late, self._ended = [], {}, [], 0
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, others = arguments_of(module, args, kwargs)
@@ -134,25 +165,27 @@ class _Record:
 
     def ends(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.tuple_size = len(output) if isinstance(output, tuple) else 0
+        self._ended += 1
+        self.last = output[0] if isinstance(output, tuple) else output
 
-    def leaf(self, name: str) -> Any:
+    def module(self, name: str) -> Any:
         def ran(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor) and not self.calls:
-                self.leaves[name] = output.detach().clone()
+                self.early[name] = output.detach().clone()
+            elif self._ended >= self._total and name not in self.early:
+                self.late.append(name)
 
         return ran
 
 
 @contextmanager
-def _recorded(model: nn.Module, chain: BlockChain) -> Iterator[_Record]:
-    record, hooks = _Record(), list[RemovableHandle]()
-    for block in chain.blocks:
+def _recorded(base: nn.Module, path: str, blocks: nn.ModuleList) -> Iterator[_Record]:
+    record, hooks = _Record(len(blocks)), list[RemovableHandle]()
+    for block in blocks:
         hooks.append(block.register_forward_pre_hook(record.begins, with_kwargs=True))
         hooks.append(block.register_forward_hook(record.ends))
-    for name, module in model.named_modules():
-        leaf = not any(True for _ in module.children()) and any(True for _ in module.parameters(recurse=False))
-        if leaf and not name.startswith(chain.path + "."):
-            hooks.append(module.register_forward_hook(record.leaf(name)))
+    for name, module in _with_weights(base, path).items():
+        hooks.append(module.register_forward_hook(record.module(name)))
     try:
         yield record
     finally:

@@ -11,7 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+)
 
 from raycloud.errors import ModelError
 
@@ -142,31 +148,28 @@ def _representatives(given: Mapping[str, Any], total: int, blocks: int) -> list[
     kinds = [(*(repr(one[at]) for one in lists), *(at in one for one in marked)) for at in range(total)]
     firsts = {kind: at for at, kind in reversed(list(enumerate(kinds)))}.values()
     others = [at for at in range(total) if at not in firsts]
-    return sorted([*sorted(firsts), *others][:blocks])
+    kept = sorted([*sorted(firsts), *others][:blocks])
+    return [kept[at % len(kept)] for at in range(blocks)]  # a model with fewer blocks repeats its pattern
 
 
-def twin_model(config: PretrainedConfig, attention: str, *, causal: bool = True, seed: int = 0) -> PreTrainedModel:
+def twin_model(config: PretrainedConfig, attention: str, *, seed: int = 0) -> PreTrainedModel:
     """Random model of a configuration's twin, in float32 and evaluation mode.
+
+    It has a language-modelling head if its type can have one.
 
     Args:
         config: configuration of the real text model.
-        attention: attention implementation of the library.
-        causal: True for a model with a language-modelling head.
+        attention: attention implementation of the library; ``eager`` is taken where the type has no ``sdpa``.
         seed: seed of the weights.
 
     Raises:
         ModelError: the twin cannot be built, or stays large.
     """
-    small = twin_config(config)
-    kind = config.model_type
-    auto = AutoModelForCausalLM if causal else AutoModel
+    small, kind, auto = twin_config(config), config.model_type, auto_class(config)
     torch.manual_seed(seed)
-    try:
-        with torch.device("meta"):
-            sized = auto.from_config(copy.deepcopy(small), attn_implementation=attention)
-    except ValueError as error:
-        why = (str(error).splitlines() or [""])[0][:120]
-        raise ModelError(f"a '{kind}' model with attention '{attention}' cannot be built: {why}") from None
+    attention = supported_attention(small, attention)
+    with torch.device("meta"):
+        sized = auto.from_config(copy.deepcopy(small), attn_implementation=attention)
     if (count := sum(parameter.numel() for parameter in sized.parameters())) > _MOST_PARAMETERS:
         raise ModelError(f"the twin of a '{kind}' model still has {count / 1e6:.1f} million parameters; run it whole")
     model: PreTrainedModel = auto.from_config(small, attn_implementation=attention)
@@ -175,6 +178,46 @@ def twin_model(config: PretrainedConfig, attention: str, *, causal: bool = True,
             if parameter.dim() >= 2 and float(parameter.std()) < 0.05:  # too little of it to notice an error
                 parameter.normal_(0, 0.15)
     return model.float().eval()
+
+
+def has_language_head(config: PretrainedConfig) -> bool:
+    """Return whether a type is loaded as a causal language model; other types are loaded without a head.
+
+    By the library's own lists: types that have a masked-language head as well are encoders, or encoders with decoders,
+    unless their configuration says ``is_decoder``.
+    """
+    kind = type(config)
+    masked = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and not masked
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """Class of the library that makes models of a configuration: with a language-modelling head if the type has one.
+
+    Raises:
+        ModelError: the library has no model of this type.
+    """
+    if has_language_head(config):
+        return AutoModelForCausalLM
+    if type(config) in MODEL_MAPPING:
+        return AutoModel
+    raise ModelError(f"'{config.model_type}' is no type of text model of transformers {transformers.__version__}")
+
+
+def supported_attention(config: PretrainedConfig, attention: str) -> str:
+    """Attention implementation that models of a configuration have: the given one, or else ``eager``.
+
+    Raises:
+        ModelError: models of this configuration cannot be built.
+    """
+    for name in (attention, "eager"):
+        try:
+            with torch.device("meta"):
+                auto_class(config).from_config(copy.deepcopy(config), attn_implementation=name)
+            return name
+        except ValueError as error:
+            why = (str(error).splitlines() or [""])[0][:120]
+    raise ModelError(f"a '{config.model_type}' model with attention '{attention}' cannot be built: {why}")
 
 
 def _number(config: PretrainedConfig, name: str) -> int | None:

@@ -21,8 +21,8 @@ from raycloud.evaluation.perplexity import TokenPredictions, predict_from_hidden
 from raycloud.link.codecs.floats import CODECS
 from raycloud.models.devices import Device, DType
 from raycloud.models.loading import check_model, load_tokenizer, resolve
-from raycloud.models.structure import structure_of
 from raycloud.models.threads import torch_threads
+from raycloud.models.verdict import structure_of
 from raycloud.models.weights import fingerprint, weights_of
 from raycloud.origin import cores
 from raycloud.report.console import console

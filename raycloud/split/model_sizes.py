@@ -26,8 +26,7 @@ from raycloud.errors import ModelError
 from raycloud.fetch import PREFIX, fetch
 from raycloud.models.chain import find_chain
 from raycloud.models.configuration import CONFIG, check_sizes, file_of, json_object, load_auto, quiet_transformers
-from raycloud.models.structure import structure_of
-from raycloud.models.verdict import structure_verdict
+from raycloud.models.verdict import structure_of
 
 _TOKENS = 2
 """Tokens of the forward that counts keys and values: fewer than any sliding window."""
@@ -100,13 +99,8 @@ def structure_path(config: PretrainedConfig) -> StructurePath:
     Raises:
         ModelError: they cannot be cut; the message says why.
     """
-    try:
-        return StructurePath("fast", structure_of(config).causal)
-    except ModelError:
-        verdict = structure_verdict(config)
-    if not verdict.accepted:
-        raise ModelError(verdict.reason)
-    return StructurePath("general", verdict.causal)
+    structure = structure_of(config)
+    return StructurePath("general" if structure.layout is None else "fast", structure.causal)
 
 
 def read_configuration(source: str, notify: Callable[[str], None] = lambda line: None) -> PretrainedConfig:

@@ -17,7 +17,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from raycloud.checksums import write_checksums
 from raycloud.durable import check_folder, write_folder
 from raycloud.errors import ModelError, ResultError
-from raycloud.models.attention import SDPA
 from raycloud.models.checkpoint import (
     GENERATION,
     Checkpoint,
@@ -29,7 +28,7 @@ from raycloud.models.checkpoint import (
 from raycloud.models.configuration import CONFIG
 from raycloud.models.devices import Device, DType
 from raycloud.models.loading import load_config, load_tokenizer, pick_device, pick_dtype, resolve
-from raycloud.models.segments import Segment
+from raycloud.models.segments import Segment, set_segment_attention
 from raycloud.models.structure import pooler_of
 from raycloud.models.tensor_check import match_tensors
 from raycloud.models.weight_layout import optimise_decode_layout
@@ -340,8 +339,7 @@ class _PartSource:
         names = self.checkpoint.tensors if self.manifest is None else self.manifest.digests
         kind = pick_dtype(dtype, place)
         model = empty_model(self.config, dtype=kind, attention=attention, device=place, names=names)
-        if attention == "sdpa":
-            model.set_attn_implementation(SDPA)
+        set_segment_attention(model)
         return model, place
 
     def fill(self, model: PreTrainedModel, modules: Sequence[nn.Module], place: torch.device) -> None:

@@ -1,10 +1,11 @@
-"""Small random models of every family with an anatomy record: one line each, for tests of exactness."""
+"""Small random models whose segments take the fast path: one line each, for tests of exactness."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -41,3 +42,9 @@ def tiny(
     auto = AutoModelForMaskedLM if model_type == "bert" else AutoModelForCausalLM
     torch.manual_seed(seed)
     return auto.from_config(config, attn_implementation=attention).to(dtype).eval()
+
+
+def final(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits of a decoder, final hidden states of an encoder, by the library: what segments end with."""
+    encoder = getattr(model, "bert", None)
+    return model(input_ids=ids).logits if encoder is None else encoder(input_ids=ids).last_hidden_state

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5Config
+from transformers import EncodecConfig
 
 from raycloud.durable import write_folder
 from raycloud.errors import ChecksumError, FetchError, ModelError
 from raycloud.models.checkpoint import Checkpoint
 from raycloud.models.loading import check_model, load, load_config, load_tokenizer, resolve
+from raycloud.models.verdict import structure_of
 from tests.models.families import tiny
 
 
@@ -73,10 +74,11 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
         resolve(str(tmp_path))
 
 
-def test_a_family_without_a_record_lists_those_with_one(tmp_path: Path) -> None:
-    T5Config().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"'t5' has no anatomy record; known: bert, gemma3_text, gpt2, llama"):
-        load_config(str(tmp_path))
+def test_a_type_without_a_text_model_is_refused(tmp_path: Path) -> None:
+    EncodecConfig().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="'encodec'") as raised:
+        structure_of(load_config(str(tmp_path)))
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])

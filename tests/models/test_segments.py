@@ -1,4 +1,4 @@
-"""Segments over every cut reproduce the unsplit model, with and without a cache, for every anatomy record."""
+"""Segments over every cut reproduce the unsplit model, with and without a cache, for every layout of the fast path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from raycloud.models.cache import KVCache
 from raycloud.models.segments import Segment
-from tests.models.families import FAMILIES, tiny
+from tests.models.families import FAMILIES, final, tiny
 
 
 def tolerance(family: str) -> float:
@@ -47,7 +47,7 @@ def text(length: int = 40, batch: int = 2) -> Tensor:
 def test_every_cut_prefills_like_the_unsplit_model(family: str, attention: str) -> None:
     model, ids = tiny(family, attention=attention), text()
     with torch.no_grad():
-        reference = model(input_ids=ids).logits
+        reference = final(model, ids)
         for first, second in itertools.combinations_with_replacement(range(7), 2):
             parts = three_parts(model, first, second)
             assert relative(chain(parts, ids), reference) <= tolerance(family), (first, second)
@@ -58,7 +58,7 @@ def test_every_cut_prefills_like_the_unsplit_model(family: str, attention: str) 
 def test_every_cut_decodes_uneven_chunks_like_the_unsplit_model(family: str, attention: str) -> None:
     model, ids = tiny(family, attention=attention), text()
     with torch.no_grad():
-        reference = model(input_ids=ids).logits
+        reference = final(model, ids)
         for first, second in itertools.combinations_with_replacement(range(7), 2):
             parts = three_parts(model, first, second)
             caches = [KVCache() for _ in parts]
@@ -80,7 +80,7 @@ def test_padding_on_either_side_changes_nothing(family: str, side: str, attentio
     with torch.no_grad():
         batch = chain([Segment(model, 0, 2), Segment(model, 2, 6)], ids, valid=valid)
         for row, one in enumerate(texts):
-            assert relative(batch[row][valid[row]], model(input_ids=one).logits[0]) <= tolerance(family)
+            assert relative(batch[row][valid[row]], final(model, one)[0]) <= tolerance(family)
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -117,7 +117,7 @@ def test_cropped_cache_goes_on_as_if_nothing_had_followed() -> None:
 def test_gradients_equal_the_unsplit_model(family: str) -> None:
     """Segments share the model's modules, so one backward pass fills the same ``grad`` fields."""
     model, ids = tiny(family), text(20)
-    model(input_ids=ids).logits.logsumexp(-1).sum().backward()
+    final(model, ids).logsumexp(-1).sum().backward()
     reference = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     chain([Segment(model, 0, 2), Segment(model, 2, 5), Segment(model, 5, 6)], ids).logsumexp(-1).sum().backward()
@@ -134,7 +134,7 @@ def test_bounds_are_checked(lo: int, hi: int) -> None:
 
 def test_middle_segment_has_no_head() -> None:
     part = Segment(tiny("llama"), 1, 3)
-    assert part.head is None and not part._embedding
+    assert part.head is None and not any(isinstance(one, torch.nn.Embedding) for one in part.modules())
     with pytest.raises(ValueError, match="holds no head"):
         part.logits(torch.zeros(1, 1, 32, dtype=torch.float64))
 
@@ -144,7 +144,7 @@ def test_middle_segment_has_no_head() -> None:
 def test_parts_on_a_gpu_say_what_the_unsplit_model_says_on_the_cpu(family: str) -> None:
     model, ids = tiny(family), text()
     with torch.no_grad():
-        reference = model(input_ids=ids).logits
+        reference = final(model, ids)
         model.to("cuda")
         ours = chain(three_parts(model, 2, 4), ids.to("cuda")).cpu()
     assert relative(ours, reference) <= 1e-5

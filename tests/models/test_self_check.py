@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +11,12 @@ from torch import Tensor
 
 from raycloud.benchmarks.family_configs import tiny_model
 from raycloud.errors import ModelError
-from raycloud.models.chain import find_chain
-from raycloud.models.self_check import LogitsRule, check_structure, cut_model, run_segments
-from raycloud.models.stock_segment import StockCache, StockSegment, _AbsentBlock
-from raycloud.models.trace import final_of, trace
+from raycloud.models import fast_path
+from raycloud.models.cache import KVCache
+from raycloud.models.segments import Segment
+from raycloud.models.self_check import check_structure, cut_model, whole_output
+from raycloud.models.stock_cache import StockCache
+from raycloud.models.stock_path import AbsentBlock, StockPath
 
 SOME = ((0, 2), (1, 3), (2, 2), (4, 4))
 
@@ -30,22 +31,29 @@ def test_segments_of_a_decoder_are_measured_to_make_up_the_whole(name: str) -> N
     model = tiny_model(name, "eager")
     checked = check_structure(model, cuts=SOME, tolerance=1e-4)
     assert checked.structure.causal and checked.prefill <= 1e-6 and checked.padded <= 1e-6
+    assert checked.structure.logits.kind == "head" and checked.structure.has_norm
     assert checked.decode is not None and checked.decode <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "modernbert", "deberta-v2"])
 def test_segments_of_an_encoder_keep_no_cache(name: str) -> None:
     checked = check_structure(tiny_model(name, "eager"), cuts=SOME, tolerance=1e-4)
-    assert not checked.structure.causal and checked.decode is None and checked.logits == LogitsRule("none")
+    assert not checked.structure.causal and checked.decode is None and checked.structure.logits.kind == "none"
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "value"),
-    [("llama", "head", 1.0), ("granite", "factor", 0.5), ("cohere", "factor", 0.5), ("gemma2", "cap", 30.0)],
+    ("name", "kind", "setting", "value"),
+    [
+        ("llama", "head", "", 1.0),
+        ("granite", "divisor", "logits_scaling", 2.0),
+        ("cohere", "factor", "logit_scale", 0.5),
+        ("gemma2", "cap", "final_logit_softcapping", 30.0),
+    ],
 )
-def test_how_logits_come_from_the_head(name: str, kind: str, value: float) -> None:
-    rule = check_structure(tiny_model(name, "eager"), cuts=((1, 3),), tolerance=1e-4).logits
-    assert rule.kind == kind and rule.value == pytest.approx(value, rel=1e-4)
+def test_how_logits_come_from_the_head(name: str, kind: str, setting: str, value: float) -> None:
+    model = tiny_model(name, "eager")
+    rule = check_structure(model, cuts=((1, 3),), tolerance=1e-4).structure.logits
+    assert (rule.kind, rule.setting, rule.value(model.config)) == (kind, setting, value)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +61,8 @@ def test_how_logits_come_from_the_head(name: str, kind: str, value: float) -> No
     [
         ("zamba2", "more than hidden states: original_hidden_states would have to cross a cut"),
         ("gemma3n_text", "hidden states of 4 dimensions"),
-        ("rwkv", "without its embedding fails"),
+        ("rwkv", "outside of a cache"),
+        ("recurrent_gemma", "decoding in steps"),  # its state is in its modules: sessions would share it
     ],
 )
 def test_what_cannot_be_cut_is_refused_in_one_line(name: str, said: str) -> None:
@@ -62,30 +71,31 @@ def test_what_cannot_be_cut_is_refused_in_one_line(name: str, said: str) -> None
     assert "\n" not in str(raised.value)
 
 
-def leak(self: _AbsentBlock, *args: Any, **kwargs: Any) -> Any:
+def leak(self: AbsentBlock, *args: Any, **kwargs: Any) -> Any:
     """Forward of a stand-in that ignores the given hidden states."""
-    if self._index == self._segment.hi:
-        return original(self, *args, **kwargs)
-    return args[0] if args else kwargs["hidden_states"]
+    hidden = args[0] if args else kwargs["hidden_states"]
+    given = original(self, *args, **kwargs)
+    return given if self._index else hidden * 1.01
 
 
-original = _AbsentBlock.forward
+original = AbsentBlock.forward
 
 
-def without_mask(self: StockSegment, valid: Tensor, past: int, tokens: int) -> dict[str, Tensor]:
+def without_mask(self: StockPath, store: KVCache, start: int, total: int) -> dict[str, Any]:
     """Arguments without what tells padding, for all but the first segment."""
-    return text_arguments(self, valid, past, tokens) if self.is_first else {}
+    return text_arguments(self, store, start, total) if self._lo == 0 else {}
 
 
-text_arguments = StockSegment.text_arguments
+text_arguments = StockPath._text_arguments
 
 
 @pytest.mark.parametrize(
     ("where", "name", "wrong", "said"),
     [
-        (_AbsentBlock, "forward", leak, "prefill"),
-        (StockSegment, "text_arguments", without_mask, "padded batch"),
+        (AbsentBlock, "forward", leak, "prefill"),
+        (StockPath, "_text_arguments", without_mask, "padded batch"),
         (StockCache, "get_query_offset", lambda self, layer_idx=0: 0, "decoding in steps"),
+        (StockCache, "crop", lambda self, keep: None, "decoding in steps"),
     ],
 )
 def test_a_wrong_segment_is_noticed(
@@ -98,33 +108,58 @@ def test_a_wrong_segment_is_noticed(
         check_structure(model, cuts=SOME, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "qwen3_moe", "roberta"])
+def test_the_fast_path_is_taken_only_where_it_is_measured_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Granite multiplies its embeddings in the base model's forward, which a layout of Llama's modules does not see."""
+    assert check_structure(tiny_model("llama"), cuts=SOME).structure.layout == "rotary"
+    granite = check_structure(tiny_model("granite"), cuts=SOME)
+    assert granite.structure.layout is None and granite.fast is not None and granite.fast > 0.1
+    monkeypatch.setattr(fast_path, "attention_window", lambda config, index: None)
+    assert check_structure(tiny_model("gemma3_text"), cuts=SOME).structure.layout is None
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "qwen3_moe", "roberta", "deberta-v2"])
 def test_a_segment_needs_no_weights_of_others(name: str, ids: Tensor) -> None:
-    model = tiny_model(name)
-    structure = trace(model, find_chain(model), ids)
+    model = tiny_model(name, "eager")
+    structure = check_structure(model, cuts=SOME).structure.model_copy(update={"layout": None})
     with torch.no_grad():
-        whole = final_of(model(input_ids=ids))
-        hidden = [cut_model(model, structure, (1, 3))[0](ids)]
-        hidden.append(cut_model(model, structure, (1, 3))[1](hidden[0]))
+        whole, cut = whole_output(model, structure, ids), cut_model(model, structure, (1, 3))
+        first = cut.run(0, ids)
+        second = cut.run(1, first)
+        assert torch.allclose(cut(ids), whole, rtol=1e-9, atol=1e-12)
     blind = copy.deepcopy(model)
-    mine = [f"{structure.chain.path}.{index}." for index in (1, 2)]
-    for path, parameter in blind.named_parameters():
-        if not any(path.startswith(prefix) for prefix in mine):
+    segment = Segment(blind, 1, 3, structure=structure)
+    mine = {id(parameter) for parameter in segment.parameters()}
+    for parameter in blind.parameters():
+        if id(parameter) not in mine:
             torch.nn.init.constant_(parameter, float("nan"))
-    middle = StockSegment(blind, replace(structure, chain=find_chain(blind)), 1, 3)
     with torch.no_grad():
-        assert torch.equal(middle(hidden[0]), hidden[1])
-        assert torch.allclose(run_segments(cut_model(model, structure, (1, 3)), ids), whole, rtol=1e-9, atol=1e-12)
+        assert torch.equal(segment.hidden(first), second)
+    assert len(mine) < len(list(model.parameters())) / 1.5
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "bert"])
 def test_gradients_through_three_segments_are_the_wholes(name: str, ids: Tensor) -> None:
     model = tiny_model(name)
-    structure = trace(model, find_chain(model), ids)
+    structure = check_structure(model, cuts=SOME).structure.model_copy(update={"layout": None})
     found = []
-    for output in (final_of(model(input_ids=ids)), run_segments(cut_model(model, structure, (1, 3)), ids)):
+    for run in (lambda: whole_output(model, structure, ids), lambda: cut_model(model, structure, (1, 3))(ids)):
         model.zero_grad()
+        output = run()
         (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)).sum().backward()
         found.append({key: one.grad.clone() for key, one in model.named_parameters() if one.grad is not None})
     assert found[0].keys() == found[1].keys()
     assert all(torch.allclose(found[0][key], found[1][key], rtol=1e-9, atol=1e-12) for key in found[0])
+
+
+def test_a_segment_of_the_general_path_trains_and_evaluates_its_embedding(ids: Tensor) -> None:
+    """Dropout behind the embedding belongs to the base model's forward, and follows the segment's mode."""
+    model = tiny_model("distilbert")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    first = Segment(model, 0, 1)
+    with torch.no_grad():
+        calm = first.eval().hidden(ids)
+        assert torch.equal(first.hidden(ids), calm)
+        assert not torch.equal(first.train().hidden(ids), calm)
+        assert torch.equal(first.eval().hidden(ids), calm)

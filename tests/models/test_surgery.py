@@ -15,7 +15,7 @@ from raycloud.models.structure import blocks_of
 from raycloud.models.surgery.extraction import extract
 from raycloud.models.surgery.importance import angular_distances, evenly_spaced, most_important
 from raycloud.models.weights import build, load_weights, weights_of
-from tests.models.families import FAMILIES, tiny
+from tests.models.families import FAMILIES, final, tiny
 
 IDS = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(2))
 
@@ -29,11 +29,11 @@ def test_a_student_is_its_blocks_and_loads_like_any_model(family: str, tmp_path:
         for index in blocks:
             hidden = Segment(model, index, index + 1, embed=False, head=False).hidden(hidden)
         expected = Segment(model, 6, 6)(hidden)
-        assert torch.allclose(student(input_ids=IDS).logits, expected, atol=1e-5)
+        assert torch.allclose(final(student, IDS), expected, atol=1e-5)
         student.save_pretrained(tmp_path)
         auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
         loaded = auto.from_pretrained(tmp_path)
-        assert torch.allclose(loaded(input_ids=IDS).logits, expected, atol=1e-5)
+        assert torch.allclose(final(loaded, IDS), expected, atol=1e-5)
         if family != "bert":
             made = loaded.generate(IDS, max_new_tokens=4, do_sample=False)
             assert made.shape[1] <= IDS.shape[1] + 4

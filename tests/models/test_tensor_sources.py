@@ -16,8 +16,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from raycloud.benchmarks.family_configs import tiny_model
 from raycloud.benchmarks.family_parts import compare_parts
 from raycloud.errors import ModelError
-from raycloud.models.checkpoint import Checkpoint, empty_model, has_language_head, load_tensors
+from raycloud.models.checkpoint import Checkpoint, empty_model, load_tensors
 from raycloud.models.tensor_check import match_tensors
+from raycloud.models.twin import has_language_head
 
 Tensors = dict[str, Tensor]
 TYPES = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_neox", "falcon_h1", "gpt_oss", "zamba2", "roberta")

@@ -8,9 +8,10 @@ import pytest
 from transformers import BambaConfig, GPT2Config, LlamaConfig, Qwen3MoeConfig, RobertaConfig, T5Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from raycloud.errors import ModelError
 from raycloud.models import verdict as module
 from raycloud.models.twin import BLOCKS, twin_config
-from raycloud.models.verdict import structure_verdict
+from raycloud.models.verdict import forget_verdicts, structure_of, structure_verdict
 
 
 @pytest.fixture(autouse=True)
@@ -53,35 +54,46 @@ def test_a_model_of_few_blocks_has_a_twin_with_their_pattern_repeated() -> None:
 @pytest.mark.parametrize("config", [LlamaConfig(), GPT2Config(), Qwen3MoeConfig(), CONFIG_MAPPING["gemma3_text"]()])
 def test_a_decoder_is_accepted_by_its_twin(config: LlamaConfig) -> None:
     found = structure_verdict(config, "eager")
-    assert found.accepted and found.causal and found.chunks and found.logits == "head", found.reason
+    structure = found.structure
+    assert structure is not None, found.reason
+    assert structure.causal and structure.chunks and structure.logits.kind == "head"
     assert 0 <= found.difference <= 1e-4
 
 
 def test_an_encoder_is_accepted_by_its_twin() -> None:
-    found = structure_verdict(RobertaConfig(), causal=False)
-    assert found.accepted and not found.causal and found.path == "encoder.layer"
+    structure = structure_of(RobertaConfig())
+    assert not structure.causal and structure.blocks == "encoder.layer"
 
 
 def test_a_refusal_is_one_line_and_kept_as_well(cache: Path) -> None:
-    found = structure_verdict(T5Config(), causal=False)
+    found = structure_verdict(T5Config())
     assert not found.accepted and "lists of blocks" in found.reason and "\n" not in found.reason
-    assert len(list((cache / "structure").iterdir())) == 1 and structure_verdict(T5Config(), causal=False) == found
+    assert len(list((cache / "structure").iterdir())) == 1 and structure_verdict(T5Config()) == found
+    with pytest.raises(ModelError, match="lists of blocks"):
+        structure_of(T5Config())
 
 
 def test_a_verdict_is_measured_once_for_what_it_depends_on(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = structure_verdict(LlamaConfig(hidden_size=512))
     monkeypatch.setattr(module, "check_twin", lambda *_, **__: pytest.fail("it was measured again"))
+    forget_verdicts()
     assert structure_verdict(LlamaConfig(hidden_size=512, architectures=["LlamaForCausalLM"])) == first
+    assert structure_verdict(LlamaConfig(hidden_size=1024, num_hidden_layers=7)) == first  # their twins are equal
     monkeypatch.undo()
     monkeypatch.setenv("RAYCLOUD_CACHE", str(cache))
-    for other in (LlamaConfig(hidden_size=1024), LlamaConfig(hidden_size=512, attention_bias=True)):
-        structure_verdict(other)
+    structure_verdict(LlamaConfig(hidden_size=512, attention_bias=True))
     structure_verdict(LlamaConfig(hidden_size=512), "eager")
-    assert len(list((cache / "structure").iterdir())) == 4
+    assert len(list((cache / "structure").iterdir())) == 3
 
 
 def test_a_damaged_file_is_measured_again(cache: Path) -> None:
     first = structure_verdict(LlamaConfig())
     [path] = (cache / "structure").iterdir()
-    path.write_text('{"accepted": true, "surprise": 1}')
+    path.write_text('{"reason": "", "surprise": 1}')
+    forget_verdicts()
     assert structure_verdict(LlamaConfig()) == first and "surprise" not in path.read_text()
+
+
+def test_attention_falls_back_to_what_a_model_has() -> None:
+    assert structure_of(CONFIG_MAPPING["gpt_oss"](num_hidden_layers=2)).attention == "eager"
+    assert structure_of(LlamaConfig()).attention == "sdpa"

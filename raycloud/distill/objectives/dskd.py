@@ -161,10 +161,8 @@ class DSKD(DSKDOptions, Objective):
             counted_ids=student_ids if aligned else None,
         )
         targets = labels if self.version == 1 else student_ids[teacher_choice]
-        student_view = LogitsView.of(h, student.head, student.softcap)
-        projected = LogitsView.of(
-            extras.t2s(g.to(kind)).to(student.head.weight.dtype), student.head, student.softcap, frozen=True
-        )
+        student_view = student.view_of(h)
+        projected = student.view_of(extras.t2s(g.to(kind)).to(student.head.weight.dtype), frozen=True)
         count, weights = len(student.labels), [1.0, 1.0]
         if published:
             right = head_top_k(projected, 1, chunk=chunk)[1][:, 0] == targets

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from raycloud.distill.divergence import build_divergence
-from raycloud.distill.head_loss import LogitsView
 from raycloud.distill.objective import (
     LossTerms,
     ModelSizes,
@@ -101,7 +100,7 @@ class DSKDCMA(DSKDCMAOptions, Objective):
         )
         in_student_space = student_space(
             student.logits_view(),
-            LogitsView.of(teacher_at_student.to(student.head.weight.dtype), student.head, student.softcap, frozen=True),
+            student.view_of(teacher_at_student.to(student.head.weight.dtype), frozen=True),
             student.labels,
             build_divergence(self.divergence),
             self.temperature,

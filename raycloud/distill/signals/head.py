@@ -38,7 +38,7 @@ class FrozenHead:
 
 
 def frozen_head(teacher: Segment, codec: SignalCodec) -> FrozenHead:
-    """Copy a teacher's head as it arrives at the edge, in the dtype of ``codec``.
+    """Copy a teacher's head as it arrives at the edge, in the dtype of ``codec``; a factor of its logits is in it.
 
     It crosses the link once; with ``int8`` hidden states it is bfloat16.
 
@@ -48,9 +48,10 @@ def frozen_head(teacher: Segment, codec: SignalCodec) -> FrozenHead:
     if not isinstance(teacher.head, nn.Linear):
         raise ValueError("hidden signals need a teacher whose head is one linear map; use kind: topk")
     dtype = torch.bfloat16 if codec == "int8" else getattr(torch, codec)
-    bias = teacher.head.bias
+    rule, bias = teacher.structure.logits, teacher.head.bias
+    scale = rule.scale(teacher.config)
     return FrozenHead(
-        teacher.head.weight.detach().to(dtype).cpu(),
-        None if bias is None else bias.detach().to(dtype).cpu(),
-        getattr(teacher.config, "final_logit_softcapping", None),
+        (teacher.head.weight.detach() * scale).to(dtype).cpu(),
+        None if bias is None else (bias.detach() * scale).to(dtype).cpu(),
+        rule.cap(teacher.config),
     )

@@ -8,7 +8,6 @@ More" (arXiv 2505.18332) and SipIt (arXiv 2510.15511).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,21 +27,6 @@ _ROUNDING = 1e-6
 
 _FEW, _MANY = 16, 1024
 """First and largest number of candidates that run through part 1 at a time."""
-
-
-class BranchedCache(KVCache):
-    """KV cache of many one-token continuations of one text; the text's own keys and values are shared, not changed."""
-
-    def __init__(self, trunk: KVCache, count: int) -> None:
-        super().__init__()
-        self._trunk = trunk
-        self.extend(count, trunk.length, None, trunk.positions(0, trunk.length).device)
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values of the trunk, expanded to every branch, followed by each branch's own (B, H, 1, d_head)."""
-        before = self._trunk.update(keys[:1, :, :0], values[:1, :, :0], layer_idx)
-        old_keys, old_values = (one.expand(len(keys), -1, -1, -1) for one in before)
-        return torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
 
 
 class Matching:
@@ -69,14 +53,12 @@ class Matching:
         attack = cls(cut, propose, scale, tolerance=0.0)
         right, wrong = _ROUNDING, float("inf")
         for ids, hidden in public:
-            trunk = KVCache()
+            trunk = cut.edge.new_cache()
             if len(ids) > 1:
                 right = max(right, float(attack._distance(cut.send(ids[None, :-1], cache=trunk)[0], hidden[:-1]).max()))
             others = propose(hidden[-1:], _FEW)[0]
             others = others[others != ids[-1]]
-            distances = attack._distance(
-                cut.send(others[:, None], cache=BranchedCache(trunk, len(others)))[:, 0], hidden[-1]
-            )
+            distances = attack._distance(cut.send(others[:, None], cache=trunk.branch(len(others)))[:, 0], hidden[-1])
             wrong = min(wrong, float(distances.min()))
         attack.tolerance = (right * wrong) ** 0.5
         return attack
@@ -86,7 +68,7 @@ class Matching:
         """Guess the tokens (T, 1) of the hidden states (T, d) of one text; a match has one candidate, whatever
         ``count`` is."""
         found = self._propose(hidden, 1)[:, 0].clone()
-        trunk, at = KVCache(), 0
+        trunk, at = self._cut.edge.new_cache(), 0
         while at < len(found):
             ahead = slice(at, at + _AHEAD)
             distances = self._distance(self._cut.send(found[None, ahead], cache=trunk)[0], hidden[ahead])
@@ -106,9 +88,7 @@ class Matching:
         best, nearest, size = candidates[0], float("inf"), _FEW
         while len(candidates) and nearest > self.tolerance:
             some, candidates = candidates[:size], candidates[size:]
-            distances = self._distance(
-                self._cut.send(some[:, None], cache=BranchedCache(trunk, len(some)))[:, 0], hidden
-            )
+            distances = self._distance(self._cut.send(some[:, None], cache=trunk.branch(len(some)))[:, 0], hidden)
             least = int(distances.argmin())
             if distances[least] < nearest:
                 best, nearest = some[least], float(distances[least])

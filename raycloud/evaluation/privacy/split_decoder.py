@@ -13,7 +13,8 @@ from raycloud.errors import ModelError
 from raycloud.link.codecs.cut_codec import CutCodec
 from raycloud.models.cache import KVCache
 from raycloud.models.segments import Segment, cut_segments
-from raycloud.models.structure import blocks_of, structure_of
+from raycloud.models.structure import blocks_of
+from raycloud.models.verdict import structure_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _codec_round_trip(
 ) -> Tensor:
     """Run a part and return its hidden states (B, T, d) in float32 as the receiver decodes them; unchanged without a
     codec."""
-    store = KVCache() if cache is None else cache
+    store = part.new_cache() if cache is None else cache
     past = store.length
     hidden = part.hidden(x, valid=valid, cache=store)
     if codec is None:
@@ -107,7 +108,7 @@ def record_sessions(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=cut.device)
         valid[row, longest - len(prompt) :] = True
-    caches = [KVCache() for _ in range(3)]
+    caches = [part.new_cache() for part in (cut.edge, cut.cloud, cut.last)]
     steps: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     over = torch.zeros(len(prompts), dtype=torch.bool, device=cut.device)
     endings = torch.tensor(sorted(eos), dtype=torch.long, device=cut.device)

@@ -102,7 +102,7 @@ def trainable_parts(recipe: SplitTuneRecipe) -> TrainableParts:
 
 def downlink_pooling(pooling: Pooling, last: Segment) -> Pooling:
     """Pooling of a text's hidden states before they leave the cloud, for a head with this pooling."""
-    commutes = pooling == "first" or not last.anatomy.after
+    commutes = pooling == "first" or not last.has_norm
     return pooling if not len(last.blocks) and commutes else "none"
 
 

@@ -214,7 +214,7 @@ def sft_bottleneck(first: Segment, rank: int) -> Bottleneck:
         ModelError: the model family has no such block, or the edge has no block.
     """
     block: Any = first.blocks[-1] if len(first.blocks) else None
-    if block is None or first.anatomy.causal or not hasattr(block, "intermediate"):
+    if block is None or first.causal or not hasattr(block, "intermediate"):
         raise ModelError("the published cut (uplink.kind=sft) is for encoders of the BERT family with start_block >= 1")
     matrix = block.intermediate.dense.weight.detach()
     if not 1 <= rank <= min(matrix.shape):

@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from raycloud.models.cache import KVCache
 from raycloud.models.segments import Segment
 
 
@@ -25,7 +24,7 @@ class Stage:
     def __init__(self, segments: Sequence[Segment], kept: Collection[int] = ()) -> None:
         self._segments, self._kept = tuple(segments), frozenset(kept)
         self._saved: dict[int, Tensor] = {}
-        self.cache = KVCache()
+        self.cache = self._segments[0].new_cache()
 
     @property
     def tokens(self) -> int:

@@ -60,7 +60,7 @@ def labelled(
         total_steps=STEPS,
         training=TRAINING,
         train_cloud=True,
-        pooling="none" if last.anatomy.after else "mean",
+        pooling="none" if last.has_norm else "mean",
         uplink=agreed(code, activation_delta=activation_delta),
         downlink=agreed(identity_bottleneck(WIDTH)),
         head=TERMS,
