@@ -23,7 +23,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from raycloud.benchmarks.family_configs import DECODERS, ENCODERS, tiny_model
 from raycloud.benchmarks.family_parts import compare_parts
-from raycloud.benchmarks.measure import Measured
+from raycloud.benchmarks.family_speed import general_vs_fast
+from raycloud.benchmarks.measure import PAIRS, Measured
 from raycloud.errors import ModelError
 from raycloud.models.loading import quiet_transformers
 from raycloud.models.self_check import CheckedStructure, check_structure, cut_model, whole_output
@@ -38,6 +39,8 @@ PROMPT, NEW = 9, 12
 QUICK = {
     "names": ("llama", "gpt_oss", "qwen3_moe", "gemma2", "mamba", "zamba2", "roberta"),
     "attentions": ("sdpa", "eager"),
+    "new": 4,
+    "pairs": 1,
 }
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 _TEXT = 24
@@ -198,8 +201,21 @@ def _judge_types(names: Sequence[str]) -> dict[str, TwinResult]:
         }
 
 
-def run(*, names: Sequence[str] = (*DECODERS, *ENCODERS), attentions: Sequence[str] = ATTENTIONS) -> Measured:
-    """Examine configurations of all types."""
+def run(
+    *,
+    names: Sequence[str] = (*DECODERS, *ENCODERS),
+    attentions: Sequence[str] = ATTENTIONS,
+    new: int = 64,
+    pairs: int = PAIRS,
+) -> Measured:
+    """Examine configurations of all types, and measure the general path of a segment beside the fast one.
+
+    Args:
+        names: configurations.
+        attentions: attention implementations.
+        new: tokens to generate for the comparison of times.
+        pairs: number of interleaved measurements.
+    """
     results: dict[str, FamilyResult] = {}
     done = itertools.count(1)
     with progress_bars(len(names)) as shown, quiet_transformers():
@@ -220,6 +236,7 @@ def run(*, names: Sequence[str] = (*DECODERS, *ENCODERS), attentions: Sequence[s
         "loads_parts": len({(DECODERS | ENCODERS)[name][0] for name, one in results.items() if not one.parts}),
         "fast": sum(one.layout is not None for one in results.values()),
         "twins": sum(twin.accepted for twin in twins.values()),
+        "general_vs_fast": general_vs_fast(new=new, pairs=pairs),
         "self_check_s": max(twin.first_s for twin in twins.values()),
         "self_check_again_s": max(twin.again_s for twin in twins.values()),
         "families": {name: one.figures() for name, one in results.items()},

@@ -29,6 +29,7 @@ from raycloud.evaluation.perplexity import TokenPredictions, predict
 from raycloud.evaluation.questions import EvaluationQuestion, build_questions, references
 from raycloud.evaluation.recipe import EvaluateRecipe, GenerationRecipe, folders
 from raycloud.evaluation.rouge import exact, rouge_l
+from raycloud.models.configuration import context_length
 from raycloud.models.loading import load, load_config, load_tokenizer, resolve
 from raycloud.models.segments import Segment, set_segment_attention
 from raycloud.models.verdict import structure_of
@@ -150,7 +151,7 @@ def _causal(field: str, source: str) -> str:
 
 
 def _positions(where: str) -> int:
-    return int(load_config(where).max_position_embeddings)
+    return context_length(load_config(where))
 
 
 @dataclass(frozen=True)

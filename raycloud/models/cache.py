@@ -50,6 +50,16 @@ class KVCache:
         """Bytes allocated for keys and values."""
         return sum(buffer.nbytes for pair in self._buffers.values() for buffer in pair)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values for one token of all texts."""
+        return sum(buffer.nbytes // buffer.shape[2] for pair in self._buffers.values() for buffer in pair)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of states whose size does not depend on the number of tokens."""
+        return 0
+
     def wipe(self) -> None:
         """Overwrite keys and values with zeros and drop all tokens."""
         for pair in self._buffers.values():

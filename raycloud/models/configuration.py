@@ -47,6 +47,10 @@ Each block and each label becomes a Python object.
 """
 
 
+UNBOUNDED = 2**20
+"""Number of tokens that stands for no limit."""
+
+
 def file_of(source: str, name: str) -> Path | None:
     """Path of a file of a model directory or hub id, or None if there is no file of this name.
 
@@ -136,6 +140,13 @@ def load_config(source: str) -> PretrainedConfig:
     config = without_remote_code(load_auto(AutoConfig, source))
     auto_class(config)
     return config
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Largest number of tokens of a text; :data:`UNBOUNDED` for a model that has no positions to run out of."""
+    text = config.get_text_config()
+    found = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    return next((int(one) for one in found if one), UNBOUNDED)
 
 
 def quantization_of(config: Mapping[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from raycloud.errors import ModelError
 from raycloud.models.cache import KVCache
@@ -61,6 +62,29 @@ class StockCache(KVCache, DynamicCache):
     def is_sliding(self) -> list[bool]:
         """Whether each block keeps only a window of its keys: none does."""
         return [False] * len(self.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of recurrent and convolution states."""
+        return sum(state.nbytes for state in self._states())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys, values and states."""
+        return super().nbytes + self.state_bytes
+
+    def wipe(self) -> None:
+        """Overwrite keys, values and states with zeros and drop all tokens."""
+        for state in self._states():
+            state.zero_()
+        super().wipe()
+
+    def _states(self) -> Iterator[Tensor]:
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                for state in (*layer.conv_states.values(), *layer.recurrent_states.values()):
+                    if state is not None:
+                        yield state
 
     def crop(self, keep: int) -> None:
         """Drop all tokens but the first ``keep``.

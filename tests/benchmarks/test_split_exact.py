@@ -77,7 +77,7 @@ def test_nothing_breaks_it_unchanged() -> None:
 
 def test_a_missing_mask_breaks_eager_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     def unmasked(middle: Segment) -> None:
-        monkeypatch.setattr(middle, "_mask", lambda *_: None)
+        monkeypatch.setattr(middle._path, "_mask", lambda *_: None)
 
     assert breaks("eager", middle_only(unmasked))
 
@@ -86,7 +86,7 @@ def test_a_missing_mask_for_several_rows_breaks_sdpa(monkeypatch: pytest.MonkeyP
     """A whole prompt at once would hide the defect, because sdpa takes no mask for a causal prompt."""
 
     def unmasked(middle: Segment) -> None:
-        monkeypatch.setattr(middle, "_mask", lambda *_: None)
+        monkeypatch.setattr(middle._path, "_mask", lambda *_: None)
 
     make = middle_only(unmasked)
     assert not logits_agree(known("llama", "sdpa"), PLAN, make)

@@ -95,7 +95,8 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def kept(cache: Path) -> list[Path]:
-    return [path for path in cache.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+    """Files of conversions; verdicts on configurations are kept too, and are no part of a model."""
+    return [path for path in (cache / "converted").rglob("*") if path.is_file() and not path.name.endswith(".lock")]
 
 
 def test_a_gguf_file_is_the_model_it_was_made_of(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from pydantic import Field
 from raycloud.errors import RaycloudError, TrainingError
 from raycloud.link.frames import Frame, FrameError, SessionGrant, parse_body
 from raycloud.link.server import RequestRefused, ServerBusy, Session, SessionLimits, SessionMetrics, SessionServer
+from raycloud.models.configuration import context_length
 from raycloud.split.finetune.bottleneck import max_decoder_bytes
 from raycloud.split.finetune.checkpoints import GROUPS, CheckpointStore, remove_old_runs
 from raycloud.split.finetune.cloud import CloudTrainer, OutOfOrder
@@ -224,7 +225,7 @@ class TuneServer(SessionServer[TuneSession]):
         """Check a request and queue it on the engine thread."""
         if frame.kind in (TuneKind.FWD, TuneKind.FIT, TuneKind.TRAIN, TuneKind.PREDICT):
             lengths = parse_body(frame, HiddenStates).lengths
-            longest, tokens = int(self._part.config.max_position_embeddings), _padded(lengths)
+            longest, tokens = context_length(self._part.config), _padded(lengths)
             if max(lengths) > longest or tokens > self._limits.tokens:
                 padded = f"{len(lengths)} texts of up to {max(lengths)} tokens"
                 raise RequestRefused(

@@ -7,12 +7,14 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from raycloud.errors import LinkError
 from raycloud.link.codecs.cut_codec import CutCodec
 from raycloud.link.server import NullMetrics
+from raycloud.models.cache import KVCache
 from raycloud.split.inference.blocks import CloudStage, StepRequest, cloud_stage
 from raycloud.split.inference.metrics import InferenceMetrics
 from raycloud.split.parts import CloudPart
@@ -72,13 +74,18 @@ class InferenceEngine:
         """Number of queued steps."""
         return self._queue.qsize()
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values for one token of a session, over all blocks of this part."""
-        config = self.part.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * heads * width * self._dtype.itemsize * len(self.part.middle.blocks)
+    def cache_bytes(self, sessions: int, tokens: int) -> int:
+        """Bytes of keys, values and states of some sessions with ``tokens`` tokens in all, over this part's blocks."""
+        return sessions * self._one_token.state_bytes + tokens * self._one_token.bytes_per_token
+
+    @cached_property
+    @torch.inference_mode()
+    def _one_token(self) -> KVCache:
+        """Cache of one token, which shows what a model keeps for each token and session."""
+        middle = self.part.middle
+        cache, width = middle.new_cache(), int(self.part.config.hidden_size)
+        middle.hidden(torch.zeros(1, 1, width, device=self._device, dtype=self._dtype), cache=cache)
+        return cache
 
     def open(self, plans: PlanSet) -> CloudStage:
         """Create the state of a new session."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from raycloud.models.checkpoint import Checkpoint
+from raycloud.models.configuration import context_length
 from raycloud.models.generation import Decoding, Token
 from raycloud.models.loading import load_tokenizer
 from raycloud.models.logprobs import scores_of
@@ -57,7 +58,7 @@ class SplitTokenSource:
     ) -> None:
         self._first, self._last, self._connect = first, last, connect
         self._plans = plans.check(last.hi)
-        self.max_length = max_length or int(first.config.max_position_embeddings)
+        self.max_length = max_length or context_length(first.config)
         self._fixed_rope_length = fixed_rope_length(first.config)
         if self._fixed_rope_length is not None and not plans.fixed:
             self.max_length = min(

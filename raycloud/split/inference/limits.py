@@ -6,6 +6,7 @@ from pydantic import Field
 from transformers import PretrainedConfig
 
 from raycloud.link.server import SessionLimits
+from raycloud.models.configuration import context_length
 from raycloud.models.rotary import fixed_rope_length
 
 
@@ -26,4 +27,4 @@ class InferenceLimits(SessionLimits):
 
         It is at most ``fixed_rope_length``: a link splits prompts, and a lost session is rebuilt in other chunks.
         """
-        return min(self.tokens, config.max_position_embeddings, fixed_rope_length(config) or self.tokens)
+        return min(self.tokens, context_length(config), fixed_rope_length(config) or self.tokens)

@@ -47,8 +47,8 @@ class InferenceServer(SessionServer[InferenceSession]):
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values of all accepted tokens."""
-        return sum(session.tokens for session in self.held()) * self._engine.kv_bytes_per_token
+        """Bytes of the keys, values and states of all accepted tokens."""
+        return self._engine.cache_bytes(len(self.held()), sum(session.tokens for session in self.held()))
 
     def opening(self, frame: Frame, principal: str) -> Callable[[], InferenceSession]:
         """Check the edge's model, cuts and codec against those of this server."""
@@ -91,7 +91,7 @@ class InferenceServer(SessionServer[InferenceSession]):
     def begin(self, session: InferenceSession, frame: Frame) -> Awaitable[Frame]:
         """Check a step and queue it at the engine."""
         step = session.check(frame)
-        more = max(0, step.stop - session.tokens) * self._engine.kv_bytes_per_token
+        more = self._engine.cache_bytes(0, max(0, step.stop - session.tokens))
         if self._engine.waiting >= self._limits.queue or self.kv_bytes + more > self._limits.kv_bytes:
             raise ServerBusy(_RETRY_S)
         job = EngineRequest(

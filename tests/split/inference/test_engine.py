@@ -192,7 +192,7 @@ def test_keys_and_values_take_what_is_said(part: Any) -> None:
     state = engine.open(part.plans)
     rows, [lo], [hi] = text(64), part.plans.start_blocks, part.plans.end_blocks
     engine.submit(job(state, rows, 0, plan=SplitPlan(lo, hi))).result(120)
-    assert state.cache.nbytes == 64 * engine.kv_bytes_per_token
+    assert state.cache.nbytes == engine.cache_bytes(1, 64)
     assert MODEL.config.num_key_value_heads == 2
     engine.close()
 
