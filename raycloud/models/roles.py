@@ -122,7 +122,7 @@ def role_paths(config: PretrainedConfig) -> dict[Role, tuple[str, ...]]:
         ModelError: the twin cannot be built or traced, or a map's role differs between blocks.
     """
     with torch.random.fork_rng(devices=[]):  # making the twin seeds the generator
-        model = twin_model(config.get_text_config(), "eager", causal=False)
+        model = twin_model(config.get_text_config(), "eager")
     blocks = block_list_of(model).blocks
     found = roles_of(model, blocks)
     paths: dict[Role, tuple[str, ...]] = {}

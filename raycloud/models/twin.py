@@ -148,8 +148,7 @@ def _representatives(given: Mapping[str, Any], total: int, blocks: int) -> list[
     kinds = [(*(repr(one[at]) for one in lists), *(at in one for one in marked)) for at in range(total)]
     firsts = {kind: at for at, kind in reversed(list(enumerate(kinds)))}.values()
     others = [at for at in range(total) if at not in firsts]
-    kept = sorted([*sorted(firsts), *others][:blocks])
-    return [kept[at % len(kept)] for at in range(blocks)]  # a model with fewer blocks repeats its pattern
+    return sorted([*sorted(firsts), *others][:blocks])
 
 
 def twin_model(config: PretrainedConfig, attention: str, *, seed: int = 0) -> PreTrainedModel:
