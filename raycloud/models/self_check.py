@@ -31,6 +31,9 @@ _CHUNKS = (7, 1, 1, 5, 1, 4)
 """Tokens of the calls that process the text with a cache; they add up to ``TOKENS``."""
 _ONE_BY_ONE = (9, *[1] * (TOKENS - 9))
 _PADDING = 5
+_REAL_TOKENS = 16
+_REAL_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+"""Largest relative difference on real weights; many blocks add up the rounding of kernels."""
 
 Cut = tuple[int, int]
 """Blocks at which the second and the third segment begin."""
@@ -269,6 +272,31 @@ def whole_output(model: PreTrainedModel, structure: ModelStructure, ids: Tensor,
         return hidden_of(base(input_ids=ids, **arguments))
     logits: Tensor = model(input_ids=ids, **arguments).logits
     return logits
+
+
+@torch.no_grad()
+def check_weights(model: PreTrainedModel, structure: ModelStructure) -> None:
+    """Compare the three parts of a loaded model with the whole on its real weights, for a text of 16 tokens.
+
+    Raises:
+        ModelError: they differ by more than the rounding of the model's type explains.
+    """
+    total = len(module_at(base_of(model), structure.blocks))
+    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    ids = (torch.arange(_REAL_TOKENS, device=model.device)[None] * 37 + 11) % vocabulary
+    attention = model.config._attn_implementation
+    found = cut_model(model, structure, (total // 3, 2 * total // 3))(ids)
+    try:
+        model.set_attn_implementation(structure.attention)  # ours has no masks in the library's forward
+        whole = whole_output(model, structure, ids)
+    finally:
+        model.set_attn_implementation(attention)
+    difference = float((found - whole).abs().max() / whole.abs().max())
+    if not difference <= _REAL_TOLERANCE[model.dtype]:
+        raise ModelError(
+            f"a '{model.config.model_type}' model in segments differs from the whole by {difference:.1e} on its own "
+            "weights; run it whole"
+        )
 
 
 def _check_crossing(model: PreTrainedModel, structure: ModelStructure, traced: Trace, ids: Tensor) -> None:

@@ -29,6 +29,7 @@ from raycloud.models.configuration import CONFIG
 from raycloud.models.devices import Device, DType
 from raycloud.models.loading import load_config, load_tokenizer, pick_device, pick_dtype, resolve
 from raycloud.models.segments import Segment, set_segment_attention
+from raycloud.models.self_check import check_weights
 from raycloud.models.structure import pooler_of
 from raycloud.models.tensor_check import match_tensors
 from raycloud.models.weight_layout import optimise_decode_layout
@@ -243,6 +244,7 @@ def load_splittable(
     model, place = found.skeleton(device, dtype, attention)
     everything = [Segment(model)]
     found.fill(model, everything, place)
+    check_weights(model, everything[0].structure)
     optimise_decode_layout(everything)
     return SplittableModel(model, found.fingerprint, found.where)
 

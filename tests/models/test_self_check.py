@@ -14,7 +14,7 @@ from raycloud.errors import ModelError
 from raycloud.models import fast_path
 from raycloud.models.cache import KVCache
 from raycloud.models.segments import Segment
-from raycloud.models.self_check import check_structure, cut_model, whole_output
+from raycloud.models.self_check import check_structure, check_weights, cut_model, whole_output
 from raycloud.models.stock_cache import StockCache
 from raycloud.models.stock_path import AbsentBlock, StockPath
 
@@ -149,6 +149,15 @@ def test_gradients_through_three_segments_are_the_wholes(name: str, ids: Tensor)
         found.append({key: one.grad.clone() for key, one in model.named_parameters() if one.grad is not None})
     assert found[0].keys() == found[1].keys()
     assert all(torch.allclose(found[0][key], found[1][key], rtol=1e-9, atol=1e-12) for key in found[0])
+
+
+def test_parts_are_compared_with_the_whole_on_real_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    structure = check_structure(model, cuts=SOME).structure
+    check_weights(model, structure)
+    monkeypatch.setattr(fast_path.FastPath, "finish", lambda self, hidden: hidden)
+    with pytest.raises(ModelError, match="on its own weights"):
+        check_weights(model, structure)
 
 
 def test_a_segment_of_the_general_path_trains_and_evaluates_its_embedding(ids: Tensor) -> None:
