@@ -23,7 +23,15 @@ SPACE = Space(
         "forward_kl": objective(SEEDS, name="forward_kl"),
         "skewed_reverse_kl": objective(SEEDS, name="skewed_reverse_kl"),
         "dskd v2 ours": objective(SEEDS, name="dskd", version=2, compat="ours"),
-        "dskd v2 published": objective(SEEDS, name="dskd", version=2, compat="published"),
+        # The other rows are of a machine without native bfloat16, where `auto` is float32 as well.
+        "dskd v2 published": Variant(
+            overrides={
+                **TEACHER,
+                "objective.kd": {"name": "dskd", "version": 2, "compat": "published"},
+                "dtype": "float32",
+            },
+            seeds=SEEDS,
+        ),
         "adaptive_kl": objective(SEEDS, name="adaptive_kl"),
         "reverse_kl": objective(name="reverse_kl"),
         "js_divergence": objective(name="js_divergence"),
