@@ -89,6 +89,14 @@ class Segment(nn.Module):
         """True if the model has modules between its last block and its head."""
         return self.structure.has_norm
 
+    def freeze_shared(self) -> None:
+        """Stop training of the modules that every segment has, see :class:`~raycloud.models.structure.ModelStructure`.
+
+        Segments in different places would train them apart.
+        """
+        for name in self.structure.shared:
+            self.get_submodule(name.replace(".", "_")).requires_grad_(False)
+
     def new_cache(self) -> KVCache:
         """Empty cache of one batch of texts for this segment and others of the same model."""
         return self._path.new_cache()

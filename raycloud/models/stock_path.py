@@ -81,6 +81,40 @@ class AbsentBlock(nn.Module):
         return (hidden, *[None] * (self._tuple_size - 1)) if self._tuple_size else hidden
 
 
+class _OuterBlock(nn.Module):
+    """Block at an end of a forward that has no stand-in there: it takes the given hidden states, or ends the forward.
+
+    It calls the block itself, not a copy, so that hooks and modes that the block gets later count.
+
+    Args:
+        block: the block, whose attributes the base model may read.
+        begins: the forward begins with it.
+        ends: the forward ends behind it.
+    """
+
+    def __init__(self, block: nn.Module, *, begins: bool, ends: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "_block", block)  # not registered: its mode is that of its segment
+        self._begins, self._ends = begins, ends
+
+    def __getattr__(self, name: str) -> Any:
+        """Return attributes of the block, such as its kind of attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the block."""
+        if self._begins:
+            given = _current.get().given
+            args, kwargs = ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
+        output = self.__dict__["_block"](*args, **kwargs)
+        if self._ends:
+            raise _Stop(output[0] if isinstance(output, tuple) else output)
+        return output
+
+
 class _AbsentModule(nn.Module):
     """Stand-in for a module before block 0: zeros of the shape of its output."""
 
@@ -204,12 +238,12 @@ class StockPath:
             held[index - call.lo] if call.lo <= index < call.hi else AbsentBlock(index, block, structure.tuple_size)
             for index, block in enumerate(whole)
         ]
-        if call.lo == 0 < call.hi:  # no stand-in comes before block 0
-            mine[0] = _shell(mine[0])
-            mine[0].register_forward_pre_hook(_inject, with_kwargs=True)
-        if call.stops and call.hi == self._total and call.lo < call.hi:  # none comes behind the last block
-            mine[-1] = mine[-1] if mine[-1].__dict__.get("_is_shell") else _shell(mine[-1])
-            mine[-1].register_forward_hook(_stop)
+        if call.lo < call.hi:  # no stand-in comes before block 0, and none behind the last block
+            begins, ends = call.lo == 0, call.stops and call.hi == self._total
+            if begins:
+                mine[0] = _OuterBlock(mine[0], begins=True, ends=ends and call.hi == 1)
+            if ends and not (begins and call.hi == 1):
+                mine[-1] = _OuterBlock(mine[-1], begins=False, ends=True)
         shell = _shell(self._base)
         if getattr(shell, "pooler", None) is not None:
             shell.pooler = None  # type: ignore[assignment]  # no part of a segment
@@ -228,15 +262,6 @@ def _set_mode(shell: nn.Module, training: bool) -> None:
     for module in shell.modules():
         if id(module) not in blocks:
             module.training = training
-
-
-def _inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    given = _current.get().given
-    return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
-
-
-def _stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    raise _Stop(output[0] if isinstance(output, tuple) else output)
 
 
 def _shell(module: nn.Module) -> nn.Module:

@@ -243,8 +243,9 @@ def build_edge_setup(
     """
     device, width = calibration[0].ids.device, int(first.config.hidden_size)
     plan, head, labels_cross = plan_of(recipe, first.config), head_config(recipe, classes), recipe.labels == "cloud"
-    if recipe.lora is not None:
-        for segment in (first,) if labels_cross else (first, last):
+    for segment in (first,) if labels_cross else (first, last):
+        segment.freeze_shared()
+        if recipe.lora is not None:
             add_segment_adapters(segment, recipe.lora, recipe.seed)
     task = None if labels_cross else task_of(recipe, last, classes, pooler)
     uplink, downlink = fit_uplink(recipe.uplink, first, calibration), new_downlink(recipe.downlink, width)

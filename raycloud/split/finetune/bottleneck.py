@@ -8,6 +8,7 @@ block, at the first matrix of its feed-forward part, and drops the residual; it 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,16 +163,33 @@ def check_sizes(width: int, rank: int, num_outliers: int) -> None:
         )
 
 
-class _AttentionHalf(nn.Module):
-    """Attention part of a BERT block, up to its feed-forward part."""
+class _Residual(nn.Module):
+    """Output of a feed-forward part that is left out: the part's input."""
 
-    def __init__(self, block: Any) -> None:
-        super().__init__()
-        self.attention = block.attention
-
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        hidden, _ = self.attention(hidden, **arguments)
+    def forward(self, inner: Tensor, hidden: Tensor) -> Tensor:
         return hidden
+
+
+def _attention_half(block: nn.Module) -> nn.Module:
+    """Copy of a BERT block without its feed-forward part; weights are shared.
+
+    The block's own forward stays, as families call and return different things.
+    """
+    half = copy.copy(block)
+    for name in ("_modules", "_forward_hooks", "_forward_pre_hooks"):
+        half.__dict__[name] = copy.copy(block.__dict__[name])
+    half._modules |= {"intermediate": nn.Identity(), "output": _Residual()}
+    return half
+
+
+def _has_bert_end(block: Any) -> bool:
+    """Whether the feed-forward part of a block is that of BERT, with its norm at the end."""
+    weighted = {
+        part: {name for name, _ in getattr(block, part).named_children() if name in ("dense", "LayerNorm")}
+        for part in ("intermediate", "output")
+        if isinstance(getattr(block, part, None), nn.Module)
+    }
+    return weighted == {"intermediate": {"dense"}, "output": {"dense", "LayerNorm"}}
 
 
 class _FeedForwardHalf(nn.Module):
@@ -214,12 +232,16 @@ def sft_bottleneck(first: Segment, rank: int) -> Bottleneck:
         ModelError: the model family has no such block, or the edge has no block.
     """
     block: Any = first.blocks[-1] if len(first.blocks) else None
-    if block is None or first.causal or not hasattr(block, "intermediate"):
-        raise ModelError("the published cut (uplink.kind=sft) is for encoders of the BERT family with start_block >= 1")
+    if block is None or first.causal or not _has_bert_end(block):
+        raise ModelError(
+            "the published cut (uplink.kind=sft) is for encoders of the BERT family, whose blocks have intermediate.dense, "
+            f"output.dense and output.LayerNorm, with start_block >= 1; got '{first.config.model_type}' and "
+            f"start_block={len(first.blocks)}; allowed: low_rank or plain"
+        )
     matrix = block.intermediate.dense.weight.detach()
     if not 1 <= rank <= min(matrix.shape):
         raise ModelError(f"rank={rank}; allowed: 1 to {min(matrix.shape)}")
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     decoder = _FeedForwardHalf(block, left[:, :rank].contiguous())
-    first.blocks[-1] = _AttentionHalf(block)
+    first.blocks[-1] = _attention_half(block)
     return Bottleneck(_SvdEncoder(values[:rank], right[:rank].contiguous()), decoder, rank)

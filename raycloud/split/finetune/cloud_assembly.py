@@ -38,6 +38,7 @@ def build_cloud(
         ValueError: the configuration has a head, and there is no ``last``.
     """
     width, device = int(middle.config.hidden_size), next(middle.parameters()).device
+    middle.freeze_shared()
     if config.lora is not None:
         add_segment_adapters(middle, config.lora, config.seed)
     if not config.train_cloud:
@@ -53,6 +54,7 @@ def build_cloud(
         return CloudTrainer(middle, decoder, encoder, config)
     if last is None:
         raise ValueError("last: None, and the cloud has the head; allowed: the segment after the blocks")
+    last.freeze_shared()
     if config.lora is not None:
         add_segment_adapters(last, config.lora, config.seed)
     task = config.head.task(width, config.seed, pooler)

@@ -24,7 +24,7 @@ from raycloud.split.finetune.cloud import CloudTrainer
 from raycloud.split.finetune.edge import UShapedEdge
 from raycloud.split.finetune.messages import CutConfig, OpenTuning, TuneConfig
 from raycloud.split.finetune.server import TuneLimits, TuneServer
-from raycloud.split.finetune.tasks import Classification, LanguageModelling, Task, TextHead, pooled
+from raycloud.split.finetune.tasks import Classification, LanguageModelling, Pooling, Task, TextHead, pooled
 from raycloud.split.finetune.wire_dtype import WireDType
 from raycloud.split.parts import CloudPart
 from raycloud.split.plan import PlanSet, SplitPlan
@@ -83,6 +83,7 @@ class Whole:
 
     model: Any
     head: nn.Module | None
+    pooling: Pooling = "mean"
 
     def __post_init__(self) -> None:
         groups = {"model": self.model, **({"head": self.head} if self.head is not None else {})}
@@ -98,7 +99,8 @@ class Whole:
             total = F.cross_entropy(logits[wanted].float(), batch.labels[wanted], reduction="sum")
         else:
             rows = base_of(self.model)(input_ids=batch.ids, attention_mask=batch.valid.long()).last_hidden_state
-            total = F.cross_entropy(self.head(pooled(rows, batch.valid, "mean")).float(), batch.labels, reduction="sum")
+            outputs = self.head(pooled(rows, batch.valid, self.pooling))
+            total = F.cross_entropy(outputs.float(), batch.labels, reduction="sum")
         return Loss(total, batch.targets, {"cross_entropy": total})
 
     def step(self, micros: Sequence[Batch]) -> Step:
