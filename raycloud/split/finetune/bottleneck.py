@@ -234,9 +234,9 @@ def sft_bottleneck(first: Segment, rank: int) -> Bottleneck:
     block: Any = first.blocks[-1] if len(first.blocks) else None
     if block is None or first.causal or not _has_bert_end(block):
         raise ModelError(
-            "the published cut (uplink.kind=sft) is for encoders of the BERT family, whose blocks have intermediate.dense, "
-            f"output.dense and output.LayerNorm, with start_block >= 1; got '{first.config.model_type}' and "
-            f"start_block={len(first.blocks)}; allowed: low_rank or plain"
+            "the published cut (uplink.kind=sft) is for encoders of the BERT family, whose blocks have "
+            "intermediate.dense, output.dense and output.LayerNorm, with start_block >= 1; got "
+            f"'{first.config.model_type}' and start_block={len(first.blocks)}; allowed: low_rank or plain"
         )
     matrix = block.intermediate.dense.weight.detach()
     if not 1 <= rank <= min(matrix.shape):

@@ -1,4 +1,4 @@
-"""Encoders of many types in split fine-tuning: what the unsplit model of the library learns, and loading from a folder."""
+"""Encoders of many types in split fine-tuning: they learn what the unsplit model of the library learns."""
 
 from __future__ import annotations
 
@@ -84,7 +84,11 @@ def test_weights_after_steps_are_the_whole_models(
     head = TextHead(WIDTH, CLASSES, dropout=0.1, seed=SEED, pooler=pooler)
     whole = Whole(stock, head, pooling)
     edge = build_local_edge(
-        model, recipe(first, second, pooling, labels), texts(9, model.config.pad_token_id), classes=CLASSES, total_steps=20
+        model,
+        recipe(first, second, pooling, labels),
+        texts(9, model.config.pad_token_id),
+        classes=CLASSES,
+        total_steps=20,
     )
     for step in range(STEPS):
         mine = texts(step, model.config.pad_token_id)
@@ -97,7 +101,9 @@ def test_weights_after_steps_are_the_whole_models(
     reference = parts_of(whole, first, BLOCKS if second is None else second)
     found = {part: made[part] for part in reference}
     assert distance(values(found), values(reference)) <= 1e-5
-    assert all(torch.equal(module_at(base_of(model), path).weight, module_at(base_of(stock), path).weight) for path in shared)
+    assert all(
+        torch.equal(module_at(base_of(model), path).weight, module_at(base_of(stock), path).weight) for path in shared
+    )
 
 
 @pytest.mark.parametrize("name", ALIKE)
