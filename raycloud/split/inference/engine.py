@@ -7,7 +7,6 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 
@@ -66,6 +65,7 @@ class InferenceEngine:
         self._device = next(part.middle.parameters(), torch.empty(0)).device
         self._dtype = next(part.middle.parameters(), torch.empty(0)).dtype
         self._threads = threads
+        self._one_token = self._cache_of_one_token()  # not later: the engine's thread may be at work
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -78,9 +78,8 @@ class InferenceEngine:
         """Bytes of keys, values and states of some sessions with ``tokens`` tokens in all, over this part's blocks."""
         return sessions * self._one_token.state_bytes + tokens * self._one_token.bytes_per_token
 
-    @cached_property
     @torch.inference_mode()
-    def _one_token(self) -> KVCache:
+    def _cache_of_one_token(self) -> KVCache:
         """Cache of one token, which shows what a model keeps for each token and session."""
         middle = self.part.middle
         cache, width = middle.new_cache(), int(self.part.config.hidden_size)
