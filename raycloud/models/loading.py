@@ -111,7 +111,7 @@ def check_model(source: str) -> PretrainedConfig:
     A job calls this before it starts anything; see :mod:`raycloud.models.tensor_check`.
 
     Raises:
-        ModelError: it cannot be read, its family has no record, or its tensors are not those of its configuration.
+        ModelError: it cannot be read, its type is not known, or its tensors are not those of its configuration.
     """
     config, checkpoint = load_config(source), Checkpoint(source)
     cpu = torch.device("cpu")
@@ -154,7 +154,7 @@ def load(
         notify: called with one line before each download or conversion.
 
     Raises:
-        ModelError: it cannot be found or read, or its family has no structure record.
+        ModelError: it cannot be found or read, or its type is not known.
         FetchError: the built-in cannot be fetched.
         ChecksumError: a file of the folder differs from its entry in ``checksums.json``.
     """
