@@ -166,3 +166,15 @@ def test_a_saved_encoder_without_a_pooler_learns_from_the_mean(tmp_path: Path) -
     folder = folder_of("roberta", tmp_path / "roberta", head=True)
     summary = run(reviews(tmp_path / "out", model=str(folder), start_block=1))
     assert summary["steps"] == 2
+
+
+@pytest.mark.parametrize("name", ["electra", "bert"])
+@torch.no_grad()
+def test_token_types_of_a_pair_and_padding_reach_the_first_part(name: str) -> None:
+    model, [batch] = encoder(name), batches(0, 1, language=False)
+    types = (torch.arange(batch.ids.shape[1]) >= 2).long().expand_as(batch.ids)
+    stock = model(batch.ids, attention_mask=batch.valid.long(), token_type_ids=types, output_hidden_states=True)
+    found = Segment(model, 0, 2, head=False).hidden(batch.ids, valid=batch.valid, types=types)
+    assert torch.allclose(found[batch.valid], stock.hidden_states[2][batch.valid], rtol=1e-4, atol=1e-5)
+    plain = Segment(model, 0, 2, head=False).hidden(batch.ids, valid=batch.valid)
+    assert not torch.allclose(found[batch.valid], plain[batch.valid], atol=1e-2)
