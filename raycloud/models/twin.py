@@ -74,8 +74,10 @@ _FIXED: dict[str, int] = {
 """Sizes of a twin, whatever those of the model are; only what its configuration has is set."""
 _EVEN_IF_UNSET = ("head_dim", "num_key_value_heads", "num_experts_per_tok")
 """Sizes that some types derive from others if they are not set; a twin sets them."""
-_INDEX_LISTS = ("attn_layer_indices", "hybrid_layer_ids")
-"""Lists of the indices of blocks of one kind."""
+INDEX_LISTS = ("attn_layer_indices", "hybrid_layer_ids", "mlp_only_layers")
+"""Settings that list the indices of blocks of one kind."""
+_NOT_PER_BLOCK = ("time_step_limit", "mlp_multipliers", "ssm_multipliers", "eos_token_id", "pad_token_id")
+"""Lists whose length may be the number of blocks by chance."""
 LOADING_SETTINGS = (
     "architectures",
     "transformers_version",
@@ -128,9 +130,9 @@ def twin_config(config: PretrainedConfig, blocks: int = BLOCKS) -> PretrainedCon
                 small[key] = value
     kept = _representatives(given, total, blocks)
     for key, value in given.items():
-        if key in _INDEX_LISTS and value is not None:
+        if key in INDEX_LISTS and value is not None:
             small[key] = [at for at, block in enumerate(kept) if block in value]
-        elif isinstance(value, list) and len(value) == total:
+        elif is_per_block(key, value, total):
             small[key] = [value[block] for block in kept]
     try:
         return type(config)(**small)
@@ -139,12 +141,17 @@ def twin_config(config: PretrainedConfig, blocks: int = BLOCKS) -> PretrainedCon
         raise ModelError(f"a '{config.model_type}' model has no small twin: {type(error).__name__}: {why}") from None
 
 
+def is_per_block(name: str, value: object, total: int) -> bool:
+    """Return whether a setting of a model with ``total`` blocks is a list with one value for each of them."""
+    return isinstance(value, list) and len(value) == total and name not in _NOT_PER_BLOCK
+
+
 def _representatives(given: Mapping[str, Any], total: int, blocks: int) -> list[int]:
     """Blocks of a model that its twin has: the first one of every kind and the first others, or a few of them again."""
     if 0 < total < blocks:
         return [at % total for at in range(blocks)]
-    lists = [value for key, value in given.items() if isinstance(value, list) and len(value) == total]
-    marked = [given[key] for key in _INDEX_LISTS if given.get(key) is not None]
+    lists = [value for key, value in given.items() if is_per_block(key, value, total)]
+    marked = [given[key] for key in INDEX_LISTS if given.get(key) is not None]
     kinds = [(*(repr(one[at]) for one in lists), *(at in one for one in marked)) for at in range(total)]
     firsts = {kind: at for at, kind in reversed(list(enumerate(kinds)))}.values()
     others = [at for at in range(total) if at not in firsts]

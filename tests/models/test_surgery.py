@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from raycloud.benchmarks.family_configs import tiny_model
 from raycloud.errors import ModelError
 from raycloud.models.segments import Segment
 from raycloud.models.structure import blocks_of
 from raycloud.models.surgery.extraction import extract
 from raycloud.models.surgery.importance import angular_distances, evenly_spaced, most_important
+from raycloud.models.verdict import structure_of
 from raycloud.models.weights import build, load_weights, weights_of
 from tests.models.families import FAMILIES, final, tiny
 
@@ -37,6 +39,34 @@ def test_a_student_is_its_blocks_and_loads_like_any_model(family: str, tmp_path:
         if family != "bert":
             made = loaded.generate(IDS, max_new_tokens=4, do_sample=False)
             assert made.shape[1] <= IDS.shape[1] + 4
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"), [("smollm3", [1, 3]), ("smollm3", [3]), ("deepseek_v3", [0, 2]), ("deepseek_v3", [2, 3])]
+)
+def test_a_student_keeps_what_the_configuration_says_of_each_block(
+    name: str, blocks: list[int], tmp_path: Path
+) -> None:
+    """SmolLM3 lists the blocks without rotation, DeepSeek counts the first blocks without experts."""
+    model = tiny_model(name).float()
+    extract(model, blocks).save_pretrained(tmp_path)
+    with torch.no_grad():
+        made = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(input_ids=IDS).logits
+        model.model.layers = nn.ModuleList(model.model.layers[index] for index in blocks)
+        model.config.num_hidden_layers = len(blocks)
+        torch.testing.assert_close(made, model(input_ids=IDS, use_cache=False).logits)
+
+
+def test_blocks_that_no_configuration_describes_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"no 'deepseek_v3' model consists of the blocks \[2, 0\]"):
+        extract(tiny_model("deepseek_v3"), [2, 0])
+    with pytest.raises(ModelError, match=r"no 'jamba' model consists of the blocks \[1, 2\]"):
+        extract(tiny_model("jamba"), [1, 2])
+
+
+def test_two_multipliers_are_no_setting_of_each_of_two_blocks() -> None:
+    student = extract(tiny_model("falcon_h1").float(), [1, 3])
+    assert structure_of(student.config).causal
 
 
 def test_a_student_is_a_copy() -> None:

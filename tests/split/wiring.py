@@ -97,8 +97,10 @@ class Cloud:
 
 
 @contextmanager
-def cloud(family: str = "llama", codecs: CutCodecs | None = None, **limits: Any) -> Iterator[Cloud]:
-    model = tiny(family, dtype=torch.float32, seed=4)
+def cloud(
+    family: str = "llama", codecs: CutCodecs | None = None, *, model: PreTrainedModel | None = None, **limits: Any
+) -> Iterator[Cloud]:
+    model = tiny(family, dtype=torch.float32, seed=4) if model is None else model
     part = CloudPart(Segment(model, 0, BLOCKS, embed=False, head=False), PlanSet((0,), (BLOCKS,)), "model")
     engine, agreed, failures = InferenceEngine(part, threads=1), codecs or CutCodecs(WIDTH), list[BaseException]()
     host = InferenceServer(engine, agreed, InferenceLimits(**{"step_tokens": 16, **limits}))

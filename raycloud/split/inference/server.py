@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
+from raycloud.errors import ModelError
 from raycloud.link.frames import Frame, parse_body
 from raycloud.link.server import NullMetrics, RequestRefused, ServerBusy, SessionServer
 from raycloud.split.cut_codecs import CutCodecs
@@ -123,5 +124,5 @@ async def _computed(step: StepMessage, coded: asyncio.Future[bytes]) -> Frame:
         raise RequestRefused("non-finite", str(error)) from None
     except DeadlineExceeded as error:
         raise RequestRefused("expired", str(error)) from None
-    except ValueError as error:
+    except (ValueError, ModelError) as error:  # the latter: recurrent states cannot be rolled back
         raise RequestRefused("position", str(error)) from None
