@@ -29,6 +29,7 @@ from raycloud.distill.signals import FrozenHead, Signal, compute_signal, frozen_
 from raycloud.distill.signals.file import build_signals, tokenizer_fingerprint
 from raycloud.distill.student import build_student, differing_tokenizer, initial_student
 from raycloud.errors import ClusterError
+from raycloud.models.configuration import context_length
 from raycloud.models.loading import Pretrained, load, pick_device
 from raycloud.models.segments import Segment
 from raycloud.models.threads import torch_threads
@@ -102,8 +103,8 @@ class CloudTeacher:
         shape = None
         if isinstance(head, torch.nn.Linear):
             shape = head.out_features, head.in_features
-        positions: int | None = getattr(model.config, "max_position_embeddings", None)
-        return TeacherInfo(self._name, self._teacher.tokenizer, model.num_parameters(), shape, positions)
+        parameters, length = model.num_parameters(), context_length(model.config)
+        return TeacherInfo(self._name, self._teacher.tokenizer, parameters, shape, length)
 
     @cached_property
     def _teacher(self) -> Pretrained:

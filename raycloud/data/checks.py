@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from raycloud.errors import ModelError, RecipeError
+from raycloud.models.configuration import context_length
 
 
 def check_positions(field: str, tokens: int, config: PretrainedConfig) -> None:
@@ -18,8 +19,8 @@ def check_positions(field: str, tokens: int, config: PretrainedConfig) -> None:
     Raises:
         RecipeError: the model has fewer positions.
     """
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and tokens > longest:
+    longest = context_length(config)
+    if tokens > longest:
         raise RecipeError(f"{field}={tokens}; allowed: up to the model's {longest} positions")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from raycloud.checksums import verify
@@ -26,6 +26,7 @@ from raycloud.models.roles import ROLES, role_paths
 from raycloud.models.segments import Segment
 from raycloud.models.structure import blocks_of
 from raycloud.models.texts import save_end_ids
+from raycloud.models.twin import auto_class
 from raycloud.models.weights import Weights, copy_weights, weights_of
 from raycloud.training.recipe import LoraRecipe
 from raycloud.training.seeding import derive_seed
@@ -61,9 +62,13 @@ def check_targets(config: PretrainedConfig, recipe: LoraRecipe) -> frozenset[str
     """
     if recipe.target_modules is None:
         return frozenset()
+    return maps_of_roles(config, recipe, _maps_of_model(config))
+
+
+def _maps_of_model(config: PretrainedConfig) -> dict[str, type[nn.Module]]:
+    """Linear maps inside the blocks of the models of a configuration."""
     with torch.device("meta"):
-        maps = linear_maps(blocks_of(AutoModelForCausalLM.from_config(config, trust_remote_code=False)))
-    return maps_of_roles(config, recipe, maps)
+        return linear_maps(blocks_of(auto_class(config).from_config(config, trust_remote_code=False)))
 
 
 def maps_of_roles(config: PretrainedConfig, recipe: LoraRecipe, maps: Collection[str]) -> frozenset[str]:
@@ -190,7 +195,8 @@ def add_segment_adapters(segment: Segment, recipe: LoraRecipe, seed: int) -> Non
     """Add new adapters to a segment of a model and make only them trainable.
 
     The randomly initialised matrices are a function of the seed and of the block's number, so segments in different
-    processes have the same adapters as one process that holds the whole model.
+    processes have the same adapters as one process that holds the whole model. A block without a named map, such as one
+    with a recurrent state among blocks with attention, has none.
 
     Raises:
         ModelError: see :func:`lora_config`.
@@ -198,9 +204,17 @@ def add_segment_adapters(segment: Segment, recipe: LoraRecipe, seed: int) -> Non
     from peft import inject_adapter_in_model
 
     segment.requires_grad_(False)
-    by_role = maps_of_roles(segment.config, recipe, linear_maps(segment.blocks))
+    wanted, maps = recipe.target_modules or [], linear_maps(segment.blocks)
+    if any(name not in maps and name not in ROLES for name in wanted):  # other blocks may have it
+        maps = _maps_of_model(segment.config)
+    by_role = maps_of_roles(segment.config, recipe, maps)
     for number, block in enumerate(segment.blocks, segment.lo):
-        config = lora_config(block, {"": block}, recipe, by_role)
+        held = linear_maps([block])
+        names = [name for name in wanted if name in held or name not in maps]
+        if wanted and not names:
+            continue
+        here = recipe.model_copy(update={"target_modules": names or None})
+        config = lora_config(block, {"": block}, here, by_role)
         if config is None:
             continue
         with torch.random.fork_rng(devices=[]):

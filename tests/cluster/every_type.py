@@ -95,7 +95,13 @@ def tuned(name: str, folder: Path, data: Path, changes: dict[str, Any]) -> dict[
             "start_block": 1,
             "end_block": 3,
             "task": {"kind": "language", "max_prompt_length": 300},
-            "data": {"source": str(data), "max_length": 320, "limit": 8, "held_out_samples": 4},
+            "data": {
+                "source": str(data),
+                "validation": str(data.with_name("held-out.jsonl")),
+                "max_length": 320,
+                "limit": 8,
+                "held_out_samples": 4,
+            },
             "uplink": {"kind": "low_rank", "rank": 6, "dtype": "int8"},
             "training": {"lr": 5e-3, "batch_size": 4},
             "epochs": 1,
@@ -133,9 +139,10 @@ def attempt(seen: dict[str, Any], what: str, run: Callable[[], Any]) -> None:
 def main(folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     words = ["red", "blue", "green", "tall", "cold", "warm", "soft", "loud"]
-    rows = [{"instruction": f"Say {a}", "input": "", "output": f"It is {a} and {b}."} for a in words for b in words]
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data, held_out = folder / "rows.jsonl", folder / "held-out.jsonl"
+    for path, end in ((data, "."), (held_out, "!")):
+        rows = [{"instruction": f"Say {a}", "input": "", "output": f"It is {a}{end}"} for a in words]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     seen: dict[str, Any] = {name: {} for name in TYPES}
     for name in TYPES:
         model = saved(name, folder / name / "model")

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from raycloud.benchmarks.family_configs import tiny_model
 from raycloud.errors import ModelError
 from raycloud.models.segments import Segment
 from raycloud.models.weights import weights_of
@@ -209,6 +210,17 @@ def test_roles_and_names_may_be_mixed_and_are_checked_without_weights() -> None:
     assert "\n" not in str(raised.value)
     with pytest.raises(ModelError, match=r"no linear map 'q_proj' in the blocks; allowed: .*, or a role: query, key"):
         check_targets(config, LoraRecipe(target_modules=["q_proj", "value"]))
+
+
+def test_a_block_without_a_named_map_has_no_adapter() -> None:
+    """Qwen3.5's blocks have either attention or a recurrent state."""
+    model, recipe = tiny_model("qwen3_5_text"), LoraRecipe(target_modules=["q_proj"])
+    for start, end, adapted in ((0, 2, set()), (2, 4, {"blocks.1.self_attn.q_proj"})):
+        part = Segment(model, start, end, embed=False, head=False)
+        add_segment_adapters(part, recipe, seed=0)
+        assert {name.partition(".lora_")[0] for name, one in part.named_parameters() if one.requires_grad} == adapted
+    with pytest.raises(ModelError, match="no linear map 'c_attn' in the blocks"):
+        add_segment_adapters(Segment(model, 0, 2, head=False), LoraRecipe(target_modules=["c_attn"]), seed=0)
 
 
 def test_what_was_learnt_moves_from_model_to_model() -> None:

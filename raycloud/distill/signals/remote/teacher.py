@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from raycloud.data.batches import Batch
 from raycloud.distill.signals import FrozenHead, Signal, SignalCodec, SignalRecipe, compute_signal, frozen_head
 from raycloud.errors import ModelError
+from raycloud.models.configuration import context_length
 from raycloud.models.segments import Segment
 
 
@@ -70,7 +71,7 @@ class ModelTeacher:
             raise ModelError(f"teacher '{name}' has a head of several layers; allowed: one linear map")
         rows, columns = self._segment.head.weight.shape
         self.head_shape = rows, columns
-        self.max_length: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.max_length: int | None = context_length(model.config)
 
     def signal(self, batch: Batch, recipe: SignalRecipe, temperatures: Sequence[float]) -> Signal:
         """Compute the signal of a batch."""
