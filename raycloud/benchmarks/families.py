@@ -29,6 +29,7 @@ from raycloud.errors import ModelError
 from raycloud.models.loading import quiet_transformers
 from raycloud.models.self_check import CheckedStructure, check_structure, cut_model, whole_output
 from raycloud.models.structure import ModelStructure
+from raycloud.models.threads import torch_threads
 from raycloud.models.trace import trace
 from raycloud.models.verdict import forget_verdicts, structure_verdict
 from raycloud.report.console import progress_bars
@@ -218,7 +219,8 @@ def run(
     """
     results: dict[str, FamilyResult] = {}
     done = itertools.count(1)
-    with progress_bars(len(names)) as shown, quiet_transformers():
+    # The models are too small for more than one thread.
+    with progress_bars(len(names)) as shown, quiet_transformers(), torch_threads(1):
         for name in names:
             results[name] = examine(name, attentions)
             results[name].parts = parts_of(name)
