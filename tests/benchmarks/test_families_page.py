@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from raycloud.benchmarks.families_page import BEGIN, END, table, with_table
@@ -36,3 +37,8 @@ def test_a_new_table_takes_the_place_of_the_old_one() -> None:
     once = with_table(page, {"bert": figures()})
     assert once.startswith("before\n") and once.endswith("\nafter\n") and "old" not in once
     assert with_table(once, {"bert": figures()}) == once
+
+
+def test_the_page_lists_every_type_that_is_configured() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert all(f"\n| `{kind}`" in page for kind, _ in (DECODERS | ENCODERS).values())
