@@ -100,6 +100,15 @@ class StockCache(KVCache, DynamicCache):
             )
         super().crop(keep)
 
+    def branch(self, count: int) -> KVCache:
+        """Cache of ``count`` continuations by one token; see :meth:`KVCache.branch`."""
+        if not self._rolls_back:
+            raise ModelError(
+                f"a '{self._config.model_type}' model keeps recurrent states, which several continuations of a text "
+                "cannot share"
+            )
+        return super().branch(count)
+
     def _clear(self) -> None:
         self.__init__(self._config, rolls_back=self._rolls_back)  # type: ignore[misc]
 

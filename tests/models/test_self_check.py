@@ -172,3 +172,22 @@ def test_a_segment_of_the_general_path_trains_and_evaluates_its_embedding(ids: T
         assert torch.equal(first.hidden(ids), calm)
         assert not torch.equal(first.train().hidden(ids), calm)
         assert torch.equal(first.eval().hidden(ids), calm)
+
+
+def test_continuations_share_keys_and_values_but_no_recurrent_state(ids: Tensor) -> None:
+    for name, shared in (("bloom", True), ("qwen3_5_text", False)):
+        model = tiny_model(name, "eager")
+        segment = Segment(model)
+        assert segment.structure.layout is None and segment.structure.rolls_back is shared
+        trunk = segment.new_cache()
+        with torch.no_grad():
+            segment.hidden(ids[:1, :8], cache=trunk)
+            if not shared:
+                with pytest.raises(ModelError, match="recurrent states, which several continuations"):
+                    trunk.branch(3)
+                continue
+            others = ids[0, 8:11, None]
+            found = segment(others, cache=trunk.branch(3))[:, 0]
+            for row, token in enumerate(others):
+                whole = model(input_ids=torch.cat([ids[:1, :8], token[None]], dim=1)).logits[0, -1]
+                assert torch.allclose(found[row], whole, rtol=1e-5, atol=1e-5)

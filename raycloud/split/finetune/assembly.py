@@ -26,7 +26,7 @@ from raycloud.split.finetune.client import CloudClient
 from raycloud.split.finetune.edge import UShapedEdge
 from raycloud.split.finetune.edge_trainer import EdgeTrainer, TrainableParts
 from raycloud.split.finetune.label_sharing import LabelSharingEdge
-from raycloud.split.finetune.messages import CutConfig, OpenTuning, TuneConfig
+from raycloud.split.finetune.messages import CutConfig, OpenTuning, TuneConfig, TuneGrant
 from raycloud.split.finetune.recipe import (
     ClassificationRecipe,
     DownlinkRecipe,
@@ -170,16 +170,30 @@ class EdgeSetup:
         decoder = self.downlink_bottleneck.decoder
         return UShapedEdge(first, encoder, decoder, self.last, self.task, self.config, cloud, max_in_flight)
 
-    def check_batch_size(self, tokens: int, fitted_to: Sequence[Batch]) -> None:
+    def check_batch_size(self, tokens: int, fitted_to: Sequence[Batch], granted: TuneGrant | None = None) -> None:
         """Check that a cloud accepts a batch of ``tokens`` tokens and the calibration batches.
 
+        Args:
+            tokens: tokens of the largest batch, without padding.
+            fitted_to: calibration batches.
+            granted: grant of the cloud; None before it is known, for the default limits.
+
         Raises:
-            RecipeError: a batch takes more bytes than a message may have.
+            RecipeError: a batch takes more bytes than a message may have, or more tokens than the cloud takes.
         """
         config = self.config
         cross = fitted_to if config.downlink.low_rank else ()
         fitted = max((int(batch.valid.sum()) for batch in cross), default=0)
-        check_batch_size(tokens, config.wire_formats, config.pooling if config.head is None else "mean", fitted)
+        pooling = config.pooling if config.head is None else "mean"
+        if granted is None:
+            check_batch_size(tokens, config.wire_formats, pooling, fitted)
+            return
+        check_batch_size(tokens, config.wire_formats, pooling, fitted, message_bytes=granted.message_bytes)
+        if max(tokens, fitted) > granted.tokens:
+            raise RecipeError(
+                f"training.batch_size: {max(tokens, fitted):,} tokens in a batch; this cloud takes {granted.tokens:,}, "
+                "padding included; allowed: fewer texts at once, with more training.gradient_accumulation_steps"
+            )
 
     def begin(self, fingerprint: str, run: str) -> OpenTuning:
         """OPEN message for a cloud at the other end of a link.

@@ -11,12 +11,12 @@ from torch import nn
 from raycloud.errors import TrainingError
 from raycloud.link.channel import Channel
 from raycloud.link.client import SessionClient
-from raycloud.link.frames import Frame, SessionGrant
+from raycloud.link.frames import Frame
 from raycloud.link.meter import Meter
 from raycloud.split.finetune.bottleneck import decoder_to_bytes
 from raycloud.split.finetune.checkpoints import CheckpointStore
 from raycloud.split.finetune.cloud import CloudTrainer
-from raycloud.split.finetune.messages import OpenTuning, SaveRequest, TuneKind
+from raycloud.split.finetune.messages import OpenTuning, SaveRequest, TuneGrant, TuneKind
 
 
 class CloudClient(Protocol):
@@ -93,9 +93,11 @@ class RemoteCloudClient:
     def __init__(
         self, connect: Callable[[str], Channel], opening: OpenTuning, decoder: nn.Module, patience_s: float = 60.0
     ) -> None:
-        self._client: SessionClient[Frame, SessionGrant] = SessionClient(
-            connect, TuneKind, opening, SessionGrant, lambda request: request, None, patience_s
+        self._client: SessionClient[Frame, TuneGrant] = SessionClient(
+            connect, TuneKind, opening, TuneGrant, lambda request: request, None, patience_s
         )
+        self.granted = self._client.granted
+        """Grant of the cloud."""
         self.meter = self._client.meter
         """Bytes of messages by kind, in both directions, headers included."""
         if opening.uplink.low_rank and opening.restore is None:

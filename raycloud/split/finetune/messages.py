@@ -25,7 +25,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from raycloud.link.frames import Body, OpenRequest
+from raycloud.link.frames import Body, OpenRequest, SessionGrant
 from raycloud.rounds.recipe import AggregatorName
 from raycloud.split.finetune.tasks import HeadConfig, Pooling
 from raycloud.split.finetune.wire_dtype import WireDType
@@ -162,6 +162,15 @@ class OpenTuning(OpenRequest, TuneConfig):
     """Step of the checkpoint to continue from; None to begin."""
     group: GroupConfig | None = None
     """Group that the edge trains with; None for an edge that trains alone."""
+
+
+class TuneGrant(SessionGrant):
+    """Grant of the cloud to a session of split fine-tuning."""
+
+    tokens: int = Field(ge=1)
+    """Largest number of tokens of a micro-batch, padding included."""
+    message_bytes: int = Field(ge=1)
+    """Largest number of raw bytes of a request, except of one with an edge's weights."""
 
 
 class HiddenStates(Body):

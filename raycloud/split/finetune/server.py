@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 
 from raycloud.errors import RaycloudError, TrainingError
-from raycloud.link.frames import Frame, FrameError, SessionGrant, parse_body
+from raycloud.link.frames import Frame, FrameError, parse_body
 from raycloud.link.server import RequestRefused, ServerBusy, Session, SessionLimits, SessionMetrics, SessionServer
 from raycloud.models.configuration import context_length
 from raycloud.split.finetune.bottleneck import max_decoder_bytes
@@ -40,6 +40,7 @@ from raycloud.split.finetune.messages import (
     RoundReply,
     RoundRequest,
     SaveRequest,
+    TuneGrant,
     TuneKind,
 )
 from raycloud.split.parts import CloudPart
@@ -209,9 +210,14 @@ class TuneServer(SessionServer[TuneSession]):
         group_server.check(opening)
         return group_server
 
-    def granted(self, session: TuneSession) -> SessionGrant:
-        """Grant of lease and credit."""
-        return SessionGrant(lease_s=self._limits.lease_s, credit=self._limits.credit)
+    def granted(self, session: TuneSession) -> TuneGrant:
+        """Grant of lease, credit and sizes."""
+        return TuneGrant(
+            lease_s=self._limits.lease_s,
+            credit=self._limits.credit,
+            tokens=self._limits.tokens,
+            message_bytes=self._limits.message_bytes,
+        )
 
     def most_bytes(self, kind: IntEnum) -> int:
         """Largest number of raw bytes of a request: an edge's own weights and a decoder have limits of their own."""

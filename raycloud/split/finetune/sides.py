@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from raycloud.data.batches import Batch
+from raycloud.errors import RecipeError
 from raycloud.link.channel import Channel
 from raycloud.models.loading import load
 from raycloud.models.segments import cut_segments
@@ -140,6 +141,7 @@ def remote_sides(data: EdgeData, steps: int, run: str, connect: Connect, group: 
 
     Raises:
         RecipeError: the recipe needs both sides in one process, or a batch takes more bytes than a message may have.
+            The function that opens the session raises it for the limits that the cloud grants.
     """
     recipe, calibration = data.recipe, data.calibration()
     part = load_edge(
@@ -162,6 +164,12 @@ def remote_sides(data: EdgeData, steps: int, run: str, connect: Connect, group: 
 
     def cloud_at(step: int | None) -> CloudClient:
         at_step = opening.model_copy(update={"restore": step})
-        return RemoteCloudClient(open_channel, at_step, setup.uplink_bottleneck.decoder)
+        cloud = RemoteCloudClient(open_channel, at_step, setup.uplink_bottleneck.decoder)
+        try:
+            setup.check_batch_size(data.max_batch_tokens(steps), calibration, cloud.granted)
+        except RecipeError:
+            cloud.close()
+            raise
+        return cloud
 
     return Sides(data, setup, cloud_at, max_in_flight=recipe.max_in_flight)

@@ -38,10 +38,17 @@ def _add(sizes: Counter[str], kind: TuneKind, body: Body | None, raw_bytes: int 
     sizes[kind.name] += message_size(0 if body is None else len(body.pack()), raw_bytes)
 
 
-def check_batch_size(tokens: int, wire_formats: WireFormats, pooling: Pooling, fitted: int = 0) -> None:
+def check_batch_size(
+    tokens: int, wire_formats: WireFormats, pooling: Pooling, fitted: int = 0, *, message_bytes: int = MAX_MESSAGE
+) -> None:
     """Check that a cloud accepts a batch of ``tokens`` tokens at either cut, and one of ``fitted`` tokens at the first.
 
-    The cloud is one with the default ``message_bytes``: the edge does not know the limits of its own.
+    Args:
+        tokens: tokens of the largest batch, without padding.
+        wire_formats: wire formats of both cuts.
+        pooling: pooling of the hidden states that come back.
+        fitted: tokens of the largest batch that the second cut is fitted to.
+        message_bytes: largest number of raw bytes of a message; the default limit until the cloud has granted its own.
 
     Raises:
         RecipeError: a batch takes more bytes than a message may have.
@@ -50,7 +57,7 @@ def check_batch_size(tokens: int, wire_formats: WireFormats, pooling: Pooling, f
     row = max(first, second) if pooling == "none" else first  # otherwise one hidden state per text
     if fitted * first > tokens * row:
         tokens, row = fitted, first
-    if tokens * row > (room := MAX_MESSAGE - _SMALL_BYTES):
+    if tokens * row > (room := message_bytes - min(_SMALL_BYTES, message_bytes // 8)):
         raise RecipeError(
             f"training.batch_size: {tokens:,} tokens of {row:,} bytes take {tokens * row / 1e6:.1f} MB, a message "
             f"holds {room / 1e6:.1f}; allowed: fewer texts at once, with more "

@@ -25,7 +25,7 @@ from raycloud.split.finetune.edge import UShapedEdge
 from raycloud.split.finetune.examples import CALIBRATION_TEXTS, calibration_batches, load_examples
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.run import run
-from raycloud.split.finetune.server import TuneServer
+from raycloud.split.finetune.server import TuneLimits, TuneServer
 from raycloud.split.finetune.sides import build_local_edge
 from raycloud.split.finetune.traffic import check_batch_size
 from raycloud.split.finetune.wire_format import WireFormat, WireFormats
@@ -200,14 +200,15 @@ def test_answers_are_learned_as_spans_of_their_texts(tmp_path: Path) -> None:
 class Host:
     """Cloud with MiniLM's blocks [3, 6) behind channels, which can be killed."""
 
-    def __init__(self, folder: Path, *, tail: bool = False) -> None:
+    def __init__(self, folder: Path, *, tail: bool = False, limits: TuneLimits | None = None) -> None:
+        self._limits = limits
         plans = PlanSet.of(SplitPlan(3, 6))
         self._part = load_cloud("builtin:minilm-l6", plans, device="cpu", dtype="float32", training=True, tail=tail)
         self._folder = folder
         self._start()
 
     def _start(self) -> None:
-        self._server = TuneServer(self._part, self._folder, threads=1)
+        self._server = TuneServer(self._part, self._folder, self._limits, threads=1)
         self._loopback = Loopback(lambda connection: self._server.serve(connection, "me"))
 
     def connect(self, session: str) -> Channel:
@@ -293,6 +294,22 @@ def test_a_micro_batch_that_no_message_holds_is_refused_before_anything_is_sent(
     )
     with pytest.raises(RecipeError, match=r"training\.batch_size: .* MB, a message holds 8\.3; allowed: fewer"):
         run(mine, connect=connect)
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        (TuneLimits(tokens=64), r"training\.batch_size: \d+ tokens in a batch; this cloud takes 64, padding included"),
+        (TuneLimits(message_bytes=4096), r"training\.batch_size: .* a message holds 0\.0; allowed: fewer"),
+    ],
+)
+def test_the_limits_of_the_cloud_at_hand_are_known_before_the_first_step(
+    limits: TuneLimits, said: str, tmp_path: Path
+) -> None:
+    host = Host(tmp_path / "cloud", limits=limits)
+    with closing(host), pytest.raises(RecipeError, match=said) as raised:
+        run(reviews(tmp_path / "out"), connect=host.connect)
+    assert "\n" not in str(raised.value)
 
 
 def test_the_longest_held_out_texts_must_fit_a_message_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
