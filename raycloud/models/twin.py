@@ -35,6 +35,8 @@ _FIXED: dict[str, int] = {
     "attention_window_size": 8,
     "attention_chunk_size": 8,
     "window_size": 8,
+    "chunk_size": 8,
+    "mamba_chunk_size": 8,
     "local_attention": 8,
     "pad_token_id": 0,
     "bos_token_id": 1,
