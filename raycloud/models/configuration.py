@@ -18,12 +18,13 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from raycloud.checksums import verify_file
 from raycloud.errors import ModelError
-from raycloud.models.twin import auto_class
+from raycloud.models.twin import auto_class, has_language_head
 
 CONFIG = "config.json"
 QUANTIZATION = "quantization_config"
@@ -82,6 +83,8 @@ def read_config(source: str) -> dict[str, Any]:
     found = json_object(path, source)
     check_type(found.get("model_type"))
     check_sizes(found, source)
+    if isinstance(text := found.get("text_config"), dict):  # of a multimodal model
+        check_sizes(text, source)
     return found
 
 
@@ -128,7 +131,7 @@ def check_sizes(config: Mapping[str, Any], source: str) -> None:
 
 
 def load_config(source: str) -> PretrainedConfig:
-    """Configuration of a text model; the weights are not read.
+    """Configuration of a text model, or of the text side of a multimodal one; the weights are not read.
 
     Raises:
         ModelError: it cannot be read, its weights are quantised, or the library has no text model of its type.
@@ -137,9 +140,27 @@ def load_config(source: str) -> PretrainedConfig:
         raise ModelError(
             f"'{source}' holds weights quantised by '{method}', which are not supported; dequantise them first"
         )
-    config = without_remote_code(load_auto(AutoConfig, source))
+    config = language_side(without_remote_code(load_auto(AutoConfig, source)))
     auto_class(config)
     return config
+
+
+def language_side(config: PretrainedConfig) -> PretrainedConfig:
+    """Configuration of the text model inside a multimodal model; ``config`` itself if it is no multimodal one.
+
+    Raises:
+        ModelError: the library has no language model for the text side of this type.
+    """
+    text = config.get_text_config()
+    if text is config or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return config
+    if not has_language_head(text):
+        raise ModelError(
+            f"transformers {transformers.__version__} has no language model for the text side of a multimodal "
+            f"'{config.model_type}' model ('{text.model_type}'); run it whole"
+        )
+    text.tie_word_embeddings = config.tie_word_embeddings  # the multimodal model's own head decides
+    return text
 
 
 def context_length(config: PretrainedConfig) -> int:

@@ -32,6 +32,8 @@ from raycloud.models.tensor_sources import (
     Shape,
     TensorSource,
     find_conversions,
+    is_language_side,
+    language_side_mapping,
     missing_sources,
     shapes_by_stored_name,
 )
@@ -65,8 +67,15 @@ def match_tensors(
 
     saved = model.state_dict(keep_vars=True)
     wanted = _wanted(modules, saved)
+    multimodal = isinstance(checkpoint.config.get("text_config"), dict)
     found = match_headers(
-        model, checkpoint.tensors, checkpoint.source, whole=whole, needed=None if whole is None else wanted, equal=equal
+        model,
+        {name: one for name, one in checkpoint.tensors.items() if not multimodal or is_language_side(name)},
+        checkpoint.source,
+        mapping=language_side_mapping(model) if multimodal else None,
+        whole=whole if whole is None or not multimodal else list(filter(is_language_side, whole)),
+        needed=None if whole is None else wanted,
+        equal=equal,
     )
     return {name: source for name, source in found.items() if name in wanted}
 

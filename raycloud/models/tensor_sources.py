@@ -8,6 +8,7 @@ operations, one target at a time, so that a part of a model can be loaded from i
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +29,8 @@ from transformers.core_model_loading import (
 )
 
 Shape = tuple[int, ...]
+_LANGUAGE_SIDE = re.compile(r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?")
+"""Prefix of the text model's tensors in multimodal checkpoints, as saved by releases of the library before and now."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +148,17 @@ def find_conversions(
         stored, patterns, renamed = zip(*found, strict=True)
         conversions.append(Conversion(target, stored, patterns, renamed, converter))
     return conversions, unplaced
+
+
+def is_language_side(name: str) -> bool:
+    """Return whether a stored tensor of a multimodal model is of its text model or head."""
+    return _LANGUAGE_SIDE.match(name) is not None or name.startswith("lm_head.")
+
+
+def language_side_mapping(model: PreTrainedModel) -> list[WeightTransform]:
+    """Mapping from a multimodal checkpoint to its text model: the text model's own, after the prefix of the side."""
+    prefix = WeightRenaming(source_patterns=_LANGUAGE_SIDE.pattern, target_patterns=f"{model.base_model_prefix}.")
+    return [prefix, *get_model_conversion_mapping(model)]
 
 
 def missing_sources(conversion: Conversion, expected: Iterable[str], model: PreTrainedModel) -> list[str]:

@@ -25,7 +25,15 @@ from transformers import (
 from raycloud.errors import ModelError
 from raycloud.fetch import PREFIX, fetch
 from raycloud.models.chain import find_chain
-from raycloud.models.configuration import CONFIG, check_sizes, file_of, json_object, load_auto, quiet_transformers
+from raycloud.models.configuration import (
+    CONFIG,
+    check_sizes,
+    file_of,
+    json_object,
+    language_side,
+    load_auto,
+    quiet_transformers,
+)
 from raycloud.models.verdict import structure_of
 
 _TOKENS = 2
@@ -132,7 +140,7 @@ def read_configuration(source: str, notify: Callable[[str], None] = lambda line:
         why = "" if path.is_dir() else ": no such directory, and the hub did not have it or is out of reach"
         raise ModelError(f"'{source}' holds no {CONFIG}; allowed: a model, or a folder with its {CONFIG}{why}")
     check_sizes(json_object(found, source), source)
-    config = load_auto(AutoConfig, where)
+    config = language_side(load_auto(AutoConfig, where))
     # Weights are dequantised when they are loaded; planning needs their shapes only.
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -1,0 +1,98 @@
+"""Language side of multimodal models: its tensors are found in the whole's checkpoint, and give the whole's logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from raycloud.errors import ModelError
+from raycloud.models.checkpoint import Checkpoint
+from raycloud.models.configuration import load_config
+from raycloud.models.loading import check_model
+from raycloud.models.tensor_sources import is_language_side
+from raycloud.split.parts import load_cloud, load_splittable
+from raycloud.split.plan import PlanSet, SplitPlan
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "vocab_size": 97,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+_VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 28,
+    "patch_size": 14,
+}
+TYPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", {}, {}),
+    "llava": ("llama", {}, {}),
+    "mistral3": ("mistral", {}, {}),
+    "smolvlm": ("llama", {}, {}),
+    "qwen3_5": ("qwen3_5_text", _LINEAR, {"depth": 1, "out_hidden_size": 32, "num_heads": 2}),
+}
+
+
+def saved(kind: str, folder: Path) -> PreTrainedModel:
+    """Tiny multimodal model, saved as the library does."""
+    usual, (_, text, vision) = CONFIG_MAPPING[kind](), TYPES.get(kind, ("", {}, {}))
+    plain = {**usual.text_config.to_dict(), **_SIZES, **text, "initializer_range": 0.15}
+    for derived in ("layer_types", "rope_parameters"):
+        plain.pop(derived, None)
+    seen = usual.vision_config.to_dict()
+    seen |= {name: value for name, value in _VISION.items() if name in seen} | vision
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+        CONFIG_MAPPING[kind](text_config=plain, vision_config=seen)
+    ).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@torch.no_grad()
+def test_the_language_side_alone_gives_the_wholes_logits(kind: str, tmp_path: Path) -> None:
+    whole, ids = saved(kind, tmp_path), torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(1))
+    assert check_model(str(tmp_path)).model_type == TYPES[kind][0]
+    ours = load_splittable(str(tmp_path), device="cpu").model
+    expected = whole(input_ids=ids).logits
+    assert torch.allclose(ours(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert ours.num_parameters() < whole.num_parameters()
+    middle = load_cloud(str(tmp_path), PlanSet.of(SplitPlan(1, 3)), device="cpu").middle
+    names = {name for name, tensor in middle.named_parameters() if tensor.is_meta}
+    assert len(middle.blocks) == 2 and not names
+
+
+def test_a_missing_tensor_of_the_language_side_is_named(tmp_path: Path) -> None:
+    saved("llava", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    gone = next(name for name in tensors if name.endswith("layers.2.mlp.up_proj.weight") and is_language_side(name))
+    del tensors[gone]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks model\.layers\.2\.mlp\.up_proj\.weight"):
+        check_model(str(tmp_path))
+    assert gone not in Checkpoint(str(tmp_path)).tensors
+
+
+def test_a_side_without_a_language_model_of_its_own_is_refused(tmp_path: Path) -> None:
+    CONFIG_MAPPING["qwen2_5_vl"]().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no language model for the text side of a multimodal 'qwen2_5_vl'"):
+        load_config(str(tmp_path))
