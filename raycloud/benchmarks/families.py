@@ -27,7 +27,8 @@ from raycloud.benchmarks.family_speed import general_vs_fast
 from raycloud.benchmarks.measure import PAIRS, Measured
 from raycloud.errors import ModelError
 from raycloud.models.loading import quiet_transformers
-from raycloud.models.self_check import CheckedStructure, check_structure, cut_model, whole_output
+from raycloud.models.segments import cut_segments
+from raycloud.models.self_check import CheckedStructure, check_structure, run_parts, whole_output
 from raycloud.models.structure import ModelStructure
 from raycloud.models.threads import torch_threads
 from raycloud.models.trace import trace
@@ -114,7 +115,7 @@ def _compare(model: PreTrainedModel, checked: CheckedStructure, result: FamilyRe
     whole = whole_output(model, general, ids)
     scale, tolerance = float(whole.abs().max()), _TOLERANCE[model.dtype]
     for structure, pair in itertools.product(structures, CUTS):
-        logits = cut_model(model, structure, pair)(ids)
+        logits = run_parts(cut_segments(model, *pair, structure), ids)
         if not float((logits - whole).abs().max()) <= tolerance * scale:
             result.wrong.append(f"{attention}: logits at {pair}, {structure.layout or 'general'}")
     if checked.decode is None or model.get_output_embeddings() is None:
@@ -130,18 +131,18 @@ def _compare(model: PreTrainedModel, checked: CheckedStructure, result: FamilyRe
 
 
 def _same_facts(found: ModelStructure, expected: ModelStructure) -> bool:
-    """Whether two models of one configuration have the same structure, as far as one forward shows it."""
+    """Tell whether two models of one configuration have the same structure, as far as one forward shows it."""
     names = ("blocks", "tuple_size", "early", "shared", "late", "has_norm", "causal")
     return all(getattr(found, name) == getattr(expected, name) for name in names)
 
 
 def _greedy(model: PreTrainedModel, structure: ModelStructure, pair: tuple[int, int], prompt: Tensor) -> list[int]:
     """Greedy continuation by three segments with a cache each."""
-    segments = cut_model(model, structure, pair)
-    caches = segments.new_caches()
+    parts = cut_segments(model, *pair, structure)
+    caches = [part.new_cache() for part in parts]
     tokens, x = list[int](), prompt
     for _ in range(NEW):
-        tokens.append(int(segments(x, caches)[0, -1].argmax()))
+        tokens.append(int(run_parts(parts, x, caches)[0, -1].argmax()))
         x = torch.tensor([[tokens[-1]]])
     return tokens
 

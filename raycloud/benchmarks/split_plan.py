@@ -21,6 +21,7 @@ from raycloud.link.codecs.sizes import widest_codec
 from raycloud.link.meter import Meter
 from raycloud.link.network import EmulatedChannel, Network
 from raycloud.models.threads import torch_threads
+from raycloud.models.verdict import structure_of
 from raycloud.report.console import console, timed
 from raycloud.results import plain_json
 from raycloud.serving.split import SplitSettings, app
@@ -34,7 +35,7 @@ from raycloud.split.inference.engine import InferenceEngine
 from raycloud.split.inference.generation import SplitTokenSource, local_split_model
 from raycloud.split.inference.pipeline import SplitPipeline
 from raycloud.split.inference.server import InferenceServer
-from raycloud.split.model_sizes import sizes_of, structure_path
+from raycloud.split.model_sizes import sizes_of
 from raycloud.split.parts import SplittableModel, edge_bytes, load_splittable
 from raycloud.split.plan import PlanSet, SplitPlan
 
@@ -237,7 +238,7 @@ def plan_large() -> dict[str, float]:
         nonlocal taken
         start = time.perf_counter()
         config = LlamaConfig(**LARGE)
-        sizes = sizes_of(config, causal=structure_path(config).causal)
+        sizes = sizes_of(config, causal=structure_of(config).causal)
         recommend(plan_costs(sizes, SplitProfile(), Workload(widest_codec("int8", sizes.width))))
         taken = time.perf_counter() - start
 

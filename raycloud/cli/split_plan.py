@@ -40,11 +40,12 @@ def plan(
     """Recommend where to cut a model: memory of both sides, bytes on the link and time of a token for pairs of cuts."""
     from raycloud.link.codecs.sizes import widest_codec
     from raycloud.link.network import parse_bandwidth, parse_delay
-    from raycloud.report.console import console
+    from raycloud.models.verdict import structure_of
+    from raycloud.report.console import console, timed
     from raycloud.report.table import print_table
     from raycloud.split.cost import Workload, check_fit, notable_plans, plan_costs, recommend
     from raycloud.split.device_profile import read_profile
-    from raycloud.split.model_sizes import read_configuration, sizes_of, structure_path
+    from raycloud.split.model_sizes import read_configuration, sizes_of
 
     given = read_profile(profile)
     network = {
@@ -59,15 +60,16 @@ def plan(
         raise RecipeError(f"--codec: {error}") from None
     config = read_configuration(model, console.print)
     try:
-        path = structure_path(config)
-        sizes = sizes_of(config, causal=path.causal)
+        structure = structure_of(config)
+        sizes = sizes_of(config, causal=structure.causal)
     except ModelError as error:
         print_json(as_json, {"model": model, "path": "refused", "reason": str(error)})
         raise
     if measure:
         from raycloud.split.device_measure import measured_profile
 
-        given = measured_profile(given, keep_limit=profile is not None)
+        with timed("this device measured"):
+            given = measured_profile(given, keep_limit=profile is not None)
     work = Workload(widest_codec(codec, sizes.width), context, prompt)
     costs = plan_costs(sizes, given, work)
     best = recommend(costs)
@@ -81,13 +83,13 @@ def plan(
     print_table(
         ["cloud runs", "edge MB", "cloud MB", "B/token", "KB/prompt", "ms/token", "limit", "ms/prompt"],
         [_row(cost, best) for cost in notable_plans(costs, best)],
-        title=f"{model}: {path.name} path, {len(sizes.blocks)} blocks, {sizes.weights / 1e6:,.0f} million weights",
+        title=f"{model}: {structure.path} path, {len(sizes.blocks)} blocks, {sizes.weights / 1e6:,.0f} million weights",
         caption=f"* recommended, ! does not fit; one text of {context} tokens, a prompt of {prompt}, {codec}; "
         "MB of weights, keys and values",
     )
     summary: dict[str, Any] = {
         "model": model,
-        "path": path.name,
+        "path": structure.path,
         "blocks": len(sizes.blocks),
         "weights": sizes.weights,
         "width": sizes.width,

@@ -51,8 +51,8 @@ class TeacherInfo:
     parameters: int
     head_shape: tuple[int, int] | None
     """Size of the vocabulary and hidden size at the head; None if the head is not one linear map."""
-    positions: int | None
-    """Number of positions; None for no limit."""
+    positions: int
+    """Largest number of tokens of a text."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 SDPA = "raycloud_sdpa"
 """Name under which :func:`sdpa_attention` is registered in ``transformers``."""
@@ -31,7 +32,8 @@ def sdpa_attention(
         query: (B, H, T, d).
         key: (B, G, S, d), where G divides H.
         value: (B, G, S, d).
-        attention_mask: additive (B, 1, T, S); None if every query sees all keys, or for a text from its beginning.
+        attention_mask: additive, or True where a query sees a key, (B, 1, T, S); None if every query sees all keys, or
+            for a text from its beginning.
         dropout: dropout probability of the attention weights.
         scaling: factor of the dot products of queries and keys.
 
@@ -53,3 +55,5 @@ def sdpa_attention(
 
 
 AttentionInterface.register(SDPA, sdpa_attention)
+# Without it the library's own forwards would give this function no mask: padding and windows would be lost.
+AttentionMaskInterface.register(SDPA, sdpa_mask)

@@ -156,10 +156,12 @@ def set_segment_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(SDPA)
 
 
-def cut_segments(model: PreTrainedModel, start_block: int, end_block: int) -> tuple[Segment, Segment, Segment]:
+def cut_segments(
+    model: PreTrainedModel, start_block: int, end_block: int, structure: ModelStructure | None = None
+) -> tuple[Segment, Segment, Segment]:
     """Cut a model into three segments: before ``start_block``, from there to ``end_block``, and the rest."""
     return (
-        Segment(model, 0, start_block, head=False),
-        Segment(model, start_block, end_block, embed=False, head=False),
-        Segment(model, end_block, embed=False),
+        Segment(model, 0, start_block, head=False, structure=structure),
+        Segment(model, start_block, end_block, embed=False, head=False, structure=structure),
+        Segment(model, end_block, embed=False, structure=structure),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,9 +22,9 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from raycloud.errors import ModelError
 from raycloud.models.attention import SDPA
 from raycloud.models.cache import KVCache
-from raycloud.models.fast_path import FastPath, layout_of
+from raycloud.models.fast_path import layout_of
+from raycloud.models.segments import Segment, cut_segments
 from raycloud.models.stock_cache import StockCache
-from raycloud.models.stock_path import StockPath
 from raycloud.models.structure import LogitsRule, ModelStructure, apply_rule, base_of, module_at
 from raycloud.models.trace import Trace, arguments_of, hidden_of, trace
 
@@ -136,7 +137,9 @@ class _Compared:
 
     def prefill(self, structure: ModelStructure) -> float:
         """Difference without a cache."""
-        return max(self._difference(cut_model(self.model, structure, pair)(self.ids)) for pair in self.pairs)
+        return max(
+            self._difference(run_parts(cut_segments(self.model, *pair, structure), self.ids)) for pair in self.pairs
+        )
 
     def decode(self, structure: ModelStructure, sizes: Sequence[int]) -> float:
         """Difference with a cache and calls of these numbers of tokens, at the first pair beside another session.
@@ -146,27 +149,33 @@ class _Compared:
         return max(self._difference(self._cached(structure, pair, sizes)) for pair in self.pairs)
 
     def _cached(self, structure: ModelStructure, pair: Cut, sizes: Sequence[int]) -> Tensor:
-        segments = cut_model(self.model, structure, pair)
-        caches, others, found = segments.new_caches(), segments.new_caches(), list[Tensor]()
-        for number, part in enumerate(self.ids.split(list(sizes), dim=1)):
+        parts, found = cut_segments(self.model, *pair, structure), list[Tensor]()
+        caches, others = ([part.new_cache() for part in parts] for _ in range(2))
+        for number, ids in enumerate(self.ids.split(list(sizes), dim=1)):
             if pair == self.pairs[0]:
-                segments(part.flip(0, 1), others)  # another session, which must not be noticed
+                run_parts(parts, ids.flip(0, 1), others)  # another session, which must not be noticed
             if number == len(sizes) - 1 and structure.rolls_back:
                 kept = caches[0].length
-                segments(part.flip(1), caches)
+                run_parts(parts, ids.flip(1), caches)
                 for cache in caches:
                     cache.crop(kept)
-            found.append(segments(part, caches))
+            found.append(run_parts(parts, ids, caches))
         return torch.cat(found, dim=1)
 
     def padded(self, structure: ModelStructure) -> float:
         """Difference for a batch in which one text is padded."""
         total = len(module_at(base_of(self.model), structure.blocks))
-        found = cut_model(self.model, structure, (min(1, total), max(1, total - 1)))(self.ids, valid=self.valid)
-        return float((found - self.whole_padded)[self.valid].abs().max()) / self.scale
+        parts = cut_segments(self.model, min(1, total), max(1, total - 1), structure)
+        found = run_parts(parts, self.ids, valid=self.valid)
+        return self._relative((found - self.whole_padded)[self.valid])
 
     def _difference(self, found: Tensor) -> float:
-        return float((found - self.whole).abs().max()) / self.scale
+        return self._relative(found - self.whole)
+
+    def _relative(self, difference: Tensor) -> float:
+        """Largest relative difference; infinite where one is not a number, which ``max`` would pass over."""
+        largest = float(difference.abs().max()) / self.scale
+        return math.inf if math.isnan(largest) else largest
 
 
 def _measured(compared: _Compared, traced: Trace, structure: ModelStructure) -> CheckedStructure:
@@ -210,58 +219,27 @@ def _fast_difference(compared: _Compared, structure: ModelStructure) -> float:
             if structure.causal:
                 differences.append(compared.decode(structure, _CHUNKS))
     except Exception:  # blocks that are called otherwise raise errors of many kinds
-        return float("inf")
+        return math.inf
     finally:
         model.set_attn_implementation(structure.attention)
-    return max(differences) if all(one == one for one in differences) else float("inf")
+    return max(differences)
 
 
-class CutModel:
-    """Model cut into three parts, each run by one path.
+def run_parts(
+    parts: Sequence[Segment], ids: Tensor, caches: Sequence[KVCache] | None = None, valid: Tensor | None = None
+) -> Tensor:
+    """Logits (B, T, V) of the parts of a model for token ids (B, T), or final hidden states of one without a head.
 
     Args:
-        model: the model.
-        structure: its structure; its layout decides the path.
-        pair: blocks at which the second and the third part begin.
+        parts: segments that make up the model, in order.
+        ids: token ids.
+        caches: cache of each part; None for none.
+        valid: (B, T), False for padding; None if there is none.
     """
-
-    def __init__(self, model: PreTrainedModel, structure: ModelStructure, pair: Cut) -> None:
-        blocks = module_at(base_of(model), structure.blocks)
-        start, end = pair
-        self.bounds = ((0, start), (start, end), (end, len(blocks)))
-        path = StockPath if structure.layout is None else FastPath
-        self.paths = [path(model, structure, lo, blocks[lo:hi]) for lo, hi in self.bounds]
-        self._model, self._structure = model, structure
-
-    def new_caches(self) -> list[KVCache]:
-        """Empty cache for each part."""
-        return [path.new_cache() for path in self.paths]
-
-    def run(self, index: int, x: Tensor, cache: KVCache | None = None, valid: Tensor | None = None) -> Tensor:
-        """Output of one part: hidden states (B, T, d), final ones for the last part."""
-        path, (lo, hi) = self.paths[index], self.bounds[index]
-        store = KVCache() if cache is None else cache
-        past = store.length
-        store.extend(x.shape[0], x.shape[1], valid, x.device)
-        if index == 0:
-            x = path.embed(x, store.positions(past, store.length), None)
-        x = path.through(x, store, past, lo, hi, remember=cache is not None)
-        return path.finish(x) if index == 2 else x
-
-    def __call__(self, ids: Tensor, caches: Sequence[KVCache] | None = None, valid: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) for token ids (B, T), or final hidden states of a model without a head."""
-        x = ids
-        for index in range(3):
-            x = self.run(index, x, None if caches is None else caches[index], valid)
-        head = self._model.get_output_embeddings()
-        if self._structure.logits.kind == "none":
-            return x
-        return apply_rule(head(x), self._structure.logits, self._model.config)
-
-
-def cut_model(model: PreTrainedModel, structure: ModelStructure, pair: Cut) -> CutModel:
-    """Cut a model into three parts."""
-    return CutModel(model, structure, pair)
+    x = ids
+    for index, part in enumerate(parts):
+        x = part(x, valid=valid, cache=None if caches is None else caches[index])
+    return x
 
 
 def whole_output(model: PreTrainedModel, structure: ModelStructure, ids: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -294,13 +272,8 @@ def check_weights(model: PreTrainedModel, structure: ModelStructure) -> None:
     total = len(module_at(base_of(model), structure.blocks))
     vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     ids = (torch.arange(_REAL_TOKENS, device=model.device)[None] * 37 + 11) % vocabulary
-    attention = model.config._attn_implementation
-    found = cut_model(model, structure, (total // 3, 2 * total // 3))(ids)
-    try:
-        model.set_attn_implementation(structure.attention)  # ours has no masks in the library's forward
-        whole = whole_output(model, structure, ids)
-    finally:
-        model.set_attn_implementation(attention)
+    found = run_parts(cut_segments(model, total // 3, 2 * total // 3, structure), ids)
+    whole = whole_output(model, structure, ids)
     difference = float((found - whole).abs().max() / whole.abs().max())
     if not difference <= _REAL_TOLERANCE[model.dtype]:
         raise ModelError(
@@ -326,10 +299,10 @@ def _check_crossing(model: PreTrainedModel, structure: ModelStructure, traced: T
         for block in blocks[1:]
     ]
     try:
-        cut = cut_model(model, structure, (1, len(blocks)))
-        first = cut.run(0, ids)
+        first, rest, _ = cut_segments(model, 1, len(blocks), structure)
+        hidden = first(ids)
         seen.clear()
-        cut.run(1, first)
+        rest(hidden)
     except Exception as error:
         why = (str(error).splitlines() or [""])[0][:120]
         raise ModelError(f"a '{kind}' model without its embedding fails: {type(error).__name__}: {why}") from None
@@ -350,7 +323,7 @@ def _check_crossing(model: PreTrainedModel, structure: ModelStructure, traced: T
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
-    """Whether two arguments of blocks are equal, one of them perhaps written once for all texts."""
+    """Tell whether two arguments of blocks are equal, one of them perhaps written once for all texts."""
     try:
         return torch.equal(*torch.broadcast_tensors(found, expected))
     except RuntimeError:  # shapes that are no broadcast of each other

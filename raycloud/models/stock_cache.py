@@ -60,7 +60,7 @@ class StockCache(KVCache, DynamicCache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        """Whether each block keeps only a window of its keys: none does."""
+        """False for each block: none keeps only a window of its keys."""
         return [False] * len(self.layers)
 
     @property

@@ -33,7 +33,7 @@ class _Call:
     given: Tensor | None
     """Hidden states that enter block ``lo``; None if they come from the embedding."""
     stops: bool
-    """Whether the forward ends behind block ``hi - 1``."""
+    """True if the forward ends behind block ``hi - 1``."""
 
 
 _current: ContextVar[_Call] = ContextVar("current forward of a shell")

@@ -78,6 +78,11 @@ class ModelStructure(BaseModel):
     attention: str = "sdpa"
     """Attention implementation of the library: ``eager`` where a model has no other."""
 
+    @property
+    def path(self) -> Literal["fast", "general"]:
+        """Path that segments take: our own loop over blocks, or the library's forward."""
+        return "general" if self.layout is None else "fast"
+
 
 def base_of(model: PreTrainedModel) -> PreTrainedModel:
     """Base model: the module that holds embedding and blocks, whether or not ``model`` has a task head."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from raycloud.errors import ModelError
+from raycloud.models.block_trace import named_arguments
 from raycloud.models.chain import find_chain
 from raycloud.models.structure import ModelStructure, Shape, base_of
 
@@ -104,8 +104,7 @@ def hidden_of(output: Any) -> Tensor:
 
 def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
     """Hidden states of a block's call, and the tensors of its other arguments by name, without the cache."""
-    names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
-    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    named = named_arguments(module, args, kwargs)
     hidden = next(name for name, value in named.items() if isinstance(value, Tensor))
     others = {name: value for name, value in named.items() if name not in (hidden, "past_key_values", "cache_params")}
     return named[hidden], dict(_tensors(others, ""))

@@ -175,12 +175,10 @@ def twin_model(config: PretrainedConfig, attention: str, *, seed: int = 0) -> Pr
     """
     small, kind, auto = twin_config(config), config.model_type, auto_class(config)
     torch.manual_seed(seed)
-    attention = supported_attention(small, attention)
-    with torch.device("meta"):
-        sized = auto.from_config(copy.deepcopy(small), attn_implementation=attention)
+    sized = _empty(small, attention)
     if (count := sum(parameter.numel() for parameter in sized.parameters())) > _MOST_PARAMETERS:
         raise ModelError(f"the twin of a '{kind}' model still has {count / 1e6:.1f} million parameters; run it whole")
-    model: PreTrainedModel = auto.from_config(small, attn_implementation=attention)
+    model: PreTrainedModel = auto.from_config(small, attn_implementation=sized.config._attn_implementation)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2 and float(parameter.std()) < 0.05:  # too little of it to notice an error
@@ -212,8 +210,8 @@ def auto_class(config: PretrainedConfig) -> Any:
     raise ModelError(f"'{config.model_type}' is no type of text model of transformers {transformers.__version__}")
 
 
-def supported_attention(config: PretrainedConfig, attention: str) -> str:
-    """Attention implementation that models of a configuration have: the given one, or else ``eager``.
+def _empty(config: PretrainedConfig, attention: str) -> PreTrainedModel:
+    """Model without memory, with the given attention implementation, or ``eager`` where the type has no other.
 
     Raises:
         ModelError: models of this configuration cannot be built.
@@ -221,8 +219,8 @@ def supported_attention(config: PretrainedConfig, attention: str) -> str:
     for name in (attention, "eager"):
         try:
             with torch.device("meta"):
-                auto_class(config).from_config(copy.deepcopy(config), attn_implementation=name)
-            return name
+                model: PreTrainedModel = auto_class(config).from_config(copy.deepcopy(config), attn_implementation=name)
+            return model
         except ValueError as error:
             why = (str(error).splitlines() or [""])[0][:120]
     raise ModelError(f"a '{config.model_type}' model with attention '{attention}' cannot be built: {why}")

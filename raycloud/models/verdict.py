@@ -15,7 +15,6 @@ from transformers import PretrainedConfig
 from raycloud.durable import write_atomically
 from raycloud.errors import ModelError
 from raycloud.fetch import cache_dir
-from raycloud.models.self_check import check_structure
 from raycloud.models.structure import ModelStructure
 from raycloud.models.twin import BLOCKS, auto_class, twin_config, twin_model
 
@@ -110,6 +109,9 @@ def forget_verdicts() -> None:
 
 def check_twin(config: PretrainedConfig, attention: str = "sdpa") -> StructureVerdict:
     """Check the small twin of a configuration; see :func:`structure_verdict`."""
+    # Imported here: the check runs segments, and segments ask for verdicts.
+    from raycloud.models.self_check import check_structure
+
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)  # a twin is too small for more
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ from raycloud.models.configuration import (
     load_auto,
     quiet_transformers,
 )
-from raycloud.models.verdict import structure_of
 
 _TOKENS = 2
 """Tokens of the forward that counts keys and values: fewer than any sliding window."""
@@ -82,7 +81,7 @@ class SplitSizes:
     outer: int
     """Weights outside the blocks: embedding, final norm and head, tied weights once. The edge holds all of them."""
     head: int
-    """Those of them that are read for every token: final norm and head, and not the embedding's table."""
+    """Outer weights that are read for every token: final norm and head, and not the embedding's table."""
     width: int
     """Numbers of a hidden state."""
     causal: bool = True
@@ -91,24 +90,6 @@ class SplitSizes:
     def weights(self) -> int:
         """All weights of the model."""
         return self.outer + sum(block.weights for block in self.blocks)
-
-
-@dataclass(frozen=True)
-class StructurePath:
-    """How a model is cut: by the fast path with the product's own masks, or by the library's forward (general)."""
-
-    name: Literal["fast", "general"]
-    causal: bool
-
-
-def structure_path(config: PretrainedConfig) -> StructurePath:
-    """Path by which models of a configuration are cut.
-
-    Raises:
-        ModelError: they cannot be cut; the message says why.
-    """
-    structure = structure_of(config)
-    return StructurePath("general" if structure.layout is None else "fast", structure.causal)
 
 
 def read_configuration(source: str, notify: Callable[[str], None] = lambda line: None) -> PretrainedConfig:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from raycloud.benchmarks.family_configs import SIZES
 from raycloud.errors import ModelError
 from raycloud.models.checkpoint import Checkpoint
 from raycloud.models.configuration import load_config
@@ -19,19 +20,6 @@ from raycloud.models.tensor_sources import is_language_side
 from raycloud.split.parts import load_cloud, load_splittable
 from raycloud.split.plan import PlanSet, SplitPlan
 
-_SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "vocab_size": 97,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 _LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 _VISION: dict[str, Any] = {
     "hidden_size": 16,
@@ -53,7 +41,7 @@ TYPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def saved(kind: str, folder: Path) -> PreTrainedModel:
     """Tiny multimodal model, saved as the library does."""
     usual, (_, text, vision) = CONFIG_MAPPING[kind](), TYPES.get(kind, ("", {}, {}))
-    plain = {**usual.text_config.to_dict(), **_SIZES, **text, "initializer_range": 0.15}
+    plain = {**usual.text_config.to_dict(), **SIZES, **text}
     for derived in ("layer_types", "rope_parameters"):
         plain.pop(derived, None)
     seen = usual.vision_config.to_dict()

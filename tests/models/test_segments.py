@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from raycloud.models.attention import SDPA
 from raycloud.models.cache import KVCache
 from raycloud.models.segments import Segment
 from tests.models.families import FAMILIES, final, tiny
@@ -148,3 +149,14 @@ def test_parts_on_a_gpu_say_what_the_unsplit_model_says_on_the_cpu(family: str) 
         model.to("cuda")
         ours = chain(three_parts(model, 2, 4), ids.to("cuda")).cpu()
     assert relative(ours, reference) <= 1e-5
+
+
+@torch.no_grad()
+def test_the_librarys_own_forward_masks_padding_and_windows_with_our_attention() -> None:
+    """A custom attention function gets a mask only if a mask function is registered under its name."""
+    model, ids = tiny("gemma3"), text()
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    valid[0, :7] = False
+    reference = model(input_ids=ids, attention_mask=valid.long()).logits
+    model.set_attn_implementation(SDPA)
+    assert relative(model(input_ids=ids, attention_mask=valid.long()).logits[valid], reference[valid]) <= 1e-9

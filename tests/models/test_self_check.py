@@ -13,8 +13,8 @@ from raycloud.benchmarks.family_configs import tiny_model
 from raycloud.errors import ModelError
 from raycloud.models import fast_path
 from raycloud.models.cache import KVCache
-from raycloud.models.segments import Segment
-from raycloud.models.self_check import check_structure, check_weights, cut_model, whole_output
+from raycloud.models.segments import Segment, cut_segments
+from raycloud.models.self_check import check_structure, check_weights, run_parts, whole_output
 from raycloud.models.stock_cache import StockCache
 from raycloud.models.stock_path import AbsentBlock, StockPath
 
@@ -122,10 +122,10 @@ def test_a_segment_needs_no_weights_of_others(name: str, ids: Tensor) -> None:
     model = tiny_model(name, "eager")
     structure = check_structure(model, cuts=SOME).structure.model_copy(update={"layout": None})
     with torch.no_grad():
-        whole, cut = whole_output(model, structure, ids), cut_model(model, structure, (1, 3))
-        first = cut.run(0, ids)
-        second = cut.run(1, first)
-        assert torch.allclose(cut(ids), whole, rtol=1e-9, atol=1e-12)
+        whole, parts = whole_output(model, structure, ids), cut_segments(model, 1, 3, structure)
+        first = parts[0](ids)
+        second = parts[1](first)
+        assert torch.allclose(run_parts(parts, ids), whole, rtol=1e-9, atol=1e-12)
     blind = copy.deepcopy(model)
     segment = Segment(blind, 1, 3, structure=structure)
     mine = {id(parameter) for parameter in segment.parameters()}
@@ -142,13 +142,29 @@ def test_gradients_through_three_segments_are_the_wholes(name: str, ids: Tensor)
     model = tiny_model(name)
     structure = check_structure(model, cuts=SOME).structure.model_copy(update={"layout": None})
     found = []
-    for run in (lambda: whole_output(model, structure, ids), lambda: cut_model(model, structure, (1, 3))(ids)):
+    for run in (
+        lambda: whole_output(model, structure, ids),
+        lambda: run_parts(cut_segments(model, 1, 3, structure), ids),
+    ):
         model.zero_grad()
         output = run()
         (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)).sum().backward()
         found.append({key: one.grad.clone() for key, one in model.named_parameters() if one.grad is not None})
     assert found[0].keys() == found[1].keys()
     assert all(torch.allclose(found[0][key], found[1][key], rtol=1e-9, atol=1e-12) for key in found[0])
+
+
+def test_a_number_that_is_none_is_noticed_wherever_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``max`` keeps the first of its values if the others are not numbers."""
+    forward, calls = StockPath.finish, [0]
+
+    def late(self: StockPath, hidden: Tensor) -> Tensor:
+        calls[0] += 1
+        return forward(self, hidden) * (float("nan") if calls[0] == 2 else 1.0)
+
+    monkeypatch.setattr(StockPath, "finish", late)
+    with pytest.raises(ModelError, match=r"differs from the whole by inf \(prefill\)"):
+        check_structure(tiny_model("llama", "eager"), cuts=SOME, tolerance=1e-4)
 
 
 def test_parts_are_compared_with_the_whole_on_real_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,10 +48,12 @@ def frozen_head(teacher: Segment, codec: SignalCodec) -> FrozenHead:
     if not isinstance(teacher.head, nn.Linear):
         raise ValueError("hidden signals need a teacher whose head is one linear map; use kind: topk")
     dtype = torch.bfloat16 if codec == "int8" else getattr(torch, codec)
-    rule, bias = teacher.structure.logits, teacher.head.bias
+    rule = teacher.structure.logits
     scale = rule.scale(teacher.config)
-    return FrozenHead(
-        (teacher.head.weight.detach() * scale).to(dtype).cpu(),
-        None if bias is None else (bias.detach() * scale).to(dtype).cpu(),
-        rule.cap(teacher.config),
-    )
+
+    def sent(tensor: Tensor) -> Tensor:
+        plain = tensor.detach()
+        return (plain if scale == 1.0 else plain * scale).to(dtype).cpu()
+
+    bias = None if teacher.head.bias is None else sent(teacher.head.bias)
+    return FrozenHead(sent(teacher.head.weight), bias, rule.cap(teacher.config))

@@ -44,7 +44,7 @@ _EQUAL = 1e-5
 
 @dataclass(frozen=True)
 class SliceIndex:
-    """What a slice keeps of a block, in ascending order; None, or nothing said, for all of it."""
+    """Parts that a slice keeps of a block, in ascending order; None, or nothing said, for all of it."""
 
     groups: Sequence[Sequence[int] | None] = ()
     """Key-value groups of each attention of the block; without grouping, its heads."""
@@ -68,7 +68,7 @@ class SlicedBlock:
     module: nn.Module
     """Module of the block's class with parameters of its own."""
     kept: Mapping[str, Kept]
-    """What the slice keeps of each parameter that it does not keep whole, by name below the block."""
+    """Entries that the slice keeps of each parameter that it does not keep whole, by name below the block."""
 
 
 def slice_block(block: nn.Module, call: BlockCall, roles: BlockRoles, index: SliceIndex) -> SlicedBlock:

@@ -183,7 +183,7 @@ def _attention_half(block: nn.Module) -> nn.Module:
 
 
 def _has_bert_end(block: Any) -> bool:
-    """Whether the feed-forward part of a block is that of BERT, with its norm at the end."""
+    """Tell whether the feed-forward part of a block is that of BERT, with its norm at the end."""
     weighted = {
         part: {name for name, _ in getattr(block, part).named_children() if name in ("dense", "LayerNorm")}
         for part in ("intermediate", "output")

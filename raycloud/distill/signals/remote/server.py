@@ -68,7 +68,7 @@ class SignalServer(SessionServer[Session]):
             hidden_size=hidden_size,
             request_bytes=self.most_bytes(SignalMessageKind.SIGNAL),
         )
-        self._length = min(self._limits.length, teacher.max_length or self._limits.length)
+        self._length = min(self._limits.length, teacher.max_length)
         # One worker: a single forward pass of the teacher keeps the device busy.
         self._worker = ThreadPoolExecutor(1, "teacher", partial(_begin, threads))
         self._computing: dict[str, asyncio.Task[Frame]] = {}

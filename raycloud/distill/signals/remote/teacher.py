@@ -35,8 +35,8 @@ class SignalTeacher(Protocol):
         ...
 
     @property
-    def max_length(self) -> int | None:
-        """Number of positions of the teacher; None for no limit."""
+    def max_length(self) -> int:
+        """Largest number of tokens of a text of the teacher."""
         ...
 
     def signal(self, batch: Batch, recipe: SignalRecipe, temperatures: Sequence[float]) -> Signal:
@@ -71,7 +71,7 @@ class ModelTeacher:
             raise ModelError(f"teacher '{name}' has a head of several layers; allowed: one linear map")
         rows, columns = self._segment.head.weight.shape
         self.head_shape = rows, columns
-        self.max_length: int | None = context_length(model.config)
+        self.max_length = context_length(model.config)
 
     def signal(self, batch: Batch, recipe: SignalRecipe, temperatures: Sequence[float]) -> Signal:
         """Compute the signal of a batch."""
