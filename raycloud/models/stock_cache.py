@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,19 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from raycloud.errors import ModelError
 from raycloud.models.cache import KVCache
+
+
+def cache_argument(accepted: Collection[str]) -> str:
+    """Name of the argument in which the library's forwards take a cache, of the names that a forward accepts."""
+    return "cache_params" if "cache_params" in accepted else "past_key_values"
+
+
+def states_of(layer: Any) -> Iterator[Tensor]:
+    """Convolution and recurrent states of one layer of a cache of the library; none before its first forward."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        for state in (*layer.conv_states.values(), *layer.recurrent_states.values()):
+            if state is not None:
+                yield state
 
 
 class StockCache(KVCache, DynamicCache):
@@ -81,10 +94,7 @@ class StockCache(KVCache, DynamicCache):
 
     def _states(self) -> Iterator[Tensor]:
         for layer in self.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                for state in (*layer.conv_states.values(), *layer.recurrent_states.values()):
-                    if state is not None:
-                        yield state
+            yield from states_of(layer)
 
     def crop(self, keep: int) -> None:
         """Drop all tokens but the first ``keep``.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raycloud.models.cache import KVCache
-from raycloud.models.stock_cache import StockCache
+from raycloud.models.stock_cache import StockCache, cache_argument
 from raycloud.models.structure import ModelStructure, Shape, base_of, module_at
 from raycloud.models.trace import hidden_of
 
@@ -194,8 +194,7 @@ class StockPath:
         total = start + hidden.shape[1]
         arguments = self._text_arguments(store, start, total)
         if self._structure.causal:
-            name = "cache_params" if "cache_params" in self._accepted else "past_key_values"
-            arguments[name] = store if remember else None
+            arguments[cache_argument(self._accepted)] = store if remember else None
             arguments["use_cache"] = remember
         call = _Call(lo, hi, hidden, stops=True)
         if not isinstance(store, StockCache):

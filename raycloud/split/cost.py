@@ -87,7 +87,7 @@ class PlanCost:
 
 def block_ms(block: BlockSizes, device: DeviceProfile, tokens: int, context: int) -> float:
     """Milliseconds of one call of a block with ``tokens`` new tokens, when ``context`` tokens are cached."""
-    read = device.itemsize * (block.weights_read(tokens) + block.kv_per_token * context + block.state)
+    read = device.itemsize * block.weights_read(tokens) + block.kept_bytes(context, device.itemsize)
     return device.block_us / 1e3 + _roofline_ms(device, read, block.flops(tokens, context))
 
 
@@ -207,8 +207,9 @@ class _Sums:
         return self._until[end] - self._until[start]
 
 
-class _SideTimes:
-    """Times of one device for ranges of blocks: of a step with a full context, and of the chunks of the prompt."""
+class _Side:
+    """Sums of one device over ranges of blocks: times of a step with a full context and of the chunks of the prompt, in
+    milliseconds, and bytes kept of a text."""
 
     def __init__(self, sizes: SplitSizes, device: DeviceProfile, work: Workload, chunks: Sequence[tuple[int, int]]):
         tokens, context = (1, work.context) if sizes.causal else (work.prompt, 0)
@@ -218,6 +219,7 @@ class _SideTimes:
         mean = sum(start for start, _ in rest) // len(rest) if rest else 0
         self.first = _Sums(block_ms(block, device, first[1], 0) for block in sizes.blocks)
         self.later = _Sums(block_ms(block, device, rest[0][1], mean) if rest else 0.0 for block in sizes.blocks)
+        self.kept = _Sums(block.kept_bytes(work.context, device.itemsize) for block in sizes.blocks)
 
 
 class _Predictor:
@@ -230,10 +232,9 @@ class _Predictor:
         self._step = 1 if sizes.causal else work.prompt
         chunk = PROMPT_CHUNK if sizes.causal else work.prompt
         self._chunks = [(at, min(chunk, work.prompt - at)) for at in range(0, work.prompt, chunk)]
-        self._edge = _SideTimes(sizes, profile.edge, work, self._chunks)
-        self._cloud = _SideTimes(sizes, profile.cloud, work, self._chunks)
+        self._edge = _Side(sizes, profile.edge, work, self._chunks)
+        self._cloud = _Side(sizes, profile.cloud, work, self._chunks)
         self._weights = _Sums(block.weights for block in sizes.blocks)
-        self._kept = _Sums(block.kv_per_token * work.context + block.state for block in sizes.blocks)
 
     def cost(self, plan: SplitPlan) -> PlanCost:
         edge, cloud, link = self._profile.edge, self._profile.cloud, self._profile.network
@@ -251,9 +252,9 @@ class _Predictor:
         link_ms = _link_ms(link, up, down) if split else 0.0
         memory = {
             "edge_weight_bytes": round(edge.itemsize * (self._sizes.outer + at_edge(self._weights))),
-            "edge_kv_bytes": round(edge.itemsize * at_edge(self._kept)),
+            "edge_kv_bytes": round(at_edge(self._edge.kept)),
             "cloud_weight_bytes": round(cloud.itemsize * self._weights.over(start, end)),
-            "cloud_kv_bytes": round(cloud.itemsize * self._kept.over(start, end)),
+            "cloud_kv_bytes": round(self._cloud.kept.over(start, end)),
         }
         return PlanCost(
             start_block=start,

@@ -6,6 +6,7 @@ on the meta device, so no formula per family is needed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from raycloud.models.configuration import (
     load_auto,
     quiet_transformers,
 )
+from raycloud.models.stock_cache import cache_argument, states_of
 
 _TOKENS = 2
 """Tokens of the forward that counts keys and values: fewer than any sliding window."""
@@ -54,7 +56,9 @@ class BlockSizes:
     kv_per_token: int = 0
     """Keys and values kept for each token. Blocks with a sliding window keep all of them too."""
     state: int = 0
-    """State of a text that does not grow with it, such as that of linear attention."""
+    """State of a text that does not grow with it, in the model's type, such as that of a convolution."""
+    state_float32: int = 0
+    """Such a state that the library keeps in float32 whatever the model's type, as that of linear attention."""
     attention_width: int = 0
     """Numbers of a query over all heads; 0 for a block without attention."""
 
@@ -66,6 +70,10 @@ class BlockSizes:
     def weights_read(self, tokens: int = 1) -> float:
         """Weights read for a step of ``tokens`` tokens, if the router chooses experts uniformly."""
         return self.dense + self.experts * (1 - (1 - self.active_share) ** tokens)
+
+    def kept_bytes(self, context: int, itemsize: float) -> float:
+        """Bytes kept of a text of ``context`` tokens by a model with ``itemsize`` bytes per number."""
+        return itemsize * (self.kv_per_token * context + self.state) + 4 * self.state_float32
 
     def flops(self, tokens: int, context: int) -> float:
         """Floating-point operations of ``tokens`` tokens that attend to ``context`` tokens each."""
@@ -147,13 +155,13 @@ def sizes_of(config: PretrainedConfig, *, causal: bool = True) -> SplitSizes:
         if id(parameter) not in inside and "pooler" not in name.split(".")
     }
     text = config.get_text_config()
-    kept = _kept_per_block(model, len(chain.blocks)) if causal else [(0, 0)] * len(chain.blocks)
+    kept = _kept_per_block(model, len(chain.blocks)) if causal else [_Kept()] * len(chain.blocks)
     attention_width = _attention_width(text)
     blocks = []
-    for block, (per_token, state) in zip(chain.blocks, kept, strict=True):
+    for block, own in zip(chain.blocks, kept, strict=True):
         dense, experts, share = _weights(block, text)
-        attends = per_token > 0 or not causal
-        blocks.append(BlockSizes(dense, experts, share, per_token, state, attention_width if attends else 0))
+        width = attention_width if own.per_token or not causal else 0
+        blocks.append(BlockSizes(dense, experts, share, own.per_token, own.state, own.state_float32, width))
     return SplitSizes(
         blocks=tuple(blocks),
         outer=_count(outside.values()),
@@ -203,37 +211,35 @@ def _weights(block: nn.Module, config: PretrainedConfig) -> tuple[int, int, floa
     return total - experts, experts, min(1.0, active / count)
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Numbers that a block keeps of a text, see :class:`BlockSizes`."""
+
+    per_token: int = 0
+    state: int = 0
+    state_float32: int = 0
+
+
 @torch.no_grad()
-def _kept_per_block(model: PreTrainedModel, blocks: int) -> list[tuple[int, int]]:
-    """Numbers of keys and values for each token, and of the constant state, by block."""
+def _kept_per_block(model: PreTrainedModel, blocks: int) -> list[_Kept]:
+    """Run the library's own forward of a model in half precision and count what its cache holds, by block."""
     cache: Any = DynamicCache(config=model.config.get_text_config())
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
     try:
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, use_cache=True, **{cache_argument(inspect.signature(model.forward).parameters): cache})
         layers = cache.layers
     except Exception:  # some types read values in their forward, and there are none
         layers = []
     if len(layers) < blocks:
-        return [(_kv_by_configuration(model.config.get_text_config()), 0)] * blocks
-    return [(_numbers(layer, "keys") + _numbers(layer, "values"), _states(layer)) for layer in layers[:blocks]]
+        return [_Kept(_kv_by_configuration(model.config.get_text_config()))] * blocks
+    return [_kept(layer) for layer in layers[:blocks]]
 
 
-def _numbers(layer: Any, name: str) -> int:
-    found = getattr(layer, name, None)
-    return found.numel() // _TOKENS if isinstance(found, Tensor) else 0
-
-
-def _states(layer: Any) -> int:
-    """Numbers of a layer's convolution and recurrent states."""
-    found = [getattr(layer, name, None) for name in ("conv_states", "recurrent_states")]
-    return sum(_count(_tensors(one)) for one in found)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [one for one in inside if isinstance(one, Tensor)]
+def _kept(layer: Any) -> _Kept:
+    per_token = [getattr(layer, name, None) for name in ("keys", "values")]
+    states = list(states_of(layer))
+    single = _count(one for one in states if one.dtype == torch.float32)
+    return _Kept(_count(one for one in per_token if one is not None) // _TOKENS, _count(states) - single, single)
 
 
 def _kv_by_configuration(config: PretrainedConfig) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import LlamaConfig, MixtralConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig
 
+from raycloud.benchmarks.family_configs import DECODERS, tiny_config
 from raycloud.errors import ModelError
 from raycloud.link.codecs.sizes import widest_codec
 from raycloud.link.network import Network
@@ -128,6 +131,29 @@ def test_keys_and_values_are_those_of_the_real_cache(name: str) -> None:
     [cost] = plan_costs(sizes, profile(), work(width=32, context=32), [SplitPlan(1, 4)])
     assert cost.cloud_kv_bytes == cache.nbytes
     assert cost.edge_kv_bytes == cache.nbytes  # the other three blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("mamba2", torch.float32),
+        *((name, torch.bfloat16) for name in ("mamba", "mamba2", "bamba", "qwen3_next", "lfm2")),
+    ],
+)
+def test_recurrent_states_are_those_of_the_real_cache(name: str, dtype: torch.dtype) -> None:
+    """States of linear attention stay float32 in a model in half precision."""
+    model = AutoModelForCausalLM.from_config(tiny_config(*DECODERS[name]), dtype=dtype)
+    segment = Segment(model, head=False)  # in half precision some types' heads refuse their own hidden states
+    cache: Any = segment.new_cache()
+    with torch.inference_mode():
+        segment(torch.ones(1, 16, dtype=torch.long), cache=cache)
+    sizes = sizes_of(model.config)
+    assert sum(block.kept_bytes(0, dtype.itemsize) for block in sizes.blocks) == cache.state_bytes > 0
+    device = FAST.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    [cost] = plan_costs(sizes, profile(device, device), work(width=32, context=16), [SplitPlan(0, 2)])
+    assert cost.edge_kv_bytes + cost.cloud_kv_bytes == sum(
+        block.kept_bytes(16, dtype.itemsize) for block in sizes.blocks
+    )
 
 
 @pytest.mark.parametrize("codec", ["float32", "bfloat16"])
