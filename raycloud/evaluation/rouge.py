@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
-from rouge_score.rouge_scorer import RougeScorer
-
-_SCORER = RougeScorer(["rougeL"], use_stemmer=True)
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -16,7 +15,14 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
 
     ``rouge_score`` keeps only the letters a to z and digits: other scripts score 0.
     """
-    return 100 * float(_SCORER.score_multi(references, answer)["rougeL"].fmeasure)
+    return 100 * float(_scorer().score_multi(references, answer)["rougeL"].fmeasure)
+
+
+@cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # the import is a sixth of a worker's start, and few jobs need it
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def exact(answer: str, references: Sequence[str]) -> bool:
