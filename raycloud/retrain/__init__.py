@@ -1,0 +1,1 @@
+"""Block retraining: on drift, the edge retrains only the blocks worth their cost, and the cloud learns from it."""
