@@ -147,7 +147,7 @@ NOTHING = Cost()
 
 
 @dataclass(frozen=True)
-class Choice:
+class BlockChoice:
     """What happens to one block in a window."""
 
     width: float
@@ -160,14 +160,14 @@ class Choice:
             raise ModelError("a block of width 0 is dropped and cannot be trained")
 
 
-def lowest_trained(choices: Sequence[Choice]) -> int:
+def lowest_trained(choices: Sequence[BlockChoice]) -> int:
     """Number of blocks below the lowest trained one: all of them if only the head is trained."""
     return next((block for block, choice in enumerate(choices) if choice.trained), len(choices))
 
 
 def training_cost(
     model: ModelCost,
-    choices: Sequence[Choice],
+    choices: Sequence[BlockChoice],
     *,
     steps: int,
     batch: int,

@@ -1,4 +1,4 @@
-"""Choice of the blocks to retrain, exactly within a budget of FLOPs, memory and bytes; and rival choices.
+"""BlockChoice of the blocks to retrain, exactly within a budget of FLOPs, memory and bytes; and rival choices.
 
 For a given number of steps, and a given lowest trained block, costs and values add up over blocks: a knapsack with a
 menu per block and three resources. :func:`plan` solves it from the last block down by lists of undominated partial
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raycloud.errors import ModelError, RecipeError
-from raycloud.retrain.cost import NOTHING, Budget, Choice, Cost, ModelCost, training_cost
+from raycloud.retrain.cost import NOTHING, BlockChoice, Budget, Cost, ModelCost, training_cost
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -70,7 +70,7 @@ class Terms(TypedDict, total=False):
 class Plan:
     """What to retrain, for how many steps, and what that costs."""
 
-    choices: tuple[Choice, ...]
+    choices: tuple[BlockChoice, ...]
     """Width and training of each block."""
     steps: int
     """Optimiser steps; 0 for the empty plan, which trains nothing, not even the head."""
@@ -90,7 +90,7 @@ class Plan:
 
 
 def affordable_steps(
-    model: ModelCost, choices: Sequence[Choice], budget: Budget, *, most: int, **terms: Unpack[Terms]
+    model: ModelCost, choices: Sequence[BlockChoice], budget: Budget, *, most: int, **terms: Unpack[Terms]
 ) -> int:
     """Largest number of steps, up to ``most``, that a budget allows; 0 if it allows none."""
 
@@ -323,14 +323,14 @@ def set_plan(
     return priced or empty_plan(model, law, terms)
 
 
-def _frozen(model: ModelCost) -> tuple[Choice, ...]:
+def _frozen(model: ModelCost) -> tuple[BlockChoice, ...]:
     """Choices that leave every block whole and frozen."""
     return _training(model, ())
 
 
-def _training(model: ModelCost, blocks: Sequence[int] | set[int] | range) -> tuple[Choice, ...]:
+def _training(model: ModelCost, blocks: Sequence[int] | set[int] | range) -> tuple[BlockChoice, ...]:
     """Choices that leave every block whole and train the given ones."""
-    return tuple(Choice(width, block in blocks) for block, width in enumerate(model.whole))
+    return tuple(BlockChoice(width, block in blocks) for block, width in enumerate(model.whole))
 
 
 class _FullTerms(TypedDict):
@@ -374,7 +374,7 @@ def _priced(
     model: ModelCost,
     budget: Budget,
     law: Value | None,
-    choices: tuple[Choice, ...],
+    choices: tuple[BlockChoice, ...],
     steps: int,
     penalty: Mapping[tuple[int, float], float],
     terms: Terms,
@@ -429,7 +429,7 @@ class _Problem:
             for menu in model.blocks
         ]
         columns = max(map(len, rows))
-        self.menus = [[Choice(option.width, trained) for option, trained in row] for row in rows]
+        self.menus = [[BlockChoice(option.width, trained) for option, trained in row] for row in rows]
         shape = (len(rows), columns)
         exists, trained = np.zeros(shape, bool), np.zeros(shape, bool)
         width, lost = np.zeros(shape), np.zeros(shape)
@@ -541,7 +541,7 @@ class _Problem:
 
     def best(
         self, row: int, lowest: int, multipliers: Floats, floor: float, longest: int
-    ) -> tuple[Iterator[tuple[Choice, ...]], float]:
+    ) -> tuple[Iterator[tuple[BlockChoice, ...]], float]:
         """Best plans for a step count and a lowest trained block, highest value first, and a bound of those left out.
 
         Args:
@@ -580,7 +580,7 @@ class _Problem:
             history.append((rows % size, columns[rows // size]))
         return self._traced(values, history), left_out
 
-    def _traced(self, values: Floats, history: list[tuple[Integers, Integers]]) -> Iterator[tuple[Choice, ...]]:
+    def _traced(self, values: Floats, history: list[tuple[Integers, Integers]]) -> Iterator[tuple[BlockChoice, ...]]:
         """Choices of finished plans, from the highest value to the lowest.
 
         Args:

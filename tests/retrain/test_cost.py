@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from raycloud.errors import ModelError, RecipeError
-from raycloud.retrain.cost import Budget, Choice, Cost, ModelCost, WidthCost, training_cost
+from raycloud.retrain.cost import BlockChoice, Budget, Cost, ModelCost, WidthCost, training_cost
 
-FROZEN, TRAINED = Choice(1.0, False), Choice(1.0, True)
+FROZEN, TRAINED = BlockChoice(1.0, False), BlockChoice(1.0, True)
 DROPPED = WidthCost(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
@@ -25,7 +25,9 @@ def model() -> ModelCost:
     return ModelCost(menus, 0.25, 0.125, 0.5, 23.0, 29.0, 31.0, (1.0, 2.0, 4.0, 8.0))
 
 
-def cost_of(model: ModelCost, *choices: Choice, steps: int = 3, cached: bool = True, spent: Cost | None = None) -> Cost:
+def cost_of(
+    model: ModelCost, *choices: BlockChoice, steps: int = 3, cached: bool = True, spent: Cost | None = None
+) -> Cost:
     return training_cost(model, choices, steps=steps, batch=2, samples=5, cached=cached, spent=spent)
 
 
@@ -58,7 +60,7 @@ def test_the_head_alone_computes_only_stem_and_head(model: ModelCost) -> None:
 
 
 def test_dropped_blocks_cost_nothing(model: ModelCost) -> None:
-    dropped = cost_of(model, Choice(0.0, False), Choice(0.0, False), TRAINED)
+    dropped = cost_of(model, BlockChoice(0.0, False), BlockChoice(0.0, False), TRAINED)
     assert dropped.flops == 5 * 0.25 + 3 * 2 * (0.25 + 600 + 0.625)
     assert dropped.bytes == 31 + 100 * (17 + 19)
 
@@ -91,7 +93,7 @@ def test_wrong_records_are_refused_in_one_line(model: ModelCost) -> None:
     with pytest.raises(ModelError, match=r"width of WidthCost must be 0 to 1, got 1\.5"):
         WidthCost(1.5, 0, 0, 0, 0, 0, 0, 0, 0, 0)
     with pytest.raises(ModelError, match="dropped and cannot be trained"):
-        Choice(0.0, True)
+        BlockChoice(0.0, True)
     with pytest.raises(ModelError, match="must be 3 numbers of 0 or more, one before each block"):
         ModelCost(model.blocks[:2], 0, 0, 0, 0, 0, 0, (1.0, 1.0))
     with pytest.raises(ModelError, match="widths of block 0 must differ"):
@@ -99,7 +101,7 @@ def test_wrong_records_are_refused_in_one_line(model: ModelCost) -> None:
     with pytest.raises(ModelError, match="choices must be 3, one per block, got 1"):
         cost_of(model, TRAINED)
     with pytest.raises(ModelError, match=r"width 0\.5 of block 0 must be one of \[1\.0, 0\]"):
-        cost_of(model, Choice(0.5, True), FROZEN, FROZEN)
+        cost_of(model, BlockChoice(0.5, True), FROZEN, FROZEN)
     with pytest.raises(RecipeError, match="steps must be 0 or more"):
         cost_of(model, TRAINED, FROZEN, FROZEN, steps=-1)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from raycloud.errors import ModelError, RecipeError
 from raycloud.retrain import planner
-from raycloud.retrain.cost import Budget, Choice, Cost, ModelCost, WidthCost, training_cost
+from raycloud.retrain.cost import BlockChoice, Budget, Cost, ModelCost, WidthCost, training_cost
 from raycloud.retrain.planner import (
     Plan,
     Terms,
@@ -85,9 +85,9 @@ def curves(source: random.Random, blocks: int) -> Curves:
 
 def budget_of(source: random.Random, model: ModelCost, terms: Terms) -> Budget:
     """Budget between nothing and more than everything, at times without a limit, at times just reached by a plan."""
-    everything = training_cost(model, [Choice(width, True) for width in model.whole], steps=max(GRID), **terms)
+    everything = training_cost(model, [BlockChoice(width, True) for width in model.whole], steps=max(GRID), **terms)
     if source.random() < 0.2:
-        chosen = [Choice(width, source.random() < 0.5) for width in model.whole]
+        chosen = [BlockChoice(width, source.random() < 0.5) for width in model.whole]
         reached = training_cost(model, chosen, steps=source.choice(GRID), **terms)
         return Budget(reached.flops, reached.memory, reached.bytes)
     limits = [
@@ -107,7 +107,12 @@ def enumerated(
 ) -> float:
     """Highest value of all plans, that of doing nothing among them."""
     menus = [
-        [Choice(option.width, trained) for option in menu for trained in (False, True) if option.width or not trained]
+        [
+            BlockChoice(option.width, trained)
+            for option in menu
+            for trained in (False, True)
+            if option.width or not trained
+        ]
         for menu in model.blocks
     ]
     values = {
@@ -157,7 +162,7 @@ def test_short_lists_keep_the_budget_and_tell_the_gap(seed: int) -> None:
     source = random.Random(seed)
     model, law = instance(source, 7, (1.0,)), curves(source, 7)
     terms = Terms(batch=2, samples=9)
-    whole = training_cost(model, [Choice(1.0, True)] * 7, steps=30, **terms)
+    whole = training_cost(model, [BlockChoice(1.0, True)] * 7, steps=30, **terms)
     budget = Budget(whole.flops * 0.4, whole.memory * 0.5, whole.bytes * 0.5)
     short = plan(model, budget, law, steps_grid=GRID, longest=1, **terms)
     best = enumerated(model, budget, law, terms, penalty, 0.0)
@@ -222,7 +227,7 @@ def test_a_budget_of_all_trains_all_for_the_most_steps() -> None:
     model = instance(source, 8, (1.0,))
     law = Curves([0.2] * 8, [20.0] * 8, 0.1)
     terms = Terms(batch=2, samples=9, cached=False)
-    whole = [Choice(1.0, True)] * 8
+    whole = [BlockChoice(1.0, True)] * 8
     cost = training_cost(model, whole, steps=60, **terms)
     found = plan(model, Budget(cost.flops, cost.memory, cost.bytes), law, steps_grid=GRID, **terms)
     assert (found.choices, found.steps, found.cost) == (tuple(whole), 60, cost)
@@ -235,7 +240,7 @@ def test_an_impossible_budget_gives_the_empty_plan(budget: Budget) -> None:
     model, law = instance(source, 4, (1.0,)), curves(source, 4)
     spent = Cost(1, 2, 3)
     for found in every_plan(source, model, budget, law, Terms(batch=1, samples=3, spent=spent)).values():
-        assert found == Plan(tuple([Choice(1.0, False)] * 4), 0, 1.0, spent, 0.0)
+        assert found == Plan(tuple([BlockChoice(1.0, False)] * 4), 0, 1.0, spent, 0.0)
 
 
 def test_memory_spent_before_beyond_the_budget_leaves_nothing_to_plan() -> None:
@@ -249,7 +254,7 @@ def test_affordable_steps_are_the_most_that_fit() -> None:
     for _ in range(50):
         model, terms = instance(source, 5, (1.0,)), terms_of(source)
         budget = budget_of(source, model, terms)
-        choices = [Choice(1.0, source.random() < 0.5) for _ in range(5)]
+        choices = [BlockChoice(1.0, source.random() < 0.5) for _ in range(5)]
         steps = affordable_steps(model, choices, budget, most=77, **terms)
         fits = [training_cost(model, choices, steps=count, **terms).within(budget) for count in range(1, 79)]
         assert all(fits[:steps]) and (steps == 77 or not fits[steps])
@@ -258,7 +263,7 @@ def test_affordable_steps_are_the_most_that_fit() -> None:
 def test_the_grid_of_steps_reaches_from_full_training_to_the_head_alone() -> None:
     model = instance(random.Random(9), 5, (1.0,))
     terms = Terms(batch=2, samples=9)
-    whole = training_cost(model, [Choice(1.0, True)] * 5, steps=40, **terms)
+    whole = training_cost(model, [BlockChoice(1.0, True)] * 5, steps=40, **terms)
     grid = steps_grid(model, Budget(whole.flops), most=600, **terms)
     assert len(grid) <= 16 and list(grid) == sorted(set(grid))
     assert 39 <= grid[0] <= 40 and grid[-1] == head_only(model, Budget(whole.flops), most=600, **terms).steps
@@ -284,7 +289,7 @@ def test_first_order_gains_take_what_a_share_of_full_training_pays_for() -> None
     model = instance(random.Random(11), 6, (1.0,))
     law = Curves([1.0] * 6, [1e-9] * 6, 0.0)  # the same value at any number of steps
     terms = Terms(batch=2, samples=9)
-    budget = Budget(training_cost(model, [Choice(1.0, True)] * 6, steps=20, **terms).flops)
+    budget = Budget(training_cost(model, [BlockChoice(1.0, True)] * 6, steps=20, **terms).flops)
     shares = [len(taylor(model, budget, law, ratio=ratio, most=500, **terms).trained) for ratio in (0.3, 0.6, 1.0)]
     assert shares == sorted(shares) and 0 < shares[0] < shares[1] < shares[2] == 6
     with pytest.raises(RecipeError, match="ratio must be above 0 and at most 1, got 0"):
@@ -316,7 +321,7 @@ def test_sixty_blocks_are_solved_exactly_with_short_lists(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(planner, "_undominated", counted)
     terms = Terms(batch=2, samples=50)
-    whole = training_cost(model, [Choice(1.0, True)] * 62, steps=100, **terms)
+    whole = training_cost(model, [BlockChoice(1.0, True)] * 62, steps=100, **terms)
     budget = Budget(whole.flops * 0.2, whole.memory * 0.45, whole.bytes * 0.4)
     found = plan(model, budget, law, steps_grid=steps_grid(model, budget, most=1000, **terms), **terms)
     assert found.gap <= 1e-9 and found.trained
