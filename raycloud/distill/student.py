@@ -148,16 +148,22 @@ def check_blocks(recipe: StudentRecipe, total: int) -> None:
         raise ModelError(f"student.blocks is {recipe.blocks}; allowed: a list of blocks from 0 to {total - 1}")
 
 
+def named_blocks(recipe: StudentRecipe, total: int) -> list[int] | None:
+    """Blocks of a model with ``total`` blocks that a recipe determines; None if they are chosen by a measurement."""
+    if not isinstance(recipe.blocks, int):
+        return list(range(total)) if recipe.blocks is None else recipe.blocks
+    return evenly_spaced(total, recipe.blocks) if recipe.choose == "spacing" else None
+
+
 def _select_blocks(
     source: Pretrained,
     recipe: StudentRecipe,
     calibration: Callable[[PreTrainedTokenizerBase], Sequence[Sample]],
     total: int,
 ) -> list[int]:
-    if not isinstance(recipe.blocks, int):
-        return list(range(total)) if recipe.blocks is None else recipe.blocks
-    if recipe.choose == "spacing":
-        return evenly_spaced(total, recipe.blocks)
+    if (named := named_blocks(recipe, total)) is not None:
+        return named
+    assert isinstance(recipe.blocks, int)
     model = source.model
     samples = calibration(source.tokenizer)
     batches = length_sorted_batches(samples, _CALIBRATION_BATCH, source.tokenizer.pad_token_id)

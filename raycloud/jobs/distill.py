@@ -31,13 +31,21 @@ from raycloud.data.splits import select, shard
 from raycloud.distill.evaluation import ALL, CompletionComparison
 from raycloud.distill.learner import Heartbeat
 from raycloud.distill.recipe import Cohort, DistillRecipe, StudentRecipe, bundles
-from raycloud.distill.student import build_student, check_blocks, check_objective, check_vocabulary, differing_tokenizer
+from raycloud.distill.student import (
+    build_student,
+    check_blocks,
+    check_objective,
+    check_vocabulary,
+    differing_tokenizer,
+    named_blocks,
+)
 from raycloud.durable import check_folder, write_atomically, write_folder
 from raycloud.errors import ClusterError, DataError, ModelError
 from raycloud.evaluation.questions import build_questions
 from raycloud.jobs.distill_summary import summarise
 from raycloud.jobs.runner import Summary, actor_options, check_same_inputs, cluster_run, finished_summary, get_result
 from raycloud.models.loading import check_model, load_tokenizer, resolve
+from raycloud.models.surgery.extraction import check_extraction
 from raycloud.models.verdict import structure_of
 from raycloud.models.weights import Weights, nbytes
 from raycloud.report.bos import format_bos
@@ -140,7 +148,10 @@ def _check_student(
             check_eos("student.model", student.model, own)
         if own is None:
             check_vocabulary(config, teacher)
-    check_blocks(student, config.get_text_config().num_hidden_layers)
+    total = config.get_text_config().num_hidden_layers
+    check_blocks(student, total)
+    if student.blocks is not None and (blocks := named_blocks(student, total)) is not None:
+        check_extraction(config, blocks)
     if student.lora is not None:
         check_targets(config, student.lora)
     check_objective(cohort.objective, own is not None)

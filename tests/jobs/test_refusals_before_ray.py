@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from raycloud.benchmarks.family_configs import DECODERS, tiny_config
 from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
 from raycloud.errors import ModelError, RaycloudError, RecipeError, ResultError, StorageError
 from raycloud.jobs import distill, split_tune, tune_teacher
 from raycloud.recipe import Recipe
 from tests.cluster.recipes import small, split_edges
+from tests.tokenizers import tokenizer_of
 
 
 def teacher(model: Path, output: Path) -> TuneTeacherRecipe:
@@ -99,6 +102,20 @@ def test_a_model_without_a_tokenizer(job: tuple[Make, Run], tiny_llama: Path, tm
     for path in model.glob("token*"):
         path.unlink()
     refused(job, model, tmp_path / "run", ModelError, "holds no tokenizer; allowed: one of the files tokenizer.json, ")
+
+
+@pytest.mark.parametrize("chosen", [{"blocks": [0, 1, 2]}, {"blocks": 1, "choose": "spacing"}])
+def test_a_student_without_any_block_that_attends(chosen: dict[str, Any], tmp_path: Path) -> None:
+    kind, options = DECODERS["qwen3_next"]
+    config = tiny_config(kind, {**options, "vocab_size": 264})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer_of().save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ModelError, match=r"no 'qwen3_next' model consists of the blocks \[0.*Attention layers"
+    ) as caught:
+        distill.run(small(tmp_path / "model", tmp_path / "run", student=chosen))
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("allowed: other blocks")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_bos_that_cannot_be(job: tuple[Make, Run], tiny_llama: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from raycloud.benchmarks.family_configs import tiny_model
 from raycloud.errors import ModelError
 from raycloud.models.segments import Segment
 from raycloud.models.structure import blocks_of
-from raycloud.models.surgery.extraction import extract
+from raycloud.models.surgery.extraction import check_extraction, extract
 from raycloud.models.surgery.importance import angular_distances, evenly_spaced, most_important
 from raycloud.models.verdict import structure_of
 from raycloud.models.weights import build, load_weights, weights_of
@@ -62,6 +62,14 @@ def test_blocks_that_no_configuration_describes_are_refused() -> None:
         extract(tiny_model("deepseek_v3"), [2, 0])
     with pytest.raises(ModelError, match=r"no 'jamba' model consists of the blocks \[1, 2\]"):
         extract(tiny_model("jamba"), [1, 2])
+
+
+def test_blocks_are_checked_without_weights() -> None:
+    check_extraction(tiny_model("qwen3_next").config, [2, 3])
+    with pytest.raises(ModelError, match=r"no 'qwen3_next' model consists of the blocks \[0, 1\]: .* Attention layers"):
+        check_extraction(tiny_model("qwen3_next").config, [0, 1])
+    with pytest.raises(ModelError, match=r"no 'deepseek_v3' model consists of the blocks \[2, 0\]"):
+        check_extraction(tiny_model("deepseek_v3").config, [2, 0])
 
 
 def test_two_multipliers_are_no_setting_of_each_of_two_blocks() -> None:

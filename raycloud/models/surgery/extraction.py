@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from raycloud.errors import ModelError
 from raycloud.models.structure import blocks_of
-from raycloud.models.twin import INDEX_LISTS, is_per_block
+from raycloud.models.twin import INDEX_LISTS, auto_class, is_per_block
+from raycloud.models.verdict import structure_verdict
 from raycloud.models.weights import build, weights_of
 
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "index")
@@ -52,6 +54,20 @@ def extract(model: PreTrainedModel, blocks: Sequence[int]) -> PreTrainedModel:
     return student
 
 
+def check_extraction(config: PretrainedConfig, blocks: Sequence[int]) -> None:
+    """Check that models of a configuration have a model of the given blocks that runs in segments; reads no weights.
+
+    Raises:
+        ModelError: no configuration of this type has these blocks in this order, or its models cannot be cut, such as
+            those of a hybrid without any block that attends.
+    """
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, trust_remote_code=False)
+        student = extract(model, blocks)
+    if why := structure_verdict(student.config).reason:
+        raise _no_such_model(model, blocks, why.removesuffix("; run it whole"))
+
+
 def _config_of_blocks(config: PretrainedConfig, blocks: Sequence[int], total: int) -> PretrainedConfig:
     """Copy of a configuration whose settings of each block are those of the chosen blocks."""
     made = copy.deepcopy(config)
@@ -86,4 +102,4 @@ def _difference(theirs: nn.Module, ours: nn.Module) -> str | None:
 
 def _no_such_model(model: PreTrainedModel, blocks: Sequence[int], why: str) -> ModelError:
     kind = model.config.model_type
-    return ModelError(f"no '{kind}' model consists of the blocks {list(blocks)}: {why[:200]}; allowed: other blocks")
+    return ModelError(f"no '{kind}' model consists of the blocks {list(blocks)}: {why[:240]}; allowed: other blocks")
