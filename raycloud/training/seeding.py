@@ -34,17 +34,25 @@ def seeded(parts: Mapping[str, nn.Module], *key: int) -> Iterator[None]:
         key: integers that identify the random numbers, such as (seed, step, micro-batch).
     """
 
+    devices = list(range(torch.cuda.device_count()))
+
+    def seed(*of: int | str) -> None:
+        # Not ``torch.manual_seed``: for each kind of accelerator that is absent it formats the stack of its caller,
+        # which takes longer than a small block.
+        torch.default_generator.manual_seed(derive_seed(*of))
+        if devices:
+            torch.cuda.manual_seed_all(derive_seed(*of))
+
     def seeded(name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, arguments: Any) -> None:
-            torch.manual_seed(derive_seed(*key, name))
+            seed(*key, name)
 
         return hook
 
     hooks = [module.register_forward_pre_hook(seeded(name)) for name, module in parts.items()]
-    devices = list(range(torch.cuda.device_count()))
     try:
         with _ONE_AT_A_TIME, torch.random.fork_rng(devices=devices):
-            torch.manual_seed(derive_seed(*key))
+            seed(*key)
             yield
     finally:
         for hook in hooks:
