@@ -21,6 +21,8 @@ os.environ.pop("RAY_ADDRESS", None)
 # A command without an address joins the Ray that it finds in this folder: it may not be another test process's.
 os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="rt-")  # short, for sockets
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What the tests start computes in one thread, as they do: two processes beside each other have two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

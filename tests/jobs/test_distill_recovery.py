@@ -81,7 +81,7 @@ def test_a_killed_student_is_left_out_and_takes_part_again(
 
     interrupting(monkeypatch, kill)
     # Rounds long enough to be killed in the middle of.
-    recipe = small(tiny_llama, tmp_path / "run", rounds={"count": 3, "steps": 40, "deadline_s": 280, "rejoin_s": 280})
+    recipe = small(tiny_llama, tmp_path / "run", rounds={"count": 3, "steps": 30, "deadline_s": 280, "rejoin_s": 280})
     summary = run(recipe)
     assert summary["rounds"] == 3
     took_part = [sorted(record["students"]) for record in records(tmp_path / "run", "round")]

@@ -29,7 +29,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def space(teacher: Path, **changes: Any) -> Space:
-    base = small(teacher, Path("unused"), rounds={"count": 1, "steps": 2}).model_dump(mode="json")
+    one = small(teacher, Path("unused"), edges=[{"name": "edge"}], rounds={"count": 1, "steps": 2})
+    base = one.model_dump(mode="json")
     values: dict[str, Any] = {
         "base": base,
         "variants": {
@@ -190,7 +191,7 @@ def test_a_trial_without_a_finite_number_has_failed(
 @pytest.mark.timeout(900)
 def test_ctrl_c_ends_a_search_and_starting_it_again_goes_on(tiny_llama: Path, tmp_path: Path) -> None:
     """Run the command in a process of its own with its own Ray."""
-    base = small(tiny_llama, Path("unused"), rounds={"count": 1, "steps": 2}).dump()
+    base = small(tiny_llama, Path("unused"), edges=[{"name": "edge"}], rounds={"count": 1, "steps": 2}).dump()
     (tmp_path / "base.yaml").write_text(base)
     (tmp_path / "space.py").write_text(
         "from raycloud.search.space import Metric, Space\n"

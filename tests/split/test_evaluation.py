@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,18 @@ def test_an_exact_codec_has_the_perplexity_of_the_unsplit_model(tiny_llama: Path
     assert [line["perplexity"] for line in lines] == [*(n["perplexity"] for _, n in said), summary["perplexity"]]
 
 
+@pytest.fixture(scope="module")
+def calibrated(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the calibration that an evaluation wrote."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    run(recipe(tiny_llama, folder / "out", codec="int8", calibration=str(folder / "kept")))
+    return folder / "kept"
+
+
 @pytest.mark.waits
 @pytest.mark.parametrize("codec", ["bfloat16", "int8"])
 def test_bytes_are_those_of_the_formula_and_time_is_that_of_the_link(
-    codec: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    codec: str, tiny_llama: Path, calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, clock = Network(mbit_s=0.1, rtt_ms=30), Clock()
     # Computing takes none of its time, and of a text that is fed token by token one message is on its way at a time.
@@ -80,13 +89,13 @@ def test_bytes_are_those_of_the_formula_and_time_is_that_of_the_link(
         tiny_llama,
         tmp_path / "out",
         codec=codec,
-        calibration=str(tmp_path / "kept"),
+        calibration=str(calibrated),
         network={"mbit_s": network.mbit_s, "rtt_ms": network.rtt_ms},
     )
     summary = run(wanted)
     codecs = CutCodecs(16)
     if codec == "int8":
-        files = {path.name: Calibration.load(path) for path in (tmp_path / "kept").iterdir()}
+        files = {path.name: Calibration.load(path) for path in calibrated.iterdir()}
         assert files.keys() == {"cut-1.safetensors", "cut-3.safetensors"}
         one, three = files["cut-1.safetensors"], files["cut-3.safetensors"]
         codecs = CutCodecs(16, Calibration(one.model, one.rotation, {**one.fitted, **three.fitted}))
@@ -109,17 +118,17 @@ def test_an_examination_that_was_broken_off_begins_anew(tiny_llama: Path, tmp_pa
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_what_is_wrong_is_said(tiny_llama: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_is_said(tiny_llama: Path, calibrated: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cut 9 is beyond the model's 4 blocks"):
         run(recipe(tiny_llama, tmp_path / "out", end_block=9))
     with pytest.raises(DataError, match="new_tokens=9000 needs 9035"):
         run(recipe(tiny_llama, tmp_path / "out", new_tokens=9000))
     assert not (tmp_path / "out").exists()
-    other = recipe(tiny_llama, tmp_path / "out", codec="int8", calibration=str(tmp_path / "kept"))
-    run(other)
+    shutil.copytree(calibrated, tmp_path / "kept")
     (tmp_path / "kept" / "cut-1.safetensors").rename(tmp_path / "kept" / "cut-2.safetensors")
+    other = recipe(tiny_llama, tmp_path / "out", codec="int8", calibration=str(tmp_path / "kept"), start_block=2)
     with pytest.raises(ModelError, match=r"cut-2\.safetensors' is not of cut 2 of this model"):
-        run(other.model_copy(update={"start_block": 2, "output": str(tmp_path / "another")}))
+        run(other)
     for values, message in [
         ({"codec": "int5"}, "codec: no codec 'int5'; allowed: float32, float16"),
         ({"start_block": 3, "end_block": 3}, "start_block=3 and end_block=3; allowed: start_block < end_block"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tests.cluster.teacher.group import run
 pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-STEPS = 20
+STEPS = 12
 # A clip that bites, micro-batches of different numbers of tokens, warm-up and decay.
 TRAINING = {
     "lr": 3e-3,
@@ -95,6 +96,7 @@ def trained(folder: Path, model: Path) -> Path:
     return folder
 
 
+@cache
 def _reference(
     folder: Path, source: Path, lora: bool = False, products: torch.dtype = torch.float32
 ) -> tuple[dict[str, torch.Tensor], list[float]]:

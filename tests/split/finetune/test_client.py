@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,7 @@ def of_the_cloud(service: Service) -> dict[str, Tensor]:
     return load_file(path)
 
 
+@cache
 def undisturbed(changes: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     edge = fresh(changes)
     cloud = edge.cloud.trainer  # type: ignore[attr-defined]
@@ -112,6 +115,23 @@ def test_a_run_over_a_link_ends_with_the_weights_of_one_process(service: Service
     assert_equal(of_the_cloud(service), theirs)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a whole run, with the checkpoints of edge and cloud."""
+    folder = tmp_path_factory.mktemp("finished")
+    with closing(Service(fresh(), folder / "cloud")) as service:
+        run(fresh(), service, folder / "edge")
+    return folder
+
+
+@pytest.fixture
+def again(finished: Path, tmp_path: Path) -> Iterator[Service]:
+    """Cloud with a copy of the checkpoints of a whole run; those of the edge are beside it."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    with closing(Service(fresh(), tmp_path / "cloud")) as service:
+        yield service
+
+
 def damage(path: Path, how: str) -> None:
     """Damage a file so that safetensors reads it, cannot read it, or does not find it."""
     content = bytearray(path.read_bytes())
@@ -125,31 +145,29 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("whose", ["edge", "cloud"])
 @pytest.mark.parametrize("how", ["flipped", "shorter", "missing"])
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
-    how: str, whose: str, service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    how: str, whose: str, again: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(fresh(), service, tmp_path / "edge")
     steps = CheckpointStore(tmp_path / "edge").steps()
     assert steps[-1] == N and len(steps) == CheckpointStore.KEPT
     [newest] = (tmp_path / whose).glob(f"{'**/' if whose == 'cloud' else ''}{N}/state.safetensors")
     damage(newest, how)
     capsys.readouterr()
     edge, made = fresh(), list[int]()
-    run(edge, service, tmp_path / "edge", made.append)
+    run(edge, again, tmp_path / "edge", made.append)
     assert made == list(range(steps[-2], N))
     [said] = [line for line in capsys.readouterr().out.splitlines() if "trying the checkpoint before it" in line]
     assert str(N) in said
     ours, theirs = undisturbed()
     assert_equal(of_the_edge(edge), ours)
-    assert_equal(of_the_cloud(service), theirs)
+    assert_equal(of_the_cloud(again), theirs)
 
 
-def test_without_an_undamaged_checkpoint_none_is_removed(service: Service, tmp_path: Path) -> None:
-    run(fresh(), service, tmp_path / "edge")
+def test_without_an_undamaged_checkpoint_none_is_removed(again: Service, tmp_path: Path) -> None:
     steps = CheckpointStore(tmp_path / "edge").steps()
     for path in (tmp_path / "edge").glob("*/state.safetensors"):
         damage(path, "flipped")
     with pytest.raises(TrainingError, match=f"cannot read the checkpoint '.*{N}'") as caught:
-        run(fresh(), service, tmp_path / "edge")
+        run(fresh(), again, tmp_path / "edge")
     assert "\n" not in str(caught.value)
     assert CheckpointStore(tmp_path / "edge").steps() == steps
 

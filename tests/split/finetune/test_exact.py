@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 from typing import Any
 
 import pytest
@@ -32,6 +33,9 @@ FAMILIES = ["llama", "llama-tied", "qwen2", "gemma3", "gpt2", "opt", "bert"]
 TOLERANCE = 1e-5
 CUTS = [(0, 6), (1, 4), (5, 6)]
 EVERY_CUT = list(itertools.combinations(range(7), 2))
+_DRAWN = 2 * random.Random(0).sample(EVERY_CUT, len(EVERY_CUT))
+SAMPLED = {family: _DRAWN[3 * place : 3 * place + 9] for place, family in enumerate(FAMILIES)}
+"""Cuts of each family, drawn once and for all: nine of 21, each cut for three families."""
 
 
 def full_rank(ahead: Segment) -> Bottleneck:
@@ -57,7 +61,8 @@ def gradients(whole: Whole, edge: UShapedEdge, first: int, second: int, language
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_the_whole_models_at_every_cut(family: str) -> None:
-    for first, second in EVERY_CUT:
+    assert {cut for cuts in SAMPLED.values() for cut in cuts} == {*EVERY_CUT}
+    for first, second in SAMPLED[family]:
         code = full_rank if first % 2 else None
         whole, edge = pair(family, first, second, code=code)
         ours, theirs, off = gradients(whole, edge, first, second, family != "bert")
