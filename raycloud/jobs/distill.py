@@ -54,7 +54,7 @@ from raycloud.report.distill import print_summary, write_page
 from raycloud.report.tensorboard import tensorboard_events
 from raycloud.results import RECIPE, Mode, ResultDir, plain_json, record_inputs
 from raycloud.rounds.machine import Gate, RoundMachine
-from raycloud.training.lora import check_targets, save_adapter, save_model
+from raycloud.training.lora import check_targets, experts_left_out, save_adapter, save_model
 
 _LOG = logging.getLogger(__name__)
 
@@ -154,6 +154,8 @@ def _check_student(
         check_extraction(config, blocks)
     if student.lora is not None:
         check_targets(config, student.lora)
+        if left_out := experts_left_out(config, student.lora):
+            print_and_log(_LOG, f"warning: {left_out}", logging.WARNING)
     check_objective(cohort.objective, own is not None)
     return own
 

@@ -48,7 +48,7 @@ from raycloud.report.table import print_table
 from raycloud.report.tensorboard import tensorboard_events
 from raycloud.report.tune_teacher import memory_rows, print_summary, write_page
 from raycloud.results import Mode, ResultDir, record_inputs
-from raycloud.training.lora import add_adapters, check_targets, save_adapter, save_model
+from raycloud.training.lora import add_adapters, check_targets, experts_left_out, save_adapter, save_model
 
 _LOG = logging.getLogger(__name__)
 
@@ -88,6 +88,8 @@ def _preflight(recipe: TuneTeacherRecipe) -> tuple[PretrainedConfig, PreTrainedT
         raise ModelError(f"model '{recipe.model}' is an encoder; allowed: causal language models")
     if recipe.lora is not None:
         check_targets(config, recipe.lora)
+        if left_out := experts_left_out(config, recipe.lora):
+            print_and_log(_LOG, f"warning: {left_out}", logging.WARNING)
     tokenizer = load_tokenizer(where)
     check_eos("model", recipe.model, tokenizer)
     check_positions("data.max_length", recipe.data.max_length, config)

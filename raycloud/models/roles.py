@@ -160,7 +160,7 @@ def roles_in(traced: TracedBlock) -> BlockRoles:
         attentions=tuple(dict.fromkeys(attentions)),
         feed_forwards=tuple(dict.fromkeys(networks)),
         other=tuple(path for path in linear if path not in named),
-        fused_experts=tuple(_stacked_matrices(traced.block)),
+        fused_experts=tuple(stacked_matrices(traced.block)),
     )
 
 
@@ -274,7 +274,8 @@ def _factors(node: Node) -> tuple[Node | None, Node | None] | None:
     return (edges[1], edges[2]) if name.startswith(("BaddbmmBackward", "AddbmmBackward")) else None
 
 
-def _stacked_matrices(block: nn.Module) -> Iterable[str]:
+def stacked_matrices(block: nn.Module) -> Iterable[str]:
+    """Paths below a block of the parameters that hold the matrices of several experts."""
     for path, module in block.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             counts = {value for key, value in vars(module).items() if "expert" in key and isinstance(value, int)}

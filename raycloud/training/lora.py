@@ -22,7 +22,7 @@ from raycloud.errors import ModelError
 from raycloud.models.checkpoint import ADAPTERS
 from raycloud.models.configuration import json_object
 from raycloud.models.loading import quiet_transformers
-from raycloud.models.roles import ROLES, role_paths
+from raycloud.models.roles import ROLES, Role, role_paths, stacked_matrices
 from raycloud.models.segments import Segment
 from raycloud.models.structure import blocks_of
 from raycloud.models.texts import save_end_ids
@@ -34,6 +34,7 @@ from raycloud.training.seeding import derive_seed
 if TYPE_CHECKING:  # importing peft takes a second, and most recipes have no adapters
     from peft import LoraConfig
 
+_EXPERT_ROLES: frozenset[Role] = frozenset(("ffn_gate", "ffn_up", "ffn_down"))
 _NAME = "default"
 _PREFIX = "base_model.model."
 """Prefix of the parameter names in PEFT's files."""
@@ -67,8 +68,32 @@ def check_targets(config: PretrainedConfig, recipe: LoraRecipe) -> frozenset[str
 
 def _maps_of_model(config: PretrainedConfig) -> dict[str, type[nn.Module]]:
     """Linear maps inside the blocks of the models of a configuration."""
+    return linear_maps(_blocks_of_model(config))
+
+
+def _blocks_of_model(config: PretrainedConfig) -> nn.ModuleList:
+    """Blocks of the models of a configuration, without memory."""
     with torch.device("meta"):
-        return linear_maps(blocks_of(auto_class(config).from_config(config, trust_remote_code=False)))
+        return blocks_of(auto_class(config).from_config(config, trust_remote_code=False))
+
+
+def experts_left_out(config: PretrainedConfig, recipe: LoraRecipe) -> str | None:
+    """Sentence on the experts that a recipe's adapters would be expected on and are not: those in fused tensors.
+
+    Adapters are added to linear maps, and a fused tensor holds the matrices of all experts of a block.
+
+    Returns:
+        One line; None if there are no such experts, or the recipe asks for neither all maps nor a role of theirs.
+    """
+    if recipe.target_modules is not None and not _EXPERT_ROLES.intersection(recipe.target_modules):
+        return None
+    fused = dict.fromkeys(path for block in _blocks_of_model(config) for path in stacked_matrices(block))
+    if not fused:
+        return None
+    return (
+        f"lora: the experts of a '{config.model_type}' model are not adapted: {', '.join(fused)} hold the matrices of "
+        "all experts of a block in one tensor"
+    )
 
 
 def maps_of_roles(config: PretrainedConfig, recipe: LoraRecipe, maps: Collection[str]) -> frozenset[str]:
@@ -85,9 +110,10 @@ def maps_of_roles(config: PretrainedConfig, recipe: LoraRecipe, maps: Collection
     for name in roles:
         if not paths[name]:
             known = ", ".join(role for role in ROLES if paths[role]) or "none"
+            left_out = experts_left_out(config, recipe)
             raise ModelError(
                 f"lora.target_modules: no linear map of a '{config.model_type}' model has the role '{name}'; "
-                f"allowed roles: {known}"
+                f"allowed roles: {known}{f' ({left_out})' if left_out else ''}"
             )
     return frozenset(path for name in roles for path in paths[name])
 

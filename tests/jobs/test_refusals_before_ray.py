@@ -16,6 +16,9 @@ from raycloud.cluster.teacher.recipe import TuneTeacherRecipe
 from raycloud.errors import ModelError, RaycloudError, RecipeError, ResultError, StorageError
 from raycloud.jobs import distill, split_tune, tune_teacher
 from raycloud.recipe import Recipe
+from raycloud.split.finetune.edge_data import EdgeData
+from raycloud.split.finetune.recipe import SplitTuneRecipe
+from raycloud.training.recipe import LoraRecipe
 from tests.cluster.recipes import small, split_edges
 from tests.tokenizers import tokenizer_of
 
@@ -104,12 +107,40 @@ def test_a_model_without_a_tokenizer(job: tuple[Make, Run], tiny_llama: Path, tm
     refused(job, model, tmp_path / "run", ModelError, "holds no tokenizer; allowed: one of the files tokenizer.json, ")
 
 
+def saved(name: str, folder: Path) -> Path:
+    """Save a tiny random model of a type, with a tokenizer of bytes."""
+    kind, options = DECODERS[name]
+    config = tiny_config(kind, {**options, "vocab_size": 264, "max_position_embeddings": 512})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer_of().save_pretrained(folder)
+    return folder
+
+
+def test_experts_without_adapters_are_named_at_the_start(
+    job: tuple[Make, Run], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def adapted(model: Path, output: Path) -> Recipe:
+        if job[0] is small:
+            return small(model, output, student={"lora": {"r": 2}})
+        if job[0] is teacher:
+            return teacher(model, output).model_copy(update={"lora": LoraRecipe(r=2)})
+        data = {"source": "builtin:instruct", "max_length": 400, "limit": 24, "held_out_samples": 4}
+        return split_edges(model, output, data=data).of("store").model_copy(update={"lora": LoraRecipe(r=2)})
+
+    recipe = adapted(saved("qwen3_moe", tmp_path / "model"), tmp_path / "run")
+    if isinstance(recipe, SplitTuneRecipe):
+        lines: list[str] = []
+        EdgeData(recipe, lines.append)
+    else:
+        with pytest.raises(AssertionError, match="joins a cluster"):
+            job[1](recipe)
+        lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(":")[:2] for line in lines if "experts" in line] == [["warning", " lora"]]
+
+
 @pytest.mark.parametrize("chosen", [{"blocks": [0, 1, 2]}, {"blocks": 1, "choose": "spacing"}])
 def test_a_student_without_any_block_that_attends(chosen: dict[str, Any], tmp_path: Path) -> None:
-    kind, options = DECODERS["qwen3_next"]
-    config = tiny_config(kind, {**options, "vocab_size": 264})
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    tokenizer_of().save_pretrained(tmp_path / "model")
+    saved("qwen3_next", tmp_path / "model")
     with pytest.raises(
         ModelError, match=r"no 'qwen3_next' model consists of the blocks \[0.*Attention layers"
     ) as caught:

@@ -23,6 +23,7 @@ from raycloud.training.lora import (
     add_adapters,
     add_segment_adapters,
     check_targets,
+    experts_left_out,
     load_adapter,
     load_trainable_weights,
     merge_adapters,
@@ -210,6 +211,26 @@ def test_roles_and_names_may_be_mixed_and_are_checked_without_weights() -> None:
     assert "\n" not in str(raised.value)
     with pytest.raises(ModelError, match=r"no linear map 'q_proj' in the blocks; allowed: .*, or a role: query, key"):
         check_targets(config, LoraRecipe(target_modules=["q_proj", "value"]))
+
+
+def test_experts_in_fused_tensors_are_said_to_be_left_out() -> None:
+    config = tiny_model("qwen3_moe").config
+    said = (
+        "lora: the experts of a 'qwen3_moe' model are not adapted: mlp.experts.gate_up_proj, mlp.experts.down_proj "
+        "hold the matrices of all experts of a block in one tensor"
+    )
+    assert experts_left_out(config, LoraRecipe()) == said
+    for names in (["query", "value"], ["q_proj"]):
+        assert experts_left_out(config, LoraRecipe(target_modules=names)) is None
+    assert experts_left_out(tiny("llama").config, LoraRecipe()) is None
+    with pytest.raises(
+        ModelError, match=r"has the role 'ffn_up'; allowed roles: query, .* \(lora: the experts"
+    ) as raised:
+        check_targets(config, LoraRecipe(target_modules=["query", "ffn_up"]))
+    assert "\n" not in str(raised.value)
+    shared = tiny_model("deepseek_v3").config  # its first block and its shared experts have maps with the roles
+    assert check_targets(shared, LoraRecipe(target_modules=["ffn_up"]))
+    assert "not adapted" in str(experts_left_out(shared, LoraRecipe(target_modules=["ffn_up"])))
 
 
 def test_a_block_without_a_named_map_has_no_adapter() -> None:

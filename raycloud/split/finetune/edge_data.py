@@ -20,6 +20,7 @@ from raycloud.split.finetune.examples import (
 )
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.traffic import bottleneck_traffic
+from raycloud.training.lora import experts_left_out
 
 
 class EdgeData:
@@ -27,7 +28,8 @@ class EdgeData:
 
     Args:
         recipe: recipe of this edge alone.
-        notify: called with one line before each download or conversion, and with the counts of rows.
+        notify: called with one line before each download or conversion, with the counts of rows, and for experts that
+            get no adapters.
 
     Raises:
         RaycloudError: model or data are unavailable or do not fit the recipe.
@@ -39,6 +41,8 @@ class EdgeData:
         config = load_config(where)
         check_lengths(recipe, config)
         self.plan, self.width = plan_of(recipe, config), int(config.hidden_size)
+        if recipe.lora is not None and (left_out := experts_left_out(config, recipe.lora)):
+            notify(f"warning: {left_out}")
         self.tokenizer = load_tokenizer(where)
         self._bos = bos_of(recipe, self.tokenizer)
         self._texts, self.held_out, self.classes = load_examples(recipe, self.tokenizer, notify)
