@@ -24,6 +24,7 @@ from transformers.utils.hub import cached_file
 
 from raycloud.checksums import verify_file
 from raycloud.errors import ModelError
+from raycloud.models.plain_text import plain_config
 from raycloud.models.twin import auto_class, has_language_head
 
 CONFIG = "config.json"
@@ -148,19 +149,22 @@ def load_config(source: str) -> PretrainedConfig:
 def language_side(config: PretrainedConfig) -> PretrainedConfig:
     """Configuration of the text model inside a multimodal model; ``config`` itself if it is no multimodal one.
 
+    See :mod:`raycloud.models.plain_text` for sides without a language model of their own.
+
     Raises:
         ModelError: the library has no language model for the text side of this type.
     """
     text = config.get_text_config()
     if text is config or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return config
-    if not has_language_head(text):
+    plain = plain_config(text)
+    if not has_language_head(plain):
         raise ModelError(
             f"transformers {transformers.__version__} has no language model for the text side of a multimodal "
             f"'{config.model_type}' model ('{text.model_type}'); run it whole"
         )
-    text.tie_word_embeddings = config.tie_word_embeddings  # the multimodal model's own head decides
-    return text
+    plain.tie_word_embeddings = config.tie_word_embeddings  # the multimodal model's own head decides
+    return plain
 
 
 def context_length(config: PretrainedConfig) -> int:

@@ -67,7 +67,8 @@ def match_tensors(
 
     saved = model.state_dict(keep_vars=True)
     wanted = _wanted(modules, saved)
-    multimodal = isinstance(checkpoint.config.get("text_config"), dict)
+    # Qwen2-VL's configurations hold the settings of the text side themselves.
+    multimodal = any(isinstance(checkpoint.config.get(side), dict) for side in ("text_config", "vision_config"))
     found = match_headers(
         model,
         {name: one for name, one in checkpoint.tensors.items() if not multimodal or is_language_side(name)},

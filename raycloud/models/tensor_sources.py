@@ -31,6 +31,8 @@ from transformers.core_model_loading import (
 Shape = tuple[int, ...]
 _LANGUAGE_SIDE = re.compile(r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?")
 """Prefix of the text model's tensors in multimodal checkpoints, as saved by releases of the library before and now."""
+_BARE_SIDE = re.compile(r"^model\.(?:embed_tokens|layers|norm)\.|^lm_head\.")
+"""Names without such a prefix: those of the head, and in Qwen2-VL's checkpoints those of the text model too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +154,7 @@ def find_conversions(
 
 def is_language_side(name: str) -> bool:
     """Return whether a stored tensor of a multimodal model is of its text model or head."""
-    return _LANGUAGE_SIDE.match(name) is not None or name.startswith("lm_head.")
+    return _LANGUAGE_SIDE.match(name) is not None or _BARE_SIDE.match(name) is not None
 
 
 def language_side_mapping(model: PreTrainedModel) -> list[WeightTransform]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from raycloud.benchmarks.family_configs import SIZES
 from raycloud.errors import ModelError
 from raycloud.models.checkpoint import Checkpoint
 from raycloud.models.configuration import load_config
-from raycloud.models.loading import check_model
+from raycloud.models.loading import check_model, load
 from raycloud.models.tensor_sources import is_language_side
-from raycloud.split.parts import load_cloud, load_splittable
+from raycloud.split.parts import export, load_cloud, load_splittable
 from raycloud.split.plan import PlanSet, SplitPlan
+from tests.tokenizers import tokenizer_of
 
 _LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 _VISION: dict[str, Any] = {
@@ -29,21 +31,35 @@ _VISION: dict[str, Any] = {
     "image_size": 28,
     "patch_size": 14,
 }
+_AXES: dict[str, Any] = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+}
+_WINDOWS = {"use_sliding_window": True, "max_window_layers": 2}
+_YARN = {
+    "rope_parameters": {
+        **_AXES["rope_parameters"],
+        **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mrope_interleaved": True},
+    }
+}
 TYPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {}, {}),
     "llava": ("llama", {}, {}),
     "mistral3": ("mistral", {}, {}),
     "smolvlm": ("llama", {}, {}),
     "qwen3_5": ("qwen3_5_text", _LINEAR, {"depth": 1, "out_hidden_size": 32, "num_heads": 2}),
+    "qwen2_vl": ("qwen2", _AXES, {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2}),
+    "qwen2_5_vl": ("qwen2", _AXES | _WINDOWS, {"depth": 1, "out_hidden_size": 32, "num_heads": 2}),
+    "qwen3_vl": ("qwen3", _YARN, {"depth": 1, "out_hidden_size": 32, "num_heads": 2, "deepstack_visual_indexes": [0]}),
 }
 
 
 def saved(kind: str, folder: Path) -> PreTrainedModel:
     """Tiny multimodal model, saved as the library does."""
     usual, (_, text, vision) = CONFIG_MAPPING[kind](), TYPES.get(kind, ("", {}, {}))
-    plain = {**usual.text_config.to_dict(), **SIZES, **text}
+    plain = usual.text_config.to_dict()
     for derived in ("layer_types", "rope_parameters"):
         plain.pop(derived, None)
+    plain |= {**SIZES, **text}
     seen = usual.vision_config.to_dict()
     seen |= {name: value for name, value in _VISION.items() if name in seen} | vision
     torch.manual_seed(0)
@@ -80,7 +96,24 @@ def test_a_missing_tensor_of_the_language_side_is_named(tmp_path: Path) -> None:
     assert gone not in Checkpoint(str(tmp_path)).tensors
 
 
-def test_a_side_without_a_language_model_of_its_own_is_refused(tmp_path: Path) -> None:
-    CONFIG_MAPPING["qwen2_5_vl"]().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="no language model for the text side of a multimodal 'qwen2_5_vl'"):
+@torch.no_grad()
+def test_a_checkpoint_as_qwen_published_it_gives_the_wholes_text(tmp_path: Path) -> None:
+    """Its configuration is flat, and its text tensors have the names of a text model."""
+    whole = saved("qwen2_5_vl", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config.pop("text_config"), **config}))
+    assert {name.split(".")[0] for name in Checkpoint(str(tmp_path)).tensors} == {"model", "visual", "lm_head"}
+    tokenizer_of().save_pretrained(tmp_path)
+    ids = torch.randint(3, 96, (1, 20), generator=torch.Generator().manual_seed(2))
+    asked: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
+    expected = whole.generate(ids, **asked)
+    ours = load(str(tmp_path), device="cpu").model
+    assert type(ours).__name__ == "Qwen2ForCausalLM" and torch.equal(ours.generate(ids, **asked), expected)
+    export(str(tmp_path), PlanSet.of(SplitPlan(1, 3)), tmp_path / "parts")
+    assert load_cloud(str(tmp_path / "parts" / "cloud"), device="cpu").middle.lo == 1
+
+
+def test_a_side_without_a_language_model_is_refused(tmp_path: Path) -> None:
+    CONFIG_MAPPING["qwen3_vl_moe"]().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no language model for the text side of a multimodal 'qwen3_vl_moe'"):
         load_config(str(tmp_path))
