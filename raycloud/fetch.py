@@ -118,6 +118,21 @@ BUILTINS: dict[str, Builtin] = {
             "all-MiniLM-L6-v2, a BERT encoder with 6 blocks",
         ),
         Builtin("reviews", (_VADER,), _VADER_LICENCE, "23,703 sentences of four domains with human sentiment scores"),
+        Builtin(
+            "digits",
+            (
+                Package(
+                    "scikit-learn",
+                    "1.9.1",
+                    "629cada3e33e2b9bf376cdc7614a47a4140b8aedc1d836579e359736fbd82977",
+                    8,
+                    (("scikit_learn-1.9.1/sklearn/datasets/data/digits.csv.gz", "digits.csv.gz"),),
+                    sdist=True,
+                ),
+            ),
+            "CC BY 4.0 (Alpaydin & Kaynak, UCI, Optical Recognition of Handwritten Digits)",
+            "1,797 images of handwritten digits, 8 x 8 pixels",
+        ),
         Builtin("instruct", (_VADER,), _VADER_LICENCE, "instructions with real answers, made from builtin:reviews"),
     )
 }

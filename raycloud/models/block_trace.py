@@ -84,12 +84,15 @@ class TracedBlock:
         return any(leaf is self.hidden for leaf in leaves_of(node))
 
 
-def block_calls(model: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> dict[str, BlockCall]:
-    """Record how blocks are called in one forward of the whole model on a small random input.
+def block_calls(
+    model: PreTrainedModel, blocks: Mapping[str, nn.Module], inputs: Mapping[str, Any] | None = None
+) -> dict[str, BlockCall]:
+    """Record how blocks are called in one forward of the whole model.
 
     Args:
         model: model with its weights.
         blocks: blocks of the model by path.
+        inputs: arguments of the model's forward, which keeps no cache; None for a small random input.
 
     Raises:
         ModelError: the model does not run on the input, or does not call a block.
@@ -112,7 +115,7 @@ def block_calls(model: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> dict
             stack.enter_context(_hook(block.register_forward_pre_hook(recorder(path), with_kwargs=True)))
         try:
             with torch.no_grad():
-                model.eval()(**_small_input(model))
+                model.eval()(**(_small_input(model) if inputs is None else inputs), **without_cache(model))
         except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
             why = (str(error).splitlines() or [type(error).__name__])[0][:120]
             raise ModelError(f"a '{kind}' model does not run on a small random input: {why}") from error
@@ -276,15 +279,13 @@ def _small_input(model: PreTrainedModel) -> dict[str, Any]:
     """Small random input of a model of texts or images."""
     config, name = model.config, model.main_input_name
     generator = torch.Generator().manual_seed(0)
-    taken = inspect.signature(model.forward).parameters
-    given: dict[str, Any] = {"use_cache": False} if "use_cache" in taken else {}
     if name == "pixel_values":
         size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None) or 3
         if size is None:
             raise ModelError(f"image_size of a '{config.model_type}' model is not set; allowed: a number of pixels")
         height, width = (size, size) if isinstance(size, int) else size
         pixels = torch.randn(_TEXTS, channels, height, width, generator=generator)
-        return {name: pixels.to(model.device, model.dtype), **given}
+        return {name: pixels.to(model.device, model.dtype)}
     if name != "input_ids":
         raise ModelError(f"a '{config.model_type}' model takes {name}; allowed: input_ids, pixel_values")
     top = int(config.get_text_config().vocab_size)
@@ -293,10 +294,14 @@ def _small_input(model: PreTrainedModel) -> dict[str, Any]:
         # The first ids are often those of padding, which is masked.
         return torch.randint(min(3, top - 1), top, (_TEXTS, tokens), generator=generator).to(model.device)
 
-    given[name] = ids(_TOKENS)
     if getattr(config, "is_encoder_decoder", False):
-        given |= {name: ids(_SOURCE_TOKENS), "decoder_input_ids": ids(_TOKENS)}
-    return given
+        return {name: ids(_SOURCE_TOKENS), "decoder_input_ids": ids(_TOKENS)}
+    return {name: ids(_TOKENS)}
+
+
+def without_cache(model: nn.Module) -> dict[str, Any]:
+    """Argument of a model's forward that keeps no keys and values; empty if it never does."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def named_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ by the given ones; the one behind its last block ends the forward.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from raycloud.models.block_trace import without_cache
 from raycloud.models.cache import KVCache
+from raycloud.models.shell import StandIn, replace_module, shell_of
 from raycloud.models.stock_cache import StockCache, cache_argument
 from raycloud.models.structure import ModelStructure, Shape, base_of, module_at
 from raycloud.models.trace import hidden_of
-
-_PER_MODULE = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -46,29 +45,18 @@ class _Stop(Exception):
         self.hidden = hidden
 
 
-class AbsentBlock(nn.Module):
+class AbsentBlock(StandIn):
     """Stand-in for a block of another segment.
 
     Args:
         index: number of the block.
-        block: the block, whose plain attributes the base model may read.
+        block: the block.
         tuple_size: see :class:`~raycloud.models.structure.ModelStructure`.
     """
 
     def __init__(self, index: int, block: nn.Module, tuple_size: int) -> None:
-        super().__init__()
-        object.__setattr__(self, "_block", block)  # not registered: a stand-in owns no weights
+        super().__init__(block)
         self._index, self._tuple_size = index, tuple_size
-
-    def __getattr__(self, name: str) -> Any:
-        """Return plain attributes of the block, such as its kind of attention."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            found = getattr(self.__dict__["_block"], name)
-            if name.startswith("_") or isinstance(found, nn.Module):
-                raise
-            return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Pass hidden states through, replace them by the given ones, or end the forward."""
@@ -162,7 +150,7 @@ class StockPath:
 
     def embed(self, ids: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
         """Hidden states (B, T, d) entering block 0 for token ids, positions and token types, each (B, T)."""
-        arguments = self._without_cache()
+        arguments = without_cache(self._base)
         if types is not None and "token_type_ids" in self._accepted:
             arguments["token_type_ids"] = types
         if self._structure.causal and "position_ids" in self._accepted:
@@ -185,10 +173,7 @@ class StockPath:
         """Apply what follows the last block."""
         if not self._structure.has_norm or not hidden.shape[1]:
             return hidden
-        return self._run(_Call(self._total, self._total, hidden, stops=False), hidden, self._without_cache())
-
-    def _without_cache(self) -> dict[str, Any]:
-        return {"use_cache": False} if "use_cache" in self._accepted else {}
+        return self._run(_Call(self._total, self._total, hidden, stops=False), hidden, without_cache(self._base))
 
     def _forward(self, hidden: Tensor, store: KVCache, start: int, lo: int, hi: int, *, remember: bool) -> Tensor:
         total = start + hidden.shape[1]
@@ -243,13 +228,13 @@ class StockPath:
                 mine[0] = _OuterBlock(mine[0], begins=True, ends=ends and call.hi == 1)
             if ends and not (begins and call.hi == 1):
                 mine[-1] = _OuterBlock(mine[-1], begins=False, ends=True)
-        shell = _shell(self._base)
+        shell = shell_of(self._base)
         if getattr(shell, "pooler", None) is not None:
             shell.pooler = None  # type: ignore[assignment]  # no part of a segment
-        _replace(shell, structure.blocks, nn.ModuleList(mine))
+        replace_module(shell, structure.blocks, nn.ModuleList(mine))
         if call.given is not None:
             for path, shape in structure.early.items():
-                _replace(shell, path, _AbsentModule(module_at(self._base, path), shape))
+                replace_module(shell, path, _AbsentModule(module_at(self._base, path), shape))
         if self._training is not None:
             _set_mode(shell, self._training)
         return shell
@@ -261,24 +246,3 @@ def _set_mode(shell: nn.Module, training: bool) -> None:
     for module in shell.modules():
         if id(module) not in blocks:
             module.training = training
-
-
-def _shell(module: nn.Module) -> nn.Module:
-    """Copy of a module that shares its submodules and weights; replacing one of its submodules leaves it unchanged."""
-    shell = copy.copy(module)
-    for name in _PER_MODULE:
-        shell.__dict__[name] = copy.copy(module.__dict__[name])
-    shell.__dict__["_is_shell"] = True
-    return shell
-
-
-def _replace(root: nn.Module, path: str, new: nn.Module) -> None:
-    """Replace a submodule of a shell; modules in between become shells."""
-    *between, last = path.split(".")
-    for name in between:
-        child = root._modules[name]
-        assert child is not None
-        if not child.__dict__.get("_is_shell"):
-            child = root._modules[name] = _shell(child)
-        root = child
-    root._modules[last] = new

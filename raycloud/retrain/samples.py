@@ -1,0 +1,52 @@
+"""Samples of a window: the arguments of a model's forward, and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that is not predicted."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of one length; texts are padded to it."""
+
+    inputs: Mapping[str, Tensor]
+    """Arguments of the model's forward by name, each (n, ...)."""
+    labels: Tensor
+    """Classes (n,), classes of tokens (n, T), or for language models the next tokens (n, T); :data:`IGNORE` where
+    nothing is predicted."""
+
+    def __post_init__(self) -> None:
+        sizes = {name: len(one) for name, one in self.inputs.items()} | {"labels": len(self.labels)}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"samples have parts of different sizes: {sizes}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, rows: Tensor | slice) -> Samples:
+        """Samples with some of the numbers."""
+        return Samples({name: one[rows] for name, one in self.inputs.items()}, self.labels[rows])
+
+    def batches(self, size: int) -> Iterator[Samples]:
+        """Split into batches, in order."""
+        for at in range(0, len(self), size):
+            yield self.select(slice(at, at + size))
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, without labels."""
+        return sum(one.nbytes for one in self.inputs.values())
+
+    @staticmethod
+    def cat(parts: Sequence[Samples]) -> Samples:
+        """Samples of several, one after another."""
+        first = parts[0]
+        inputs = {name: torch.cat([one.inputs[name] for one in parts]) for name in first.inputs}
+        return Samples(inputs, torch.cat([one.labels for one in parts]))
