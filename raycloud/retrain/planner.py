@@ -230,7 +230,7 @@ def random_blocks(
     """Plan of blocks drawn at random: ``count`` of them, or 1 to all; those that cannot be afforded are left out."""
     source = random.Random(seed)
     blocks = len(model.blocks)
-    drawn = source.sample(range(blocks), count or source.randint(1, blocks))
+    drawn = source.sample(range(blocks), source.randint(1, blocks) if count is None else min(count, blocks))
     while drawn and not affordable_steps(model, _training(model, drawn), budget, most=1, **terms):
         drawn.pop()
     return set_plan(model, budget, drawn, most=most, law=law, **terms)
