@@ -1,4 +1,4 @@
-"""Tiny models of many types through serving, split fine-tuning and distillation, on one Ray with one deployment."""
+"""Tiny models of many types through serving, split fine-tuning and distillation, on one Ray."""
 
 from __future__ import annotations
 
@@ -34,9 +34,12 @@ from tests.ports import free_port
 from tests.tokenizers import BOS, EOS, PAD, tokenizer_of
 
 TYPES = (*("qwen3_moe", "qwen3_5_text", "gpt_oss", "phi3", "gemma2", "olmo2", "smollm3", "deepseek_v3", "granite"),)
-DISTILLED = ("qwen3_moe", "granite")
-"""Types that the real job distils: one with experts, one whose logits are divided."""
+KEPT = [0, 3]
+"""Blocks of the students: of each type with kinds of blocks, one of each kind."""
+CAPPED = {"gemma2": {"final_logit_softcapping": 2.0}}
+"""Settings that make the rule of a type's logits matter: tiny models' logits are far below the usual cap."""
 TOKEN, NEW = "s3cret", 12
+WORDS = ("red", "blue", "green", "tall", "cold", "warm", "soft", "loud")
 PROMPT = torch.randint(5, 261, (33,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
@@ -44,7 +47,8 @@ def saved(name: str, folder: Path) -> Path:
     """Save a tiny random model of a type, with a tokenizer of bytes."""
     kind, options = DECODERS[name]
     ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
-    config = tiny_config(kind, {**options, **ids, "vocab_size": 264, "max_position_embeddings": 512})
+    own = CAPPED.get(name, {})
+    config = tiny_config(kind, {**options, **ids, **own, "vocab_size": 264, "max_position_embeddings": 512})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
@@ -114,19 +118,24 @@ def tuned(name: str, folder: Path, data: Path, changes: dict[str, Any]) -> dict[
     return {key: summary[key] for key in ("perplexity_before", "perplexity")}
 
 
-def distilled(folder: Path) -> dict[str, Any]:
-    """Run one round of distillation as a job, with a student of two blocks."""
+def distilled(folder: Path, data: Path) -> dict[str, Any]:
+    """Run one round of distillation as a job, with a student of two blocks; every step has all eight texts."""
     recipe = small(
         folder / "model",
         folder / "distilled",
-        student={"blocks": [1, 3]},
+        dtype="float32",
+        student={"blocks": KEPT},
         edges=[{"name": "store"}],
-        data={"limit": 40},
-        rounds={"count": 1, "steps": 4},
+        data={"source": str(data), "validation": str(data.with_name("held-out.jsonl")), "max_length": 64},
+        signal={"codec": "float32"},
+        training={"batch_size": len(WORDS), "lr": 3e-3},
+        rounds={"count": 1, "steps": 3},
         evaluation={"held_out_samples": 4, "by": None, "max_new_tokens": 1},
     )
     summary = distill.run(recipe)
-    return {"missed": summary["missed"]}
+    records = [json.loads(line) for line in (folder / "distilled" / "metrics.jsonl").read_text().splitlines()]
+    steps = [(one["loss"], one["tokens"]) for one in records if one["kind"] == "step"]
+    return {"missed": summary["missed"], "steps": steps}
 
 
 def attempt(seen: dict[str, Any], what: str, run: Callable[[], Any]) -> None:
@@ -138,10 +147,13 @@ def attempt(seen: dict[str, Any], what: str, run: Callable[[], Any]) -> None:
 
 def main(folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
-    words = ["red", "blue", "green", "tall", "cold", "warm", "soft", "loud"]
     data, held_out = folder / "rows.jsonl", folder / "held-out.jsonl"
     for path, end in ((data, "."), (held_out, "!")):
-        rows = [{"instruction": f"Say {a}", "input": "", "output": f"It is {a}{end}"} for a in words]
+        texts = [f"It is {word}{end}" for word in WORDS]
+        rows = [
+            {"instruction": f"Say {word}", "input": "", "output": text, "text": text}
+            for word, text in zip(WORDS, texts, strict=True)
+        ]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     seen: dict[str, Any] = {name: {} for name in TYPES}
     for name in TYPES:
@@ -164,9 +176,9 @@ def main(folder: Path) -> dict[str, Any]:
 
             attempt(seen[name], "served", text)
         serve.delete("types")
-        for name in DISTILLED:
-            attempt(seen[name], "distilled", lambda n=name: distilled(folder / n))
         serve.shutdown()
+        for name in TYPES:
+            attempt(seen[name], "distilled", lambda n=name: distilled(folder / n, data))
     finally:
         ray.shutdown()
     return seen
