@@ -53,6 +53,6 @@ def test_distill(
 ) -> None:
     """On a Ray of its own."""
     file = tmp_path / "recipe.yaml"
-    file.write_text(small(tiny_llama, tmp_path / "run").dump())
+    file.write_text(small(tiny_llama, tmp_path / "run", edges=[{"name": "edge"}], rounds={"count": 1}).dump())
     said = run("distill.py", str(file), capsys=capsys, monkeypatch=monkeypatch)
     assert f"model in {tmp_path / 'run' / 'student'}" in said

@@ -26,7 +26,7 @@ def test_a_device_takes_part_beside_actors_and_comes_back_after_a_kill(tiny_llam
         tmp_path / "run",
         edges=EDGES,
         data={"limit": 400},
-        rounds={"count": 3, "steps": 60, "deadline_s": 400, "rejoin_s": 300},
+        rounds={"count": 3, "steps": 30, "deadline_s": 400, "rejoin_s": 300},
     )
     seen = in_a_process("tests.cluster.one_device", recipe, tmp_path)
     step, steps = seen["killed"]

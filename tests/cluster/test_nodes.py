@@ -14,7 +14,7 @@ from tests.cluster.recipes import small
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_actors_are_where_their_resources_are_and_nodes_may_leave_and_join(tiny_llama: Path, tmp_path: Path) -> None:
-    rounds = {"count": 3, "steps": 60, "deadline_s": 300, "rejoin_s": 300}
+    rounds = {"count": 3, "steps": 20, "deadline_s": 300, "rejoin_s": 300}
     seen = on_one_machine(small(tiny_llama, tmp_path / "run", rounds=rounds), tmp_path)
     in_the_cloud = {"CloudTeacher": ["head"], "_QueueActor": ["head"]}  # the run's log is with its driver
     assert seen["before"] == {**in_the_cloud, "EdgeStudent": ["edge-a", "edge-b"]}

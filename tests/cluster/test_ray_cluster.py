@@ -43,13 +43,17 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
         time.sleep(0.2)
 
 
+def written(model: Path, folder: Path) -> Path:
+    """Recipe of three rounds, each long enough to be interrupted, with results in ``folder/run``."""
+    path = folder / "recipe.yaml"
+    steps = {"count": 3, "steps": 25, "deadline_s": 280}
+    path.write_text(small(model, folder / "run", rounds=steps).dump())
+    return path
+
+
 @pytest.fixture
 def recipe(tiny_llama: Path, tmp_path: Path) -> Path:
-    """Recipe of three rounds, each long enough to be interrupted."""
-    path = tmp_path / "recipe.yaml"
-    steps = {"count": 3, "steps": 25, "deadline_s": 280}
-    path.write_text(small(tiny_llama, tmp_path / "run", rounds=steps).dump())
-    return path
+    return written(tiny_llama, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +87,27 @@ def test_every_job_is_submitted_in_a_test_here() -> None:
     assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == {"distill", "split_tune", "tune_teacher"}
 
 
-def test_a_job_is_submitted_with_a_token(head: tuple[dict[str, str], int], recipe: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def submitted(
+    head: tuple[dict[str, str], int], tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """Output and result directory of a submitted job that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("submitted")
+    words = ["--", "python", "jobs/distill.py", "--recipe", str(written(tiny_llama, folder))]
+    done = submit(head[0], "distill", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, folder / "run"
+
+
+def test_a_job_is_submitted_with_a_token(head: tuple[dict[str, str], int], submitted: tuple[str, Path]) -> None:
     env, _ = head
     without = submit({**env, "RAY_AUTH_MODE": "disabled"}, "refused", "--", "python", "jobs/distill.py", "--help")
     assert without.returncode != 0
-    done = submit(env, "distill", "--", "python", "jobs/distill.py", "--recipe", str(recipe), "rounds.steps=3")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 3
-    assert "gap closed" in done.stdout
-    assert "Traceback" not in done.stdout
-    assert report_of(of_a_submitted_job(done.stdout)) is None
+    said, path = submitted
+    assert json.loads((path / "summary.json").read_text())["rounds"] == 3
+    assert "gap closed" in said
+    assert "Traceback" not in said
+    assert report_of(of_a_submitted_job(said)) is None
 
 
 def test_a_teacher_is_tuned_by_a_submitted_job(
@@ -198,25 +213,22 @@ def test_a_cluster_without_edges_is_one_line(recipe: Path, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
-def test_a_killed_driver_resumes_to_the_same_weights(recipe: Path, tmp_path: Path) -> None:
-    """After SIGKILL of the driver and its Ray between rounds, the resumed run ends like an undisturbed one."""
+def test_a_killed_driver_resumes_to_the_same_weights(recipe: Path, submitted: tuple[str, Path], tmp_path: Path) -> None:
+    """After SIGKILL of the driver and its Ray between rounds, the resumed run ends like the undisturbed one that was
+    submitted elsewhere."""
     env = environment(tmp_path)
     command = [str(BIN / "raycloud"), "distill", "--recipe", str(recipe)]
     driver = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for((tmp_path / "run" / "state" / "round-0001").is_dir, 400, "the first round")
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    done = subprocess.run([*command, "--resume"], env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*command, "--resume", "--json"], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["round"] for record in records if record["kind"] == "round"] == [0, 1, 2]
-    assert report_of(done.stdout, done.stderr) is None
-    whole = subprocess.run(
-        [*command, f"output={tmp_path / 'whole'}", "--json"], env=env, capture_output=True, text=True, timeout=600
-    )
-    assert whole.returncode == 0, whole.stderr
-    assert report_of(whole.stdout, whole.stderr) == json.loads((tmp_path / "whole" / "summary.json").read_text())
-    resumed, undisturbed = (load_file(tmp_path / one / "student" / "model.safetensors") for one in ("run", "whole"))
+    assert report_of(done.stdout, done.stderr) == json.loads((tmp_path / "run" / "summary.json").read_text())
+    runs = (tmp_path / "run", submitted[1])
+    resumed, undisturbed = (load_file(run / "student" / "model.safetensors") for run in runs)
     assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in resumed.items())
 
 

@@ -163,16 +163,18 @@ def test_students_of_several_kinds_learn_from_one_teacher(
 
 @pytest.mark.slow
 def test_kept_signals_serve_all_epochs_and_runs(tiny_llama: Path, tmp_path: Path) -> None:
+    one: dict[str, Any] = {"edges": [{"name": "edge"}], "data": {"limit": 64}}
+
     def kept(output: str, teacher: Path = tiny_llama, **changes: Any) -> DistillRecipe:
         where = {"model": str(teacher), "signals": str(tmp_path / "signals")}
-        return small(tiny_llama, tmp_path / output, teacher=where, data={"limit": 64}, **changes)
+        return small(tiny_llama, tmp_path / output, teacher=where, **one, **changes)
 
     summary = run(kept("run"))
     assert summary["wire_bytes"]["signals"] == summary["trained_tokens"] * 16 * 2
     parts = {part: part.stat().st_mtime_ns for part in (tmp_path / "signals").glob("*.safetensors")}
     run(kept("again", objective={"kd": {"name": "reverse_kl", "temperature": 2.0}}))
     assert parts == {part: part.stat().st_mtime_ns for part in (tmp_path / "signals").glob("*.safetensors")}
-    with_less = run(small(tiny_llama, tmp_path / "asked", data={"limit": 64}))
+    with_less = run(small(tiny_llama, tmp_path / "asked", **one))
     assert with_less["student_ppl_after"] == pytest.approx(summary["student_ppl_after"], rel=1e-3)
     with pytest.raises(DataError, match="stale: teacher is"):
         run(kept("other", teacher=scrambled(tiny_llama, tmp_path)))

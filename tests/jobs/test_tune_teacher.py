@@ -144,22 +144,7 @@ def test_a_run_outlives_the_node_of_a_worker_and_ends_as_undisturbed(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_stopped_run_resumes_and_ends_as_undisturbed(
-    finished: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = small(tiny_llama, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        disturbing(patch, 3, lambda pid: _thread.interrupt_main())
-        with pytest.raises(Interrupted, match="--resume"):
-            run(recipe)
-    run(recipe, "resume")
-    assert [record["step"] for record in records(tmp_path / "run", "step")] == list(range(1, 9))
-    same_model(tmp_path / "run", finished)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_run_whose_newest_checkpoint_is_damaged_resumes_from_the_one_before(
+def test_a_stopped_run_whose_newest_checkpoint_is_damaged_resumes_from_the_one_before_and_ends_as_undisturbed(
     finished: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = small(tiny_llama, tmp_path / "run")

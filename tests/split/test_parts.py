@@ -192,12 +192,12 @@ print(json.dumps({
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("side", "dtype"), [("edge", "float32"), ("cloud", "float32"), ("cloud", "bfloat16")])
-def test_a_part_takes_no_more_memory_than_its_own_tensors(side: str, dtype: str, tmp_path: Path) -> None:
-    """Make a sharded checkpoint of more than 2 GB; loading a part may grow a new process by its bytes and 300 MB."""
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sharded checkpoint of more than 2 GB."""
     from transformers import LlamaConfig
 
+    folder = tmp_path_factory.mktemp("large")
     config = LlamaConfig(
         vocab_size=32_000,
         hidden_size=2048,
@@ -207,10 +207,16 @@ def test_a_part_takes_no_more_memory_than_its_own_tensors(side: str, dtype: str,
         num_key_value_heads=4,
         architectures=["LlamaForCausalLM"],
     )
-    config.save_pretrained(tmp_path)
-    size = _write_checkpoint(config, tmp_path)
-    assert size >= 2e9
-    command = [sys.executable, "-c", _PEAK, str(tmp_path), side, dtype]
+    config.save_pretrained(folder)
+    assert _write_checkpoint(config, folder) >= 2e9
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("side", "dtype"), [("edge", "float32"), ("cloud", "float32"), ("cloud", "bfloat16")])
+def test_a_part_takes_no_more_memory_than_its_own_tensors(side: str, dtype: str, large: Path) -> None:
+    """Loading a part may grow a new process by its bytes and 300 MB."""
+    command = [sys.executable, "-c", _PEAK, str(large), side, dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["bytes"] > 0.2e9
