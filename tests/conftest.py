@@ -36,6 +36,15 @@ torch.set_num_threads(1)
 
 
 RAY = ("tests/cluster/", "tests/jobs/", "tests/search/", "tests/serving/")
+LONG = (
+    "tests/benchmarks/test_quick.py",
+    "tests/cluster/test_every_type.py",
+    "tests/cluster/test_ray_cluster.py",
+    "tests/jobs/test_tune_teacher.py",
+    "tests/cluster/teacher/test_equality.py",
+    "tests/test_demo.py",
+)
+"""Files whose slow tests take minutes, the longest first."""
 
 
 class Together(LoadScopeScheduling):
@@ -46,6 +55,13 @@ class Together(LoadScopeScheduling):
         file = nodeid.partition("::")[0]
         fast = "not slow" in self.config.option.markexpr
         return "ray" if fast and file.startswith(RAY) else file
+
+    def _assign_work_unit(self, node: Any) -> None:
+        """Begin with what takes longest: at the end it would leave the other process without work."""
+        for file in reversed(LONG):
+            if file in self.workqueue:
+                self.workqueue.move_to_end(file, last=False)
+        super()._assign_work_unit(node)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
