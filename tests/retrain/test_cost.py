@@ -106,9 +106,21 @@ def test_wrong_records_are_refused_in_one_line(model: ModelCost) -> None:
         cost_of(model, TRAINED, FROZEN, FROZEN, steps=-1)
 
 
-def test_cost_law_and_planner_load_without_torch() -> None:
+def test_costs_laws_and_plans_load_without_torch() -> None:
+    names = [
+        "cost",
+        "knapsack",
+        "law",
+        "law_fit",
+        "law_prior",
+        "pilots",
+        "plan_rivals",
+        "planner",
+        "plans",
+        "rival_laws",
+    ]
     program = (
-        "import sys, raycloud.retrain.cost, raycloud.retrain.planner\n"
+        f"import sys, {', '.join(f'raycloud.retrain.{name}' for name in names)}\n"
         "heavy = {'torch', 'transformers', 'ray'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
