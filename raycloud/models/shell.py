@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -35,10 +36,10 @@ class StandIn(nn.Module):
     """Stand-in for a block: it owns no weights, and has the block's plain attributes, such as its kind of attention.
 
     Args:
-        block: the block.
+        block: the block, or an object with its plain attributes.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module | SimpleNamespace) -> None:
         super().__init__()
         object.__setattr__(self, "_block", block)  # not registered: its weights are not a stand-in's
 

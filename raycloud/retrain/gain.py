@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import nn
 from transformers import PreTrainedModel
 
 from raycloud.errors import DataError, TrainingError
@@ -74,50 +74,81 @@ def block_gains(
         )
     size, total = len(samples) // micro_batches, len(parts.blocks)
     batches = list(samples.select(slice(0, size * micro_batches)).batches(size))
-    width = together or total
-    found: dict[int, BlockGain] = {}
-    mean_loss, flops, memory = 0.0, 0, 0
     model.eval()
-    weights = sum(one.nbytes for one in model.parameters())
-    state = 0
-    for lo in range(0, total, width):
-        groups = {
-            index: list(parts.blocks[parts.paths[index]].parameters()) for index in range(lo, min(lo + width, total))
-        }
-        if lo == 0:
+    found, spent = dict[int, BlockGain](), list[_Pass]()
+    for lo in range(0, total, together or total):
+        blocks = range(lo, min(lo + (together or total), total))
+        groups = {index: list(parts.blocks[parts.paths[index]].parameters()) for index in blocks}
+        if not lo:
             groups[total] = list(parts.head.values())
-        prefix = FrozenPrefix(model, lo)
-        with trainable_only(model, [one for group in groups.values() for one in group]):
-            sums = {index: [torch.zeros_like(one) for one in group] for index, group in groups.items()}
-            squares = dict.fromkeys(groups, 0.0)
-            for batch in batches:
-                with measured(model) as cost:
-                    boundary = prefix.record(batch.inputs)
-                    value = loss(prefix.run(boundary, batch.inputs).logits, batch.labels)
-                    mean = value.sum / max(value.count, 1)
-                    mean.backward()
-                flops += cost.flops
-                mean_loss += float(mean.detach()) / micro_batches if lo == 0 else 0.0
-                memory = max(memory, cost.kept + boundary.nbytes)
-                for index, group in groups.items():
-                    for added, parameter in zip(sums[index], group, strict=True):
-                        if (slope := parameter.grad) is not None:
-                            added.add_(slope, alpha=1 / micro_batches)
-                            squares[index] += float(slope.square().sum()) / micro_batches
-                model.zero_grad(set_to_none=True)
-            for index in groups:
-                found[index] = _gain(sums[index], squares[index], micro_batches)
-            state = max(state, 8 * sum(one.numel() for group in groups.values() for one in group))
-    return Gains(
-        tuple(found[index] for index in range(total)), found[total], mean_loss, flops, weights + memory + state
-    )
+        sums = {index: _GradientSums(group) for index, group in groups.items()}
+        spent.append(_sum_gradients(model, FrozenPrefix(model, lo), batches, loss, sums))
+        found |= {index: one.gain(micro_batches) for index, one in sums.items()}
+    held = sum(one.nbytes for one in model.parameters()) + max(one.memory for one in spent)
+    head = found.pop(total)
+    return Gains(tuple(found[index] for index in range(total)), head, spent[0].loss, sum(p.flops for p in spent), held)
 
 
-def _gain(mean: Sequence[Tensor], square: float, count: int) -> BlockGain:
-    squared = sum(float(one.square().sum()) for one in mean)
-    # The mean of squared norms is the squared norm of the mean plus the variance; unbiased over ``count`` draws.
-    variance = max(square - squared, 0.0) * count / (count - 1)
-    if not math.isfinite(square):
-        raise TrainingError("the gradient of a block is not finite on the current samples")
-    snr = squared / (variance / count) if variance > 0 else math.inf if squared > 0 else 0.0
-    return BlockGain(math.sqrt(squared), snr, squared)
+@dataclass(frozen=True)
+class _Pass:
+    """Cost and mean loss of a pass over the samples."""
+
+    loss: float
+    flops: int
+    memory: int
+
+
+class _GradientSums:
+    """Sum of the gradients of a group of parameters over micro-batches, and of their squared norms."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self._sum = [torch.zeros_like(one) for one in parameters]
+        self._squares = 0.0
+
+    def add(self) -> None:
+        """Add the present gradients."""
+        for added, parameter in zip(self._sum, self.parameters, strict=True):
+            if (slope := parameter.grad) is not None:
+                added.add_(slope)
+                self._squares += float(slope.square().sum())
+
+    def gain(self, count: int) -> BlockGain:
+        """Estimates from the gradients of ``count`` micro-batches.
+
+        Raises:
+            TrainingError: a gradient is not finite.
+        """
+        if not math.isfinite(self._squares):
+            raise TrainingError("the gradient of a block is not finite on the current samples")
+        squared = sum(float(one.square().sum()) for one in self._sum) / count**2
+        # The mean of squared norms is the squared norm of the mean plus the variance; unbiased over ``count`` draws.
+        variance = max(self._squares / count - squared, 0.0) * count / (count - 1)
+        snr = squared / (variance / count) if variance > 0 else math.inf if squared > 0 else 0.0
+        return BlockGain(math.sqrt(squared), snr, squared)
+
+
+def _sum_gradients(
+    model: PreTrainedModel,
+    prefix: FrozenPrefix,
+    batches: Sequence[Samples],
+    loss: LossOf,
+    sums: Mapping[int, _GradientSums],
+) -> _Pass:
+    """Run the micro-batches forward and backward, and add the gradients of each group."""
+    parameters = [parameter for one in sums.values() for parameter in one.parameters]
+    mean_loss, flops, kept = 0.0, 0, 0
+    with trainable_only(model, parameters):
+        for batch in batches:
+            with measured(model) as cost:
+                boundary = prefix.record(batch.inputs)
+                value = loss(prefix.run(boundary, batch.inputs).logits, batch.labels)
+                mean = value.sum / max(value.count, 1)
+                mean.backward()
+            for one in sums.values():
+                one.add()
+            model.zero_grad(set_to_none=True)
+            mean_loss += float(mean.detach()) / len(batches)
+            flops, kept = flops + cost.flops, max(kept, cost.kept + boundary.nbytes)
+    # Gradients and their sums, in float32.
+    return _Pass(mean_loss, flops, kept + 8 * sum(one.numel() for one in parameters))

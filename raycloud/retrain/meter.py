@@ -32,7 +32,7 @@ _FORMULAS: dict[Any, Any] = {
 
 @dataclass
 class MeteredCost:
-    """MeteredCost cost of a part of a program."""
+    """Cost of a part of a program, as metered."""
 
     flops: int = 0
     """Floating-point operations of matrix products, convolutions and attention."""

@@ -1,4 +1,4 @@
-"""Choice of the blocks of a model to keep."""
+"""Importance of blocks, heads and units: which of them a smaller model keeps."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from raycloud.models.segments import Segment
 from raycloud.models.structure import blocks_of
+from raycloud.models.surgery.axes import Axes
 
 
 def evenly_spaced(total: int, keep: int) -> list[int]:
@@ -65,3 +66,21 @@ def angular_distances(model: PreTrainedModel, batches: Iterable[tuple[Tensor, Te
             sums[index] += cosine.clamp(-1, 1).arccos().sum().double().cpu() / math.pi
             before = after
     return sums / max(count, 1)
+
+
+def member_importance(block: nn.Module, axes: Axes) -> Tensor:
+    """Importance of the groups of heads or the units of a part of a block, (members,), from its present gradients.
+
+    The change of the loss to first order if a member's output became zero, |Σ a · ∂loss/∂a| over its outputs a and all
+    tokens (Molchanov et al. 2017, arXiv 1611.06440). It is read off the weights that lead out: the sum over a unit's
+    column of weight times gradient is the sum over tokens of its output times gradient.
+
+    Args:
+        block: block with gradients.
+        axes: axes of an attention or a feed-forward network.
+    """
+    parameter = block.get_parameter(axes.output.name)
+    if parameter.grad is None:
+        raise ValueError(f"'{axes.output.name}' has no gradient")
+    product = (parameter.detach() * parameter.grad).movedim(axes.output.dim, 0).flatten(1).sum(1)
+    return product[axes.output.entries.to(product.device)].sum(1).abs()
