@@ -1,0 +1,255 @@
+"""Methods of the benchmark of block retraining: rivals and ours, by the same loop and within the same budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+import torch
+from peft import inject_adapter_in_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from raycloud.models.roles import roles_of
+from raycloud.retrain.cost import BlockChoice, Budget, Cost, ModelCost, training_cost
+from raycloud.retrain.drawn import DrawnBlockTrainer
+from raycloud.retrain.gain import block_gains
+from raycloud.retrain.law_prior import Prior
+from raycloud.retrain.parts import RetrainParts, parts_of
+from raycloud.retrain.planner import plan
+from raycloud.retrain.plans import Terms, steps_grid
+from raycloud.retrain.samples import Samples
+from raycloud.retrain.tasks import RetrainTask
+from raycloud.retrain.trainer import BlockTrainer, Retrained, RetrainTraining, mean_error
+from raycloud.retrain.window import retrain_blocks
+from raycloud.training.lora import lora_config
+from raycloud.training.recipe import LoraRecipe
+
+SETTINGS = RetrainTraining(head_steps=0)
+"""Settings of the rivals: block and head begin together."""
+LORA_RANK = 4
+GAIN_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class MethodCase:
+    """One window to retrain in, with its budget."""
+
+    model: Callable[[], PreTrainedModel]
+    """Makes a copy of the source model."""
+    window: Samples
+    test: Samples
+    task: RetrainTask
+    cost: ModelCost
+    budget: Budget
+    most_steps: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """Result of a method."""
+
+    error: float
+    """Error on the test samples after retraining."""
+    flops: float
+    """Metered operations, of everything that the edge paid."""
+    memory: float
+    bytes: float
+    steps: int
+    blocks: tuple[int, ...]
+
+    def over(self, budget: Budget) -> bool:
+        """Tell whether the metered cost is above the budget."""
+        return not Cost(self.flops, self.memory, self.bytes).within(budget)
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What a method did to a model."""
+
+    model: PreTrainedModel
+    flops: float
+    memory: float
+    bytes: float
+    steps: int
+    blocks: tuple[int, ...]
+
+
+Method = Callable[[MethodCase], _Trained]
+
+
+def run_method(method: Method, task: MethodCase) -> MethodResult:
+    """Run a method and measure the error of its model."""
+    done = method(task)
+    error = mean_error(done.model, task.test, task.task.error)
+    return MethodResult(error, done.flops, done.memory, done.bytes, done.steps, done.blocks)
+
+
+def blocks(*numbers: int, head_steps: int = 0) -> Method:
+    """Train some blocks, and the head with them; without numbers the head alone."""
+
+    def method(task: MethodCase) -> _Trained:
+        return _train(task, numbers, SETTINGS.model_copy(update={"head_steps": head_steps}))
+
+    return method
+
+
+def all_blocks(task: MethodCase) -> _Trained:
+    """Train everything but the stem."""
+    return blocks(*range(len(task.cost.blocks)))(task)
+
+
+def random_block(task: MethodCase) -> _Trained:
+    """Train one block that is drawn for the window."""
+    drawn = np.random.default_rng((task.seed, len(task.window))).integers(len(task.cost.blocks))
+    return blocks(int(drawn))(task)
+
+
+def lora(task: MethodCase) -> _Trained:
+    """Train low-rank adapters of the queries and values of all blocks, and the head."""
+    model, parts = _copy(task)
+    head = dict(parts.head)
+    recipe = LoraRecipe(
+        r=LORA_RANK, alpha=2 * LORA_RANK, dropout=0.0, target_modules=_names_of_queries_and_values(model, parts)
+    )
+    config = lora_config(model, parts.blocks, recipe, ())
+    assert config is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(task.seed)
+        adapted = cast(PreTrainedModel, inject_adapter_in_model(config, model))
+    adapters = {name: one for name, one in adapted.named_parameters() if "lora_" in name}
+    groups = {"head": head, "blocks": adapters}
+    settings = SETTINGS.model_copy(update={"lr": SETTINGS.head_lr})
+
+    def train(one: PreTrainedModel, groups: Mapping[str, Mapping[str, nn.Parameter]], steps: int) -> Retrained:
+        return BlockTrainer(
+            one, groups, task.window, task.task.loss, settings, start=0, steps=steps, seed=task.seed
+        ).run()
+
+    before = {name: one.detach().clone() for group in groups.values() for name, one in group.items()}
+    steps = _steps_within(task, train(adapted, groups, 1).flops)
+    for group in groups.values():
+        for name, one in group.items():
+            one.data.copy_(before[name])
+    done = train(adapted, groups, steps)
+    sent = 4 * sum(one.numel() for group in groups.values() for one in group.values())
+    return _Trained(adapted, done.flops, done.memory, sent, steps, tuple(range(len(parts.blocks))))
+
+
+def drawn(temperature: float | None) -> Method:
+    """Train one block at a time, drawn anew every few steps; see :class:`DrawnBlockTrainer`."""
+
+    def method(task: MethodCase) -> _Trained:
+        def train(steps: int) -> tuple[PreTrainedModel, Retrained]:
+            model, parts = _copy(task)
+            arguments = (model, parts, task.window, task.task.loss, SETTINGS)
+            trainer = DrawnBlockTrainer(*arguments, temperature=temperature, steps=steps, seed=task.seed)
+            return model, trainer.run()
+
+        total = len(task.cost.blocks)
+        chosen = [BlockChoice(1.0, index == total // 2) for index in range(total)]
+        batch, window = SETTINGS.batch_size, len(task.window)
+        mean = training_cost(task.cost, chosen, steps=1, batch=batch, samples=window, cached=False).flops
+        # What a step costs depends on the drawn block, so the number of steps is found by trying.
+        steps = min(task.most_steps, int(1.1 * task.budget.flops / mean))
+        model, done = train(steps)
+        while done.flops > task.budget.flops:
+            steps = min(steps - 1, int(steps * task.budget.flops / done.flops))
+            model, done = train(steps)
+        sent = task.cost.fixed_bytes + sum(menu[0].up for menu in task.cost.blocks)
+        return _Trained(model, done.flops, done.memory, sent, steps, tuple(range(total)))
+
+    return method
+
+
+def planned(prior: Prior) -> Method:
+    """Ours: estimate gains, let the planner choose within what is left of the budget, train the head first.
+
+    The prior is what simulated drifts tell of gains; everything that the edge computes is paid from the budget.
+    """
+
+    def method(task: MethodCase) -> _Trained:
+        settings = RetrainTraining()
+        model, parts = _copy(task)
+        blocks, window = len(task.cost.blocks), len(task.window)
+        gains = block_gains(model, parts, task.window.select(slice(0, GAIN_SAMPLES)), task.task.loss)
+        error = mean_error(model, task.window, task.task.error)
+        forward = task.cost.stem_forward + task.cost.head_forward + sum(menu[0].forward for menu in task.cost.blocks)
+        terms = Terms(batch=settings.batch_size, samples=window)
+        head = training_cost(
+            task.cost,
+            [BlockChoice(1.0, False)] * blocks,
+            steps=settings.head_steps,
+            **terms,
+        )
+        spent = Cost(gains.flops + window * forward, gains.memory).after(replace(head, bytes=0.0))
+        law = prior.law([one.magnitude for one in gains.blocks], [one.snr for one in gains.blocks], error)
+        terms = Terms(batch=settings.batch_size, samples=window, spent=spent)
+        grid = steps_grid(task.cost, task.budget, most=task.most_steps, **terms)
+        chosen = plan(
+            task.cost,
+            task.budget,
+            law,
+            steps_grid=grid,
+            batch=settings.batch_size,
+            samples=window,
+            spent=spent,
+            stretch=True,
+        )
+        if not chosen.steps:
+            return untrained(task)
+        phases = retrain_blocks(
+            model, parts, chosen.trained, task.window, task.task.loss, settings, steps=chosen.steps, seed=task.seed
+        )
+        flops = gains.flops + window * forward + sum(one.flops for one in phases)
+        memory = max(gains.memory, *(one.memory for one in phases))
+        return _Trained(model, flops, memory, chosen.cost.bytes, chosen.steps, chosen.trained)
+
+    return method
+
+
+def untrained(task: MethodCase) -> _Trained:
+    """Keep the source model."""
+    return _Trained(task.model(), 0, 0, 0, 0, ())
+
+
+def _copy(task: MethodCase) -> tuple[PreTrainedModel, RetrainParts]:
+    model = task.model()
+    return model, parts_of(model, task.window.select(slice(0, 2)).inputs)
+
+
+def _names_of_queries_and_values(model: PreTrainedModel, parts: RetrainParts) -> list[str]:
+    """Last parts of the names of the maps of queries and values."""
+    found = roles_of(model, parts.blocks).values()
+    paths = {path for one in found for role in ("query", "value") for path in one.paths(role)}
+    return sorted({path.rpartition(".")[2] for path in paths})
+
+
+def _steps_within(task: MethodCase, each: float) -> int:
+    return max(1, min(task.most_steps, int(task.budget.flops // each)))
+
+
+def _train(task: MethodCase, trained: Sequence[int], settings: RetrainTraining) -> _Trained:
+    """Train blocks for as many steps as the budget allows."""
+    model, parts = _copy(task)
+    total, window = len(task.cost.blocks), len(task.window)
+
+    def cost(blocks: Sequence[int], steps: int, spent: Cost | None = None) -> Cost:
+        chosen = [BlockChoice(1.0, index in blocks) for index in range(total)]
+        return training_cost(task.cost, chosen, steps=steps, batch=settings.batch_size, samples=window, spent=spent)
+
+    first = cost((), settings.head_steps) if trained and settings.head_steps else None
+    low, high = 0, task.most_steps
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if cost(trained, middle, first).within(task.budget) else (low, middle - 1)
+    if not low:
+        return untrained(task)
+    phases = retrain_blocks(model, parts, trained, task.window, task.task.loss, settings, steps=low, seed=task.seed)
+    sent = task.cost.fixed_bytes + sum(task.cost.blocks[index][0].up for index in trained)
+    return _Trained(
+        model, sum(one.flops for one in phases), max(one.memory for one in phases), sent, low, tuple(trained)
+    )

@@ -1,0 +1,60 @@
+"""Comparisons of methods, by hand, and the digits scenario."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from raycloud.benchmarks.retrain import OURS, RIVALS, RetrainRow, comparisons
+from raycloud.data.image_shifts import DIGITS_SHIFTS, SIMULATED_SHIFTS, blurred, moved, occluded, rotated
+
+
+def rows(seed: int, domain: str, accuracies: dict[str, float]) -> list[RetrainRow]:
+    row = RetrainRow("A", seed, domain, "", 0.0, 0.9, 0.5, 1.0, 3, (0,), False)
+    known = dict.fromkeys(RIVALS, 0.0) | accuracies
+    return [dataclasses.replace(row, method=name, accuracy=value) for name, value in known.items()]
+
+
+def test_the_best_rival_of_a_seed_is_chosen_on_the_other_seeds() -> None:
+    """On seed 0 the head is the best rival and on seed 1 the last block, so each is compared with the other's."""
+    first = rows(0, "blur", {"head_only": 0.8, "last_block": 0.5, OURS: 0.7})
+    second = rows(1, "blur", {"head_only": 0.4, "last_block": 0.6, OURS: 0.7})
+    found = comparisons([*first, *second])
+    assert found["ours_minus_best_rival"]["points"] == pytest.approx(100 * ((0.7 - 0.5) + (0.7 - 0.4)) / 2)
+    assert found["ours_minus_head_only"]["points"] == pytest.approx(10)
+    assert found["ours_minus_head_only"]["standard_error"] == pytest.approx(20)
+    assert found["regret"] == pytest.approx(5)
+    assert found["over_budget"] == 0
+    first[0] = dataclasses.replace(first[0], over_budget=True)
+    assert comparisons([*first, *second])["over_budget"] == 1
+
+
+def test_shifts_do_what_their_names_say() -> None:
+    image = torch.zeros(1, 8, 8)
+    image[0, 1, 2] = 1.0
+    classes, generator = torch.tensor([9]), torch.Generator().manual_seed(0)
+    shifted = {name: shift(image, classes, generator) for name, shift in DIGITS_SHIFTS.items()}
+    assert torch.equal(shifted["invert"][0], 1 - image)
+    assert shifted["relabel"][1].tolist() == [2] and torch.equal(shifted["relabel"][0], image)
+    assert moved(image)[0, 1, 4] == 1 and moved(image).sum() == 1
+    assert shifted["flip"][0][0, 1, 5] == 1 and shifted["rot90"][0][0, 5, 1] == 1
+    assert blurred(image).sum() == pytest.approx(1.0, abs=0.06) and blurred(image).argmax() == image.argmax()
+    assert torch.allclose(rotated(image, 90).sum(), image.sum(), atol=1e-4)
+    assert occluded(torch.ones(1, 8, 8)).sum() == 48
+    assert shifted["permute"][0].sum() == 1 and not torch.equal(shifted["permute"][0], image)
+
+
+def test_no_domain_of_the_benchmark_is_among_the_simulated_ones() -> None:
+    """The cloud learns from other shifts than those that it is compared on."""
+    images = torch.rand(4, 8, 8, generator=torch.Generator().manual_seed(0))
+    classes = torch.tensor([0, 3, 7, 9])
+
+    def results(shifts):  # type: ignore[no-untyped-def]
+        made = [shift(images, classes, torch.Generator().manual_seed(1)) for shift in shifts]
+        return [torch.cat([one.flatten(), other.float()]) for one, other in made]
+
+    simulated = results([shift for kind in SIMULATED_SHIFTS.values() for shift in kind.values()])
+    for ours in results(DIGITS_SHIFTS.values()):
+        assert min(float((ours - other).abs().max()) for other in simulated) > 0.1
