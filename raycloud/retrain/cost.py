@@ -49,9 +49,17 @@ class WidthCost:
     """Bytes of the slice sent to the edge; 0 where the edge has it."""
     up: float
     """Bytes of the deltas sent to the cloud if the block is trained."""
+    lowest_saving: float = 0.0
+    """FLOPs of input gradients that are not needed if the block is the lowest trained one, as nothing below is
+    trained. A block whose norms come first still needs those inside it."""
 
     def __post_init__(self) -> None:
         _check(self, [field.name for field in fields(self)], ModelError, _FINITE)
+        if self.lowest_saving > self.input_gradient:
+            raise ModelError(
+                f"lowest_saving of WidthCost must be at most input_gradient, got {self.lowest_saving} and "
+                f"{self.input_gradient}"
+            )
         if self.width > 1:
             raise ModelError(f"width of WidthCost must be 0 to 1, got {self.width}")
 
@@ -218,7 +226,7 @@ def training_cost(
             continue
         each += option.forward + option.input_gradient
         if choice.trained:
-            each += option.weight_gradient
+            each += option.weight_gradient - (option.lowest_saving if block == lowest else 0.0)
             memory += option.trained_state
             activations += option.trained_activations
             wire += option.up

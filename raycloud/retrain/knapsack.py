@@ -101,6 +101,11 @@ class PlanningProblem:
         if cached:
             closing[:, 1:, 0] = samples * model.stem_forward
             closing[:, 1:, 1] = samples * np.asarray(model.boundary[1:])
+        # Of a menu the smallest saving counts, so that no plan is taken for cheaper than it is.
+        saving = np.asarray(
+            [min((one.lowest_saving for one in menu if one.width), default=0.0) for menu in model.blocks]
+        )
+        closing[:, :-1, 0] -= steps[:, None] * float(batch) * np.asarray(saving)
         base = _stack(
             steps * float(batch) * (model.stem_forward + model.head_forward + model.head_gradient),
             np.asarray(model.fixed_memory + batch * model.head_activations),

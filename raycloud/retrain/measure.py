@@ -47,6 +47,9 @@ def model_cost(
     boundary, head = last.record(samples.inputs), list(parts.head.values())
     with torch.no_grad(), measured(model) as forward:
         last.run(boundary, samples.inputs)
+    for tensor in boundary.tensors:  # trained blocks below need gradients
+        if tensor.is_floating_point():
+            tensor.requires_grad_()
     with trainable_only(model, head), measured(model, tuple(samples.inputs.values())) as whole:
         value = loss(last.run(boundary, samples.inputs).logits, samples.labels)
         (value.sum / max(value.count, 1)).backward()
@@ -115,6 +118,7 @@ def _block(block: nn.Module, call: BlockCall, behind: MeteredCost, count: int, d
     forward = _run(block, call, trained=False, passed=False)
     frozen = _run(block, call, trained=False, passed=True)
     trained = _run(block, call, trained=True, passed=True)
+    lowest = _run(block, call, trained=True, passed=False)
     numbers = sum(one.numel() for one in block.parameters())
     return WidthCost(
         width=1.0,
@@ -128,6 +132,7 @@ def _block(block: nn.Module, call: BlockCall, behind: MeteredCost, count: int, d
         trained_activations=(trained.kept + behind.kept) / count,
         down=0,
         up=delta_bytes * numbers,
+        lowest_saving=(trained.flops - lowest.flops) / count,
     )
 
 

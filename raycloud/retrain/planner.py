@@ -23,7 +23,6 @@ from raycloud.retrain.plans import (
     Value,
     affordable_steps,
     empty_plan,
-    full_terms,
     priced_plan,
     width_penalties,
 )
@@ -81,7 +80,6 @@ def plan(
     if not 1 <= len(steps_grid) <= MOST_GRID or min(steps_grid) < 1:
         raise RecipeError(f"steps_grid must be 1 to {MOST_GRID} numbers of 1 or more, got {list(steps_grid)}")
     terms = Terms(batch=batch, samples=samples, cached=cached, spent=spent)
-    full_terms(terms)
     penalty = width_penalties(model, width_penalty, penalty_weight)
     best, possible = empty_plan(model, law, terms), -math.inf
     problem = PlanningProblem(model, budget, law, np.asarray(sorted(set(steps_grid)), dtype=np.int64), penalty, terms)

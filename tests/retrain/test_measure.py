@@ -14,6 +14,8 @@ from raycloud.retrain.trainer import BlockTrainer, RetrainTraining
 from tests.retrain.models import TASK_MODELS, task_model, task_samples
 
 BATCH = 4
+LOOSE = ("swinv2", "t5-decoder", "swin")
+"""Models whose costs are upper bounds: what runs between their blocks, or position biases that are learnt."""
 
 
 @pytest.mark.parametrize("name", TASK_MODELS)
@@ -31,7 +33,8 @@ def test_predicted_operations_and_memory_are_those_of_the_training(name: str) ->
         choices = [BlockChoice(1.0, index in blocks) for index in range(total)]
         predicted = training_cost(cost, choices, steps=2, batch=BATCH, samples=len(samples))
         assert done.flops <= predicted.flops and done.memory <= predicted.memory
-        assert done.flops >= 0.9 * predicted.flops, (blocks, done.flops / predicted.flops)
+        least = 0.94 if name in LOOSE or not blocks else 0.98
+        assert done.flops >= least * predicted.flops, (blocks, done.flops / predicted.flops)
         assert done.memory >= 0.85 * predicted.memory, (blocks, done.memory / predicted.memory)
 
 
