@@ -19,7 +19,7 @@ from raycloud.retrain.gain import block_gains
 from raycloud.retrain.law_prior import Prior
 from raycloud.retrain.parts import RetrainParts, parts_of
 from raycloud.retrain.planner import plan
-from raycloud.retrain.plans import Terms, steps_grid
+from raycloud.retrain.plans import Terms, affordable_steps, steps_grid, training_choices
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import RetrainTask
 from raycloud.retrain.trainer import BlockTrainer, Retrained, RetrainTraining, mean_error
@@ -174,18 +174,11 @@ def planned(prior: Prior) -> Method:
     def method(task: MethodCase) -> _Trained:
         settings = RetrainTraining()
         model, parts = _copy(task)
-        blocks, window = len(task.cost.blocks), len(task.window)
+        window = len(task.window)
         gains = block_gains(model, parts, task.window.select(slice(0, GAIN_SAMPLES)), task.task.loss)
         error = mean_error(model, task.window, task.task.error)
         forward = task.cost.stem_forward + task.cost.head_forward + sum(menu[0].forward for menu in task.cost.blocks)
-        terms = Terms(batch=settings.batch_size, samples=window)
-        head = training_cost(
-            task.cost,
-            [BlockChoice(1.0, False)] * blocks,
-            steps=settings.head_steps,
-            **terms,
-        )
-        spent = Cost(gains.flops + window * forward, gains.memory).after(replace(head, bytes=0.0))
+        spent = Cost(gains.flops + window * forward, gains.memory).after(_head_phase(task, settings))
         law = prior.law([one.magnitude for one in gains.blocks], [one.snr for one in gains.blocks], error)
         terms = Terms(batch=settings.batch_size, samples=window, spent=spent)
         grid = steps_grid(task.cost, task.budget, most=task.most_steps, **terms)
@@ -235,21 +228,22 @@ def _steps_within(task: MethodCase, each: float) -> int:
 def _train(task: MethodCase, trained: Sequence[int], settings: RetrainTraining) -> _Trained:
     """Train blocks for as many steps as the budget allows."""
     model, parts = _copy(task)
-    total, window = len(task.cost.blocks), len(task.window)
-
-    def cost(blocks: Sequence[int], steps: int, spent: Cost | None = None) -> Cost:
-        chosen = [BlockChoice(1.0, index in blocks) for index in range(total)]
-        return training_cost(task.cost, chosen, steps=steps, batch=settings.batch_size, samples=window, spent=spent)
-
-    first = cost((), settings.head_steps) if trained and settings.head_steps else None
-    low, high = 0, task.most_steps
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if cost(trained, middle, first).within(task.budget) else (low, middle - 1)
-    if not low:
+    terms = Terms(batch=settings.batch_size, samples=len(task.window))
+    if trained and settings.head_steps:
+        terms["spent"] = _head_phase(task, settings)
+    choices = training_choices(task.cost, trained)
+    steps = affordable_steps(task.cost, choices, task.budget, most=task.most_steps, **terms)
+    if not steps:
         return untrained(task)
-    phases = retrain_blocks(model, parts, trained, task.window, task.task.loss, settings, steps=low, seed=task.seed)
+    phases = retrain_blocks(model, parts, trained, task.window, task.task.loss, settings, steps=steps, seed=task.seed)
     sent = task.cost.fixed_bytes + sum(task.cost.blocks[index][0].up for index in trained)
-    return _Trained(
-        model, sum(one.flops for one in phases), max(one.memory for one in phases), sent, low, tuple(trained)
-    )
+    flops, memory = sum(one.flops for one in phases), max(one.memory for one in phases)
+    return _Trained(model, flops, memory, sent, steps, tuple(trained))
+
+
+def _head_phase(task: MethodCase, settings: RetrainTraining) -> Cost:
+    """Cost of the steps that train the head alone before the blocks; its changes are sent once."""
+    batch, samples = settings.batch_size, len(task.window)
+    choices = training_choices(task.cost, ())
+    cost = training_cost(task.cost, choices, steps=settings.head_steps, batch=batch, samples=samples)
+    return replace(cost, bytes=0.0)
