@@ -69,7 +69,7 @@ BENCHMARKS = {
         ("faults_injected", "completed_exact", "clear_errors", "wrong_tokens", "leaked_sessions"),
     ),
     "retrain": Benchmark(
-        "Block retraining on drifting digits against its rivals, at equal operations and memory.",
+        "Block retraining on drifting digits and texts against its rivals, at equal operations and memory.",
         (
             "ours_minus_best_rival",
             "ours_minus_head_only",
@@ -83,6 +83,7 @@ BENCHMARKS = {
             "over_budget",
             "regret",
             "memory_share",
+            "text",
             "law_error",
             "plan_s",
             "rows",

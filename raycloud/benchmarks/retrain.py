@@ -1,14 +1,14 @@
 """Retraining of blocks against its rivals, at equal operations and memory, on drifting domains.
 
 Every method gets the same window of samples and the same budget, and trains by the same loop. What it pays is metered:
-operations by torch's counter, memory by hooks of saved tensors, bytes of what it sends. See
-:mod:`raycloud.benchmarks.retrain_digits` for the domains.
+operations by torch's counter, memory by hooks of saved tensors, bytes of what it sends. The domains are those of
+:mod:`raycloud.benchmarks.retrain_digits` and :mod:`raycloud.benchmarks.retrain_text`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from raycloud.benchmarks.measure import Measured
-from raycloud.benchmarks.retrain_digits import BLOCKS, REGIMES, SOURCE_STEPS, DigitsScenario
+from raycloud.benchmarks.retrain_cases import RetrainScenario
+from raycloud.benchmarks.retrain_digits import SOURCE_STEPS as digits_steps  # noqa: N811
+from raycloud.benchmarks.retrain_digits import DigitsScenario
 from raycloud.benchmarks.retrain_methods import (
-    SETTINGS,
     Method,
     MethodCase,
     all_blocks,
@@ -30,22 +31,22 @@ from raycloud.benchmarks.retrain_methods import (
     run_method,
     untrained,
 )
-from raycloud.benchmarks.retrain_prior import PILOT_STEPS, simulated_drifts
-from raycloud.data.image_shifts import DIGITS_SHIFTS, SIMULATED_SHIFTS
+from raycloud.benchmarks.retrain_prior import simulated_drifts
+from raycloud.benchmarks.retrain_text import SOURCE_STEPS as text_steps  # noqa: N811
+from raycloud.benchmarks.retrain_text import TextScenario
 from raycloud.evaluation.classification import paired_standard_error
 from raycloud.report.console import timed
-from raycloud.retrain.cost import BlockChoice, Budget, ModelCost, WidthCost, training_cost
+from raycloud.retrain.cost import Budget, ModelCost, WidthCost, training_cost
 from raycloud.retrain.law import Law
 from raycloud.retrain.law_prior import fit_prior, leave_one_kind_out
 from raycloud.retrain.measure import model_cost
 from raycloud.retrain.parts import parts_of
 from raycloud.retrain.planner import plan
-from raycloud.retrain.plans import steps_grid
-from raycloud.retrain.tasks import TASKS
+from raycloud.retrain.plans import steps_grid, training_choices
 
 RIVALS: Mapping[str, Method] = {
     "head_only": blocks(),
-    "last_block": blocks(BLOCKS - 1),
+    "last_block": blocks(-1),
     "first_block": blocks(0),
     "random_block": random_block,
     "lora": lora,
@@ -57,14 +58,18 @@ RIVALS: Mapping[str, Method] = {
 OURS, NONE, HEAD_FIRST = "ours", "none", "first_block_head_first"
 PRIOR_SEED = 100
 """Seed of the source model in which drifts are simulated; it is none of those that methods are compared on."""
+PILOT_STEPS, PILOT_SIZES = (15, 50, 150), (50, 160)
+SCENARIOS: Mapping[str, Callable[[int, int], RetrainScenario]] = {"digits": DigitsScenario, "text": TextScenario}
+SOURCE_STEPS = {"digits": digits_steps, "text": text_steps}
 LARGE = 62
 """Number of blocks of the model whose plan is timed."""
 QUICK = {
     "seeds": 1,
-    "regimes": ("A",),
-    "domains": ("invert", "rot45"),
-    "source_steps": 100,
-    "kinds": ("names", "shear"),
+    "regimes": ("A", "C"),
+    "domains": ("invert", "rot45", "code", "upper"),
+    "source_steps": {"digits": 100, "text": 40},
+    "kinds": ("names_and_tone", "shear", "letters", "commas"),
+    "pilot_steps": (5,),
 }
 
 
@@ -72,11 +77,13 @@ QUICK = {
 class RetrainRow:
     """Result of a method in one window."""
 
+    scenario: str
     regime: str
     seed: int
     domain: str
     method: str
-    accuracy: float
+    figure: float
+    """Accuracy of digits; bits per byte of text."""
     flops: float
     """Share of the budget that was paid."""
     memory: float
@@ -89,66 +96,73 @@ class RetrainRow:
 
 def run(
     seeds: int = 5,
-    regimes: Sequence[str] = ("A", "B"),
-    domains: Sequence[str] = tuple(DIGITS_SHIFTS),
-    source_steps: int = SOURCE_STEPS,
-    kinds: Sequence[str] = tuple(SIMULATED_SHIFTS),
+    regimes: Sequence[str] = ("A", "B", "C"),
+    domains: Sequence[str] | None = None,
+    source_steps: Mapping[str, int] = SOURCE_STEPS,
+    kinds: Sequence[str] | None = None,
     pilot_steps: Sequence[int] = PILOT_STEPS,
 ) -> Measured:
-    """Run all methods in all windows."""
+    """Run all methods in all windows of all scenarios."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model is slower with more
+    torch.set_num_threads(1)  # models so small are slower with more
+    rows, law_error = list[RetrainRow](), dict[str, dict[str, float]]()
     try:
-        with timed(f"source models of {seeds + 1} seeds"):
-            scenarios = [DigitsScenario(seed, source_steps) for seed in range(seeds)]
-            simulated = DigitsScenario(PRIOR_SEED, source_steps)
-        with timed("simulated drifts"):
-            drifts = simulated_drifts(simulated, kinds, pilot_steps)
-            prior, law_error = fit_prior(drifts), leave_one_kind_out(drifts)
-        methods = {NONE: untrained, **RIVALS, HEAD_FIRST: blocks(0, head_steps=100), OURS: planned(prior)}
-        rows = list[RetrainRow]()
-        for regime in regimes:
-            for scenario in scenarios:
-                with timed(f"regime {regime}, seed {scenario.seed}"):
-                    for domain in domains:
-                        rows += run_case(scenario, regime, domain, methods)
+        for name, new in SCENARIOS.items():
+            with timed(f"{name}: source models of {seeds + 1} seeds"):
+                scenarios = [new(seed, source_steps[name]) for seed in (*range(seeds), PRIOR_SEED)]
+            simulated = scenarios.pop()
+            with timed(f"{name}: simulated drifts"):
+                chosen = [kind for kind in simulated.simulated if kinds is None or kind in kinds]
+                drifts = simulated_drifts(simulated, chosen, pilot_steps, PILOT_SIZES)
+                prior, law_error[name] = fit_prior(drifts), leave_one_kind_out(drifts)
+            methods = {NONE: untrained, **RIVALS, HEAD_FIRST: blocks(0, head_steps=100), OURS: planned(prior)}
+            for regime in filter(simulated.regimes.__contains__, regimes):
+                for scenario in scenarios:
+                    with timed(f"{name}: regime {regime}, seed {scenario.seed}"):
+                        for domain in scenario.domains:
+                            if domains is None or domain in domains:
+                                rows += run_case(scenario, regime, domain, methods)
     finally:
         torch.set_num_threads(threads)
     figures = {
-        **comparisons(rows),
+        **comparisons([row for row in rows if row.scenario == "digits"], 100),
+        "text": comparisons([row for row in rows if row.scenario == "text"], -1),
         "law_error": law_error,
         "plan_s": plan_seconds(),
         "rows": [asdict(row) for row in rows],
     }
-    header = ["method", *(f"accuracy {regime}" for regime in regimes), "ours - method", "FLOPs", "memory", "MB sent"]
-    table = _table(rows, list(methods), regimes, figures)
     notes = [
-        "FLOPs and memory are the largest shares of what full fine-tuning takes; ours pays for its estimates, too."
+        "Digits: accuracy, differences in points. Text: bits per byte. FLOPs and memory: largest shares of what full",
+        "fine-tuning takes. Ours pays for its estimates, too.",
     ]
-    return Measured("Block retraining on drifting digits", header, table, figures, notes)
+    header = ["method", *(f"{regime}" for regime in regimes), "digits: ours - method", "text", "FLOPs", "memory"]
+    table = _table(rows, [NONE, *RIVALS, HEAD_FIRST, OURS], regimes, figures)
+    return Measured("Block retraining on drifting domains", header, table, figures, notes)
 
 
-def run_case(scenario: DigitsScenario, regime: str, domain: str, methods: Mapping[str, Method]) -> list[RetrainRow]:
+def run_case(scenario: RetrainScenario, regime: str, domain: str, methods: Mapping[str, Method]) -> list[RetrainRow]:
     """Run methods in one window."""
-    settings, task = REGIMES[regime], TASKS["classification"]
-    (case,) = scenario.cases(settings, [domain])
-    model, some = scenario.model(), case.window.select(slice(0, 4))
+    sizes, task, settings = scenario.regimes[regime], scenario.task, scenario.settings
+    given, model = scenario.window(domain, sizes.samples), scenario.model()
+    some = given.window.select(slice(0, 4))
     cost = model_cost(model, parts_of(model, some.inputs), some, task.loss)
-    everything = [BlockChoice(1.0, True)] * BLOCKS
-    batch, samples = SETTINGS.batch_size, settings.samples
-    full = training_cost(cost, everything, steps=settings.full_steps, batch=batch, samples=samples)
+    everything = training_choices(cost, range(len(cost.blocks)))
+    full = training_cost(cost, everything, steps=sizes.full_steps, batch=settings.batch_size, samples=len(given.window))
     budget = Budget(full.flops, full.memory, full.bytes)
-    given = MethodCase(scenario.model, case.window, case.test, task, cost, budget, settings.most_steps, scenario.seed)
+    case = MethodCase(
+        scenario.model, given.window, given.test, task, cost, budget, settings, sizes.most_steps, scenario.seed
+    )
     rows = []
     for name, method in methods.items():
-        done = run_method(method, given)
+        done = run_method(method, case)
         rows.append(
             RetrainRow(
+                scenario.name,
                 regime,
                 scenario.seed,
                 domain,
                 name,
-                1 - done.error,
+                scenario.figure(done.error),
                 done.flops / budget.flops,
                 done.memory / full.memory,
                 done.bytes,
@@ -160,13 +174,18 @@ def run_case(scenario: DigitsScenario, regime: str, domain: str, methods: Mappin
     return rows
 
 
-def comparisons(rows: Sequence[RetrainRow]) -> dict[str, Any]:
-    """Differences of ours and each rival over all windows, in points of accuracy, with paired standard errors.
+def comparisons(rows: Sequence[RetrainRow], scale: float) -> dict[str, Any]:
+    """Differences of ours and each rival over all windows, with paired standard errors.
 
     The best rival of a seed is chosen on the other seeds.
+
+    Args:
+        rows: results of one scenario.
+        scale: factor of differences; negative if a smaller figure is better, whose differences keep their own sign.
     """
     cases = sorted({(row.regime, row.seed, row.domain) for row in rows})
-    found = {(row.regime, row.seed, row.domain, row.method): row.accuracy for row in rows}
+    sign = 1.0 if scale > 0 else -1.0
+    found = {(row.regime, row.seed, row.domain, row.method): sign * row.figure for row in rows}
     ours = np.array([found[*case, OURS] for case in cases])
     rivals = {name: np.array([found[*case, name] for case in cases]) for name in RIVALS}
     seeds = np.array([seed for _, seed, _ in cases])
@@ -178,15 +197,15 @@ def comparisons(rows: Sequence[RetrainRow]) -> dict[str, Any]:
         best[here] = rivals[name][here]
 
     def difference(theirs: np.ndarray) -> dict[str, float]:
-        error = 100 * paired_standard_error(ours, theirs) if len(cases) > 1 else 0.0
-        return {"points": 100 * float((ours - theirs).mean()), "standard_error": error}
+        error = abs(scale) * paired_standard_error(ours, theirs) if len(cases) > 1 else 0.0
+        return {"difference": scale * float((ours - theirs).mean()), "standard_error": error}
 
     hindsight = np.maximum.reduce([ours, *rivals.values()])
     return {
         "ours_minus_best_rival": difference(best),
         **{f"ours_minus_{name}": difference(theirs) for name, theirs in rivals.items()},
         "over_budget": sum(row.over_budget for row in rows),
-        "regret": 100 * float((hindsight - ours).mean()),
+        "regret": abs(scale) * float((hindsight - ours).mean()),
         "memory_share": max(row.memory for row in rows if row.method == OURS),
     }
 
@@ -211,19 +230,22 @@ def plan_seconds() -> float:
 def _table(
     rows: Sequence[RetrainRow], names: Sequence[str], regimes: Sequence[str], figures: Mapping[str, Any]
 ) -> list[list[str]]:
+    def apart(found: Mapping[str, Any], name: str, digits: int) -> str:
+        one = found.get(f"ours_minus_{name}")
+        return f"{one['difference']:+.{digits}f} ± {one['standard_error']:.{digits}f}" if one else ""
+
     table = []
     for name in names:
         mine = [row for row in rows if row.method == name]
-        accuracies = [np.mean([row.accuracy for row in mine if row.regime == regime]) for regime in regimes]
-        apart = figures.get(f"ours_minus_{name}")
+        means = [np.mean([row.figure for row in mine if row.regime == regime]) for regime in regimes]
         table.append(
             [
                 name,
-                *(f"{one:.3f}" for one in accuracies),
-                f"{apart['points']:+.1f} ± {apart['standard_error']:.1f}" if apart else "",
+                *(f"{mean:.3f}" for mean in means),
+                apart(figures, name, 1),
+                apart(figures["text"], name, 3),
                 f"{max(row.flops for row in mine):.2f}",
                 f"{max(row.memory for row in mine):.2f}",
-                f"{max(row.bytes for row in mine) / 1e6:.2f}",
             ]
         )
     return table

@@ -8,8 +8,7 @@ full steps. Regime B: 300 images and 120 full steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,40 +17,19 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
+from raycloud.benchmarks.retrain_cases import DomainWindow, Regime
 from raycloud.data.digits import digits
-from raycloud.data.image_shifts import DIGITS_SHIFTS, ImageShift
+from raycloud.data.image_shifts import DIGITS_SHIFTS, SIMULATED_SHIFTS
 from raycloud.fetch import cache_dir, cached_folder
 from raycloud.retrain.samples import Samples
+from raycloud.retrain.tasks import TASKS
+from raycloud.retrain.trainer import RetrainTraining
 
 BLOCKS, WIDTH, CLASSES = 6, 64, 10
 SOURCE_STEPS, SOURCE_BATCH = 1500, 64
 SOURCE, WINDOWS = 897, 400
 """Number of images that train the source model, and that windows are drawn from; the other 500 are for tests."""
 _MEAN, _DEVIATION = 0.3, 0.37
-
-
-@dataclass(frozen=True)
-class Regime:
-    """Size of a window and its budget."""
-
-    samples: int
-    full_steps: int
-    """Number of steps of full fine-tuning whose operations are the budget."""
-    most_steps: int
-    """Largest number of steps; training the head costs next to nothing."""
-
-
-REGIMES = {"A": Regime(100, 40, 200), "B": Regime(300, 120, 600)}
-
-
-@dataclass(frozen=True)
-class DigitsCase:
-    """Window of one domain for one source model."""
-
-    seed: int
-    domain: str
-    window: Samples
-    test: Samples
 
 
 class DigitsScenario:
@@ -61,6 +39,14 @@ class DigitsScenario:
         seed: seed of the split of the images, of the model and of its training.
         steps: number of steps of the source model's training.
     """
+
+    name, unit, sign = "digits", "accuracy", 1
+    task, settings = TASKS["classification"], RetrainTraining()
+    regimes: Mapping[str, Regime] = {"A": Regime(100, 40, 200), "B": Regime(300, 120, 600)}
+    domains: Sequence[str] = tuple(DIGITS_SHIFTS)
+    simulated: Mapping[str, Sequence[str]] = {
+        kind: [f"{kind}/{name}" for name in shifts] for kind, shifts in SIMULATED_SHIFTS.items()
+    }
 
     def __init__(self, seed: int, steps: int = SOURCE_STEPS) -> None:
         self.seed = seed
@@ -77,30 +63,24 @@ class DigitsScenario:
         made.load_state_dict(load_file(self._file))
         return made.eval()
 
-    def source(self) -> Samples:
-        """Samples of the source that the model was not trained on: those of the windows, as they are."""
-        return samples_of(self._images[self._windows], self._classes[self._windows])
-
-    def trained_on(self) -> Samples:
-        """Samples that the source model was trained on."""
-        return samples_of(self._images[self._source], self._classes[self._source])
-
-    def cases(self, regime: Regime, domains: list[str] | None = None) -> Iterator[DigitsCase]:
-        """One window for each domain."""
-        for name in domains or DIGITS_SHIFTS:
-            yield self.case(name, DIGITS_SHIFTS[name], regime)
-
-    def case(self, name: str, shift: ImageShift, regime: Regime) -> DigitsCase:
-        """Window and test of a shift."""
+    def window(self, domain: str, samples: int) -> DomainWindow:
+        """Window and test of a domain."""
+        kind, _, name = domain.partition("/")
+        shift = SIMULATED_SHIFTS[kind][name] if name else DIGITS_SHIFTS[kind]
         generator = torch.Generator().manual_seed(1000 + self.seed)
         window, test = (
             samples_of(*shift(self._images[rows], self._classes[rows], generator))
-            for rows in (self._windows[: regime.samples], self._test)
+            for rows in (self._windows[:samples], self._test)
         )
-        return DigitsCase(self.seed, name, window, test)
+        return DomainWindow(window, test)
+
+    def figure(self, error: float) -> float:
+        """Accuracy for a share of errors."""
+        return 1 - error
 
     def _train(self, folder: Path, steps: int) -> None:
-        model, samples = _new_model(self.seed).train(), self.trained_on()
+        model = _new_model(self.seed).train()
+        samples = samples_of(self._images[self._source], self._classes[self._source])
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
         generator = torch.Generator().manual_seed(self.seed)
         for step in range(steps):

@@ -12,6 +12,7 @@ from peft import inject_adapter_in_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from raycloud.benchmarks.retrain_prior import GAIN_SAMPLES
 from raycloud.models.roles import roles_of
 from raycloud.retrain.cost import BlockChoice, Budget, Cost, ModelCost, training_cost
 from raycloud.retrain.drawn import DrawnBlockTrainer
@@ -27,10 +28,8 @@ from raycloud.retrain.window import retrain_blocks
 from raycloud.training.lora import lora_config
 from raycloud.training.recipe import LoraRecipe
 
-SETTINGS = RetrainTraining(head_steps=0)
-"""Settings of the rivals: block and head begin together."""
 LORA_RANK = 4
-GAIN_SAMPLES = 64
+LORA_LR = 1e-2
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,15 @@ class MethodCase:
     task: RetrainTask
     cost: ModelCost
     budget: Budget
+    settings: RetrainTraining
+    """Settings of the training. Of the rivals block and head begin together."""
     most_steps: int
     seed: int
+
+    @property
+    def plain(self) -> RetrainTraining:
+        """Settings without steps for the head alone."""
+        return self.settings.model_copy(update={"head_steps": 0})
 
 
 @dataclass(frozen=True)
@@ -89,10 +95,11 @@ def run_method(method: Method, task: MethodCase) -> MethodResult:
 
 
 def blocks(*numbers: int, head_steps: int = 0) -> Method:
-    """Train some blocks, and the head with them; without numbers the head alone."""
+    """Train some blocks, and the head with them; without numbers the head alone. -1 is the last block."""
 
     def method(task: MethodCase) -> _Trained:
-        return _train(task, numbers, SETTINGS.model_copy(update={"head_steps": head_steps}))
+        trained = [number % len(task.cost.blocks) for number in numbers]
+        return _train(task, trained, task.settings.model_copy(update={"head_steps": head_steps}))
 
     return method
 
@@ -122,7 +129,7 @@ def lora(task: MethodCase) -> _Trained:
         adapted = cast(PreTrainedModel, inject_adapter_in_model(config, model))
     adapters = {name: one for name, one in adapted.named_parameters() if "lora_" in name}
     groups = {"head": head, "blocks": adapters}
-    settings = SETTINGS.model_copy(update={"lr": SETTINGS.head_lr})
+    settings = task.plain.model_copy(update={"lr": LORA_LR})
 
     def train(one: PreTrainedModel, groups: Mapping[str, Mapping[str, nn.Parameter]], steps: int) -> Retrained:
         return BlockTrainer(
@@ -145,13 +152,13 @@ def drawn(temperature: float | None) -> Method:
     def method(task: MethodCase) -> _Trained:
         def train(steps: int) -> tuple[PreTrainedModel, Retrained]:
             model, parts = _copy(task)
-            arguments = (model, parts, task.window, task.task.loss, SETTINGS)
+            arguments = (model, parts, task.window, task.task.loss, task.plain)
             trainer = DrawnBlockTrainer(*arguments, temperature=temperature, steps=steps, seed=task.seed)
             return model, trainer.run()
 
         total = len(task.cost.blocks)
         chosen = [BlockChoice(1.0, index == total // 2) for index in range(total)]
-        batch, window = SETTINGS.batch_size, len(task.window)
+        batch, window = task.settings.batch_size, len(task.window)
         mean = training_cost(task.cost, chosen, steps=1, batch=batch, samples=window, cached=False).flops
         # What a step costs depends on the drawn block, so the number of steps is found by trying.
         steps = min(task.most_steps, int(1.1 * task.budget.flops / mean))
@@ -172,7 +179,7 @@ def planned(prior: Prior) -> Method:
     """
 
     def method(task: MethodCase) -> _Trained:
-        settings = RetrainTraining()
+        settings = task.settings
         model, parts = _copy(task)
         window = len(task.window)
         gains = block_gains(model, parts, task.window.select(slice(0, GAIN_SAMPLES)), task.task.loss)

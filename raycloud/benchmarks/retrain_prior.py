@@ -1,54 +1,60 @@
-"""Prior law of the benchmark of block retraining, from drifts that are simulated with source samples."""
+"""Prior law of a scenario of the benchmark of block retraining, from drifts that are simulated with source samples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raycloud.benchmarks.retrain_digits import BLOCKS, DigitsCase, DigitsScenario, Regime
-from raycloud.data.image_shifts import SIMULATED_SHIFTS
+from raycloud.benchmarks.retrain_cases import DomainWindow, RetrainScenario
+from raycloud.models.chain import block_list_of
 from raycloud.retrain.gain import block_gains
 from raycloud.retrain.law_prior import SimulatedDrift
 from raycloud.retrain.parts import parts_of
 from raycloud.retrain.pilots import Pilot
-from raycloud.retrain.tasks import TASKS
-from raycloud.retrain.trainer import RetrainTraining, mean_error
+from raycloud.retrain.trainer import mean_error
 from raycloud.retrain.window import retrain_blocks
 
-TASK = TASKS["classification"]
-SETS: Sequence[tuple[int, ...]] = ((), *((block,) for block in range(BLOCKS)), (0, BLOCKS - 1))
-PILOT_STEPS, SAMPLES = (15, 50, 150), (50, 200)
+GAIN_SAMPLES = 64
+"""Number of samples whose gradients are compared."""
 
 
 def simulated_drifts(
-    scenario: DigitsScenario, kinds: Sequence[str] = tuple(SIMULATED_SHIFTS), pilot_steps: Sequence[int] = PILOT_STEPS
+    scenario: RetrainScenario, kinds: Sequence[str], steps: Sequence[int], sizes: tuple[int, int]
 ) -> list[SimulatedDrift]:
     """Train sets of blocks under simulated drifts; the error is that of the drift's test.
 
-    All numbers of steps are tried with few samples, the largest also with many.
+    The sets are the head alone, every single block, and the first and last block together.
+
+    Args:
+        scenario: scenario of a seed that methods are not compared on.
+        kinds: kinds of simulated drifts.
+        steps: numbers of steps, all tried with few samples, the largest also with many.
+        sizes: numbers of samples, few and many.
     """
-    few, many = SAMPLES
-    sizes = [*((steps, few) for steps in pilot_steps), (max(pilot_steps), many)]
+    blocks = len(block_list_of(scenario.model()).blocks)
+    sets = [(), *((block,) for block in range(blocks)), (0, blocks - 1)]
+    few, many = sizes
+    trials = [*((count, few) for count in steps), (max(steps), many)]
     drifts = list[SimulatedDrift]()
     for kind in kinds:
-        for name, shift in SIMULATED_SHIFTS[kind].items():
-            case = scenario.case(f"{kind}-{name}", shift, Regime(many, 0, 0))
-            model = scenario.model()
-            parts = parts_of(model, case.window.select(slice(0, 2)).inputs)
-            gains = block_gains(model, parts, case.window.select(slice(0, 64)), TASK.loss)
+        for domain in scenario.simulated[kind]:
+            given, model = scenario.window(domain, many), scenario.model()
+            parts = parts_of(model, given.window.select(slice(0, 2)).inputs)
+            gains = block_gains(model, parts, given.window.select(slice(0, GAIN_SAMPLES)), scenario.task.loss)
             drifts.append(
                 SimulatedDrift(
                     kind,
-                    mean_error(model, case.test, TASK.error),
+                    mean_error(model, given.test, scenario.task.error),
                     tuple(one.magnitude for one in gains.blocks),
                     tuple(one.snr for one in gains.blocks),
-                    tuple(_pilot(scenario, case, blocks, *size) for blocks in SETS for size in sizes),
+                    tuple(_pilot(scenario, given, trained, *trial) for trained in sets for trial in trials),
                 )
             )
     return drifts
 
 
-def _pilot(scenario: DigitsScenario, case: DigitsCase, blocks: tuple[int, ...], steps: int, samples: int) -> Pilot:
-    model, window = scenario.model(), case.window.select(slice(0, samples))
+def _pilot(scenario: RetrainScenario, given: DomainWindow, blocks: tuple[int, ...], steps: int, samples: int) -> Pilot:
+    model, window = scenario.model(), given.window.select(slice(0, samples))
     parts = parts_of(model, window.select(slice(0, 2)).inputs)
-    retrain_blocks(model, parts, blocks, window, TASK.loss, RetrainTraining(), steps=steps, seed=scenario.seed)
-    return Pilot(blocks, steps, samples, mean_error(model, case.test, TASK.error))
+    task, settings = scenario.task, scenario.settings
+    retrain_blocks(model, parts, blocks, window, task.loss, settings, steps=steps, seed=scenario.seed)
+    return Pilot(blocks, steps, samples, mean_error(model, given.test, task.error))

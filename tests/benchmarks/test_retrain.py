@@ -12,23 +12,36 @@ from raycloud.data.image_shifts import DIGITS_SHIFTS, SIMULATED_SHIFTS, blurred,
 
 
 def rows(seed: int, domain: str, accuracies: dict[str, float]) -> list[RetrainRow]:
-    row = RetrainRow("A", seed, domain, "", 0.0, 0.9, 0.5, 1.0, 3, (0,), False)
+    row = RetrainRow("digits", "A", seed, domain, "", 0.0, 0.9, 0.5, 1.0, 3, (0,), False)
     known = dict.fromkeys(RIVALS, 0.0) | accuracies
-    return [dataclasses.replace(row, method=name, accuracy=value) for name, value in known.items()]
+    return [dataclasses.replace(row, method=name, figure=value) for name, value in known.items()]
 
 
 def test_the_best_rival_of_a_seed_is_chosen_on_the_other_seeds() -> None:
     """On seed 0 the head is the best rival and on seed 1 the last block, so each is compared with the other's."""
     first = rows(0, "blur", {"head_only": 0.8, "last_block": 0.5, OURS: 0.7})
     second = rows(1, "blur", {"head_only": 0.4, "last_block": 0.6, OURS: 0.7})
-    found = comparisons([*first, *second])
-    assert found["ours_minus_best_rival"]["points"] == pytest.approx(100 * ((0.7 - 0.5) + (0.7 - 0.4)) / 2)
-    assert found["ours_minus_head_only"]["points"] == pytest.approx(10)
+    found = comparisons([*first, *second], 100)
+    assert found["ours_minus_best_rival"]["difference"] == pytest.approx(100 * ((0.7 - 0.5) + (0.7 - 0.4)) / 2)
+    assert found["ours_minus_head_only"]["difference"] == pytest.approx(10)
     assert found["ours_minus_head_only"]["standard_error"] == pytest.approx(20)
     assert found["regret"] == pytest.approx(5)
     assert found["over_budget"] == 0
     first[0] = dataclasses.replace(first[0], over_budget=True)
-    assert comparisons([*first, *second])["over_budget"] == 1
+    assert comparisons([*first, *second], 100)["over_budget"] == 1
+
+
+def test_less_is_better_for_bits() -> None:
+    first = rows(
+        0,
+        "code",
+        {"head_only": 2.0, "last_block": 1.5, OURS: 1.2}
+        | {name: 3.0 for name in RIVALS if name not in ("head_only", "last_block")},
+    )
+    found = comparisons([*first, *[dataclasses.replace(row, domain="upper") for row in first]], -1)
+    assert found["ours_minus_best_rival"]["difference"] == pytest.approx(-0.3)
+    assert found["ours_minus_head_only"]["difference"] == pytest.approx(-0.8)
+    assert found["regret"] == 0
 
 
 def test_shifts_do_what_their_names_say() -> None:

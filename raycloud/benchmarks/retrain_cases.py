@@ -1,0 +1,62 @@
+"""Scenarios of the benchmark of block retraining: a source model, and windows of samples of other domains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from transformers import PreTrainedModel
+
+from raycloud.retrain.samples import Samples
+from raycloud.retrain.tasks import RetrainTask
+from raycloud.retrain.trainer import RetrainTraining
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Size of a window and its budget."""
+
+    samples: int
+    full_steps: int
+    """Number of steps of full fine-tuning whose operations are the budget."""
+    most_steps: int
+    """Largest number of steps; training the head costs next to nothing."""
+
+
+@dataclass(frozen=True)
+class DomainWindow:
+    """Samples of one domain for one source model."""
+
+    window: Samples
+    test: Samples
+
+
+class RetrainScenario(Protocol):
+    """Source model of one seed, and its domains."""
+
+    seed: int
+    name: str
+    unit: str
+    """Unit of the figure."""
+    sign: int
+    """1 if a larger figure is better, -1 if a smaller one is."""
+    task: RetrainTask
+    settings: RetrainTraining
+    regimes: Mapping[str, Regime]
+    domains: Sequence[str]
+    """Domains that methods are compared on."""
+    simulated: Mapping[str, Sequence[str]]
+    """Domains by kind that the cloud makes of source samples, to learn what retraining gives; none of the former."""
+
+    def model(self) -> PreTrainedModel:
+        """Source model, a new copy."""
+        ...
+
+    def window(self, domain: str, samples: int) -> DomainWindow:
+        """Window and test of a domain."""
+        ...
+
+    def figure(self, error: float) -> float:
+        """Figure for an error of the task."""
+        ...
