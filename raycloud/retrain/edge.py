@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from raycloud.models.block_trace import without_cache
+from raycloud.models.chain import block_list_of
 from raycloud.models.weights import Weights
 from raycloud.retrain.cost import Budget, Cost, ModelCost, training_cost
 from raycloud.retrain.drift import DomainSignature, DriftDetector, DriftState, DriftVerdict, tapped
 from raycloud.retrain.gain import BlockGain, block_gains
 from raycloud.retrain.measure import model_cost
-from raycloud.retrain.parts import parts_of
+from raycloud.retrain.parts import RetrainParts, parts_of
 from raycloud.retrain.plans import training_choices
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import RetrainTask, Supervision
@@ -123,13 +124,13 @@ class RetrainEdge:
         # Without labels what is trained is all that can be judged.
         self._error = task.error if supervision == "labels" else self._loss
         self._share_means, self._state = share_means, DriftState()
+        self._parts: RetrainParts | None = None
         self._cost: ModelCost | None = None
 
     def observe(self, samples: Samples) -> tuple[DriftVerdict, DomainSignature]:
         """Serve a window of samples, and judge from its hidden states whether the domain has drifted."""
-        blocks = parts_of(self.model, samples.select(slice(0, 2)).inputs).blocks
         valid: list[Tensor | None] = [None]
-        with torch.no_grad(), tapped(blocks, valid) as taps:
+        with torch.no_grad(), tapped(block_list_of(self.model).blocks, valid) as taps:
             for batch in samples.batches(self._settings.batch_size):
                 mask = batch.inputs.get("attention_mask")
                 valid[0] = None if mask is None else mask.bool()
@@ -141,10 +142,8 @@ class RetrainEdge:
 
     def report(self, samples: Samples, signature: DomainSignature) -> DriftReport:
         """Estimate the gains of a window of samples, paid from its budget."""
-        parts = parts_of(self.model, samples.select(slice(0, 2)).inputs)
-        if self._cost is None:
-            self._cost = model_cost(self.model, parts, samples.select(slice(0, _COSTED)), self._loss)
-        cost, train = self._cost, self._split(samples)[0]
+        parts, cost = self._measured(samples)
+        train = self._split(samples)[0]
         gains = block_gains(self.model, parts, train, self._loss)
         error = mean_error(self.model, samples, self._error)
         # Served once, for the error once, and the held-out samples twice more to judge the result.
@@ -179,7 +178,7 @@ class RetrainEdge:
         recalled = bool(plan.deltas) and self._recall(plan.deltas, held_out)
         if not plan.steps:
             return WindowOutcome(None, None, recalled, report.estimated)
-        parts = parts_of(self.model, samples.select(slice(0, 2)).inputs)
+        parts, _ = self._measured(samples)
         result = train_window(
             self.model,
             parts,
@@ -207,6 +206,14 @@ class RetrainEdge:
             for name, tensor in weights.items():
                 own[name].copy_(tensor)
         self.version = version
+
+    def _measured(self, samples: Samples) -> tuple[RetrainParts, ModelCost]:
+        """Parts of the model and their costs, found with the first samples."""
+        if self._parts is None or self._cost is None:
+            some = samples.select(slice(0, _COSTED))
+            self._parts = parts_of(self.model, some.inputs)
+            self._cost = model_cost(self.model, self._parts, some, self._loss)
+        return self._parts, self._cost
 
     def _split(self, samples: Samples) -> tuple[Samples, Samples]:
         """Samples to train on and held-out ones; which ones is a function of their number alone."""
