@@ -58,6 +58,17 @@ def fences(page: Path) -> list[Fence]:
 FENCES = [fence for page in PAGES for fence in fences(page)]
 
 
+def test_every_fence_begins_and_ends_a_line() -> None:
+    """One that was wrapped into a paragraph is shown as text, and no test would see its commands."""
+    broken = [
+        f"{page.name}:{number}"
+        for page in PAGES
+        for number, line in enumerate(page.read_text().splitlines(), 1)
+        if "```" in line and (not line.lstrip().startswith("```") or line.count("```") > 1)
+    ]
+    assert broken == []
+
+
 def commands(fence: Fence) -> list[list[str]]:
     """The ``raycloud`` commands of a console fence, without those that leave something out (…)."""
     lines = fence.body.replace("\\\n", " ").splitlines()

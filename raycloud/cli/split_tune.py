@@ -46,9 +46,9 @@ def split_tune(
     from raycloud.link.meter import Meter
     from raycloud.link.retry_notices import with_retry_notices
     from raycloud.report.console import console
+    from raycloud.split.finetune.device_run import run_member
     from raycloud.split.finetune.recipe import SplitTuneRecipe
     from raycloud.split.finetune.run import run
-    from raycloud.split.finetune.run_member import run_member
 
     mode, loaded = mode_of(resume, overwrite), read_recipe(SplitTuneRecipe, recipe, overrides, out)
     network = None if loaded.network is None else loaded.network.network()

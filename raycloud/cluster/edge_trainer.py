@@ -17,7 +17,7 @@ from raycloud.cluster.runtime import threads_per_actor
 from raycloud.link.channel import Channel, LinkDown
 from raycloud.link.network import EmulatedChannel
 from raycloud.models.threads import torch_threads
-from raycloud.split.finetune.member_run import MemberRun
+from raycloud.split.finetune.group_member import MemberRun
 from raycloud.split.finetune.metrics_log import Record
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 

@@ -243,11 +243,15 @@ class MultiLevelOTOptions(TeacherObjectiveOptions):
     keep: int = Field(50, gt=0)
     """Number of ids compared: those with the largest total mass over the text."""
     absolute: float = Field(1.0, ge=0)
+    """Weight of the term of absolute differences."""
     logarithmic: float = Field(0.1, ge=0)
+    """Weight of the term of logarithmic costs."""
     transport: float = Field(0.1, ge=0)
+    """Weight of the transport."""
     share: float = Field(0.1, gt=0)
     """ε of the transport as a share of the median cost."""
     sweeps: int = Field(30, gt=0)
+    """Number of Sinkhorn iterations."""
     compat: Literal["ours", "official", "mcwkd"] = "ours"
     """``official`` and ``mcwkd`` are the two published programs, see
     :func:`~raycloud.distill.multi_level.published_levels`; of the options above they use ``keep`` and the weights. They

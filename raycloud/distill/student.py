@@ -1,4 +1,4 @@
-"""Initial students, and the loss with which they learn from a signal."""
+"""Students: which blocks they keep, how they are made and checked, and the loss with which they learn."""
 
 from __future__ import annotations
 

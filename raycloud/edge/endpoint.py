@@ -28,7 +28,7 @@ from raycloud.models.devices import Device, DType
 from raycloud.models.text_model import TextModel
 from raycloud.split.calibration import Calibration
 from raycloud.split.cut_codecs import CutCodecs
-from raycloud.split.inference.client import RemoteBlocks, SessionConfig
+from raycloud.split.inference.client import PATIENCE_S, RemoteBlocks, SessionConfig
 from raycloud.split.inference.generation import SplitTokenSource, text_model
 from raycloud.split.inference.server_info import ServerInfo
 from raycloud.split.parts import fingerprint_of, load_edge
@@ -143,7 +143,7 @@ def load_split(
     meter: Meter | None = None,
     device: Device = "auto",
     dtype: DType = "auto",
-    patience_s: float = 30.0,
+    patience_s: float = PATIENCE_S,
     notify: Callable[[str], None] = lambda line: None,
 ) -> TextModel:
     """Load the edge's parts of a model and connect them to the middle in the cloud.

@@ -21,7 +21,7 @@ from raycloud.models.configuration import CONFIG, load_config
 from raycloud.origin import cores
 from raycloud.results import read_records
 from raycloud.rounds.service.messages import Blob
-from raycloud.split.finetune.member_run import MemberRun
+from raycloud.split.finetune.group_member import MemberRun
 from raycloud.split.finetune.metrics_log import Record
 from raycloud.split.finetune.phase_report import MAX_RECORDS, PHASES, PhaseReport
 from raycloud.split.finetune.recipe import SplitTuneRecipe

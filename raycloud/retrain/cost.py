@@ -71,7 +71,7 @@ class ModelCost:
     blocks: tuple[tuple[WidthCost, ...], ...]
     """Widths that each of the ``L`` blocks may have."""
     stem_forward: float
-    """FLOPs per sample of what comes before the first block."""
+    """FLOPs per sample of what runs before and between the blocks."""
     head_forward: float
     """FLOPs per sample of final norm and head."""
     head_gradient: float
@@ -81,7 +81,7 @@ class ModelCost:
     fixed_memory: float
     """Bytes always held in training: weights of stem and head, gradients and moments of the head."""
     fixed_bytes: float
-    """Bytes always sent: the head's deltas, statistics, frames."""
+    """Bytes always sent, such as the head's deltas."""
     boundary: tuple[float, ...]
     """Bytes per sample of the hidden states before each block and, last, before the head: ``L + 1`` numbers."""
 

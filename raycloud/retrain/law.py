@@ -88,7 +88,7 @@ class Law:
 
     def logs(self) -> Floats:
         """Parameters as unbounded numbers: floor, head, gamma, and three numbers of each block."""
-        single = [floor_log(self.start_error, self.floor)]
+        single = [floor_logit(self.start_error, self.floor)]
         single += [bounded_log(one) for one in (self.head_omega, self.head_tau, self.gamma)]
         return np.asarray([*single, *map(bounded_log, (*self.omega, *self.tau, *self.nu))])
 
@@ -115,7 +115,7 @@ class Law:
         return np.concatenate(([True] * 3, [len(set(table.width[trained])) > 1], np.ones(2 * len(sizes), bool), sizes))
 
     @staticmethod
-    def exponents(logs: Floats, table: PilotTable) -> tuple[Floats, Floats]:
+    def total_values(logs: Floats, table: PilotTable) -> tuple[Floats, Floats]:
         """Values of all that each pilot trained, shape ``[P]``, and their derivatives by ``logs``, ``[P, K]``."""
         head_omega, head_tau, gamma = np.exp(logs[1:4])
         omega, tau, nu = np.exp(logs[4:]).reshape(3, 1, -1)
@@ -182,7 +182,7 @@ def floor_share(logit: float) -> float:
     return 1 / (1 + math.exp(-logit))
 
 
-def floor_log(start_error: float, floor: float) -> float:
+def floor_logit(start_error: float, floor: float) -> float:
     """Logit of the floor's share, kept away from none and all."""
     share = min(max(floor / start_error if start_error > 0 else 0.5, 1e-6), 1 - 1e-6)
     return math.log(share / (1 - share))

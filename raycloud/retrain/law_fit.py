@@ -47,7 +47,7 @@ def fit(pilots: Sequence[Pilot], prior: _Fitted, *, noise: float = 0.03, spread:
     def loss(change: Floats) -> tuple[float, Floats]:
         logs = start.copy()
         logs[free] += change
-        misfit, slope = squared_misfit(logs, prior.exponents, table, prior.start_error, scale)
+        misfit, slope = squared_misfit(logs, prior.total_values, table, prior.start_error, scale)
         return misfit + float(change @ change) / (2 * spread**2), slope[free] + change / spread**2
 
     change = minimum(loss, np.zeros(int(free.sum())))
@@ -72,13 +72,13 @@ def _predicted(law: Law | PowerLaw, pilot: Pilot) -> float:
 
 def squared_misfit(
     logs: Floats,
-    exponents: Callable[[Floats, PilotTable], tuple[Floats, Floats]],
+    total_values: Callable[[Floats, PilotTable], tuple[Floats, Floats]],
     table: PilotTable,
     start_error: float,
     scale: float,
 ) -> tuple[float, Floats]:
     """Half the squared errors of predictions over their scale, and the gradient by ``logs``."""
-    total, slopes = exponents(logs, table)
+    total, slopes = total_values(logs, table)
     share, left = floor_share(float(logs[0])), np.exp(-total)
     # In units of the scale, so that no error is too small to be squared.
     unit = start_error / scale

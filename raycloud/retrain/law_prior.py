@@ -104,7 +104,9 @@ def fit_prior(drifts: Sequence[SimulatedDrift], *, noise: float = 0.05, spread: 
         value, slope = float(np.sum((change / deviation) ** 2)) / 2, change / deviation**2
         for drift, table, shift in zip(used, tables, shifts, strict=True):
             logs = start + change[:size] + shift @ (powers + change[size:])
-            misfit, by_logs = squared_misfit(logs, Law.exponents, table, drift.start_error, noise * drift.start_error)
+            misfit, by_logs = squared_misfit(
+                logs, Law.total_values, table, drift.start_error, noise * drift.start_error
+            )
             value += misfit
             slope = slope + np.concatenate((by_logs, by_logs @ shift))
         return value, slope

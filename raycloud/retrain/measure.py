@@ -1,4 +1,4 @@
-"""MeteredCost cost of retraining the parts of a model: operations, bytes kept for a backward, bytes on the link.
+"""Measured costs of retraining the parts of a model: FLOPs, bytes kept for a backward, bytes on the link.
 
 Every block is run alone on the input that its model gives it, so the costs hold for any model and task, and a sum of
 them is the cost of a step.

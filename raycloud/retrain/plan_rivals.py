@@ -108,8 +108,9 @@ def taylor(model: ModelCost, budget: Budget, law: Value, *, ratio: float, most: 
 def greedy(model: ModelCost, budget: Budget, law: Value, *, steps_grid: Sequence[int], **terms: Unpack[Terms]) -> Plan:
     """Plan built by the action of most value per extra FLOP, as published: one more block, or more steps.
 
-    The published search charges the time of another block and overruns its window (method sheet, §7.2); here an action
-    that exceeds the budget is not allowed, and costs follow the lowest trained block after each action.
+    The published search (BlockTrainer, doi 10.12263/DZXB.20240518) charges the time of another block and overruns its
+    window; here an action that exceeds the budget is not allowed, and costs follow the lowest trained block after each
+    action.
     """
     penalty = width_penalties(model, None, 0.0)
     best = empty_plan(model, law, terms)

@@ -15,7 +15,7 @@ from raycloud.retrain.law import (
     check_errors,
     check_numbers,
     error_left,
-    floor_log,
+    floor_logit,
     floor_share,
     width_power,
 )
@@ -26,8 +26,8 @@ from raycloud.retrain.pilots import Floats, PilotTable
 class PowerLaw:
     """Rival law with one power of the steps for all parts: ``Z = (ω_h + Σ_b ω_b κ_b^γ)·(q/q_1)^β``.
 
-    It is of the kind of the published law (method sheet, §1.5). Which of two blocks is worth more, at equal steps or
-    at equal FLOPs, does not depend on the budget.
+    It is of the kind of the published law (BlockTrainer, doi 10.12263/DZXB.20240518). Which of two blocks is worth more,
+    at equal steps or at equal FLOPs, does not depend on the budget.
     """
 
     start_error: float
@@ -72,7 +72,7 @@ class PowerLaw:
     def logs(self) -> Floats:
         """Parameters as unbounded numbers; the unit of steps is left out."""
         single = [
-            floor_log(self.start_error, self.floor),
+            floor_logit(self.start_error, self.floor),
             bounded_log(self.head_omega),
             bounded_log(self.beta),
             bounded_log(self.gamma),
@@ -93,7 +93,7 @@ class PowerLaw:
         return np.concatenate(([True] * 3, [wide], np.ones(trained.shape[1], bool), [False]))
 
     @staticmethod
-    def exponents(logs: Floats, table: PilotTable) -> tuple[Floats, Floats]:
+    def total_values(logs: Floats, table: PilotTable) -> tuple[Floats, Floats]:
         """Values of all that each pilot trained, shape ``[P]``, and their derivatives by ``logs``, ``[P, K]``."""
         head_omega, beta, gamma = np.exp(logs[1:4])
         ratio = np.log(np.maximum(table.steps, SMALLEST)) - logs[-1]

@@ -29,7 +29,8 @@ class RetrainTask:
     loss: LossOf
     """Loss with labels."""
     unlabelled: LossOf | None
-    """Loss without labels, whose values it does not read; None if the task has none."""
+    """Loss that needs no annotation; of language modelling the labels are the text's own next tokens. None if the task
+    has none."""
     error: LossOf
     """Error that decides: the share of wrong predictions, or the mean negative log likelihood of a token in nats."""
 

@@ -9,5 +9,6 @@ steps:
    that died or left, ``readmit`` for one that is back.
 4. It calls ``close`` with the time after every such event and at the deadline. The call names the aggregator, one of
    :mod:`raycloud.rounds.aggregators` or its own, and optionally a gate. It returns None while the round goes on.
-5. It writes ``state()`` with its own checkpoints and restores it with ``from_state``.
+5. To restore an open round it writes ``state()`` with its own checkpoints, and makes the machine by ``from_state``.
+   Between rounds, weights and version are enough to make one.
 """

@@ -1,7 +1,8 @@
 """Aggregators: functions from the contributions of a round, in the order of its members, to new weights.
 
 All compute in float32, or in float64 for float64 tensors, and return each tensor in its own dtype. Tensors that are not
-floating-point (coordinates, equal in all contributions) are taken from the first one.
+floating-point (coordinates, equal in all contributions) are taken from the first one. :func:`coverage_mean` needs the
+former weights too and leaves such tensors as they were, so recipes do not offer it.
 """
 
 from __future__ import annotations

@@ -39,7 +39,9 @@ class SplitPlan:
 
 @dataclass(frozen=True)
 class PlanSet:
-    """Plans a session may use: one, or any ``start_block <= end_block`` of two sets, sampled anew for each token.
+    """Plans a session may use: one, or any ``start_block <= end_block`` of two sets, sampled anew for each request.
+
+    A request is a chunk of a prompt, or one new token.
 
     Sampling per token (Triadic Split Computing, arXiv 2310.14651) costs traffic and compute and gives no privacy
     against the cloud, which needs every token at the lowest cut anyway; it exists to measure this.

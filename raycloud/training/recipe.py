@@ -20,6 +20,7 @@ class TrainingRecipe(Recipe):
     lr_floor: float = Field(0.0, ge=0, le=1)
     """Learning rate at the end of the schedule, as a share of the peak."""
     schedule: Schedule = "cosine"
+    """Course of the learning rate after the warm-up: ``constant``, ``linear`` or ``cosine``."""
     warmup_steps: int = Field(0, ge=0)
     """Number of first optimiser steps in which the learning rate rises to its peak."""
     weight_decay: float = Field(0.01, ge=0)

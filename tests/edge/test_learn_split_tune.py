@@ -22,7 +22,7 @@ from raycloud.models.loading import load_config
 from raycloud.rounds.service import RoundClient, RoundLimits, RoundServer
 from raycloud.split.finetune.assembly import plan_of
 from raycloud.split.finetune.device_member import device_members
-from raycloud.split.finetune.member_run import MemberRun
+from raycloud.split.finetune.group_member import MemberRun
 from raycloud.split.finetune.phase_report import PHASES, PhaseReport
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.server import TuneServer

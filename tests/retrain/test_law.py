@@ -60,7 +60,7 @@ def test_derivatives_are_those_of_the_values(law: Law | PowerLaw) -> None:
     ]
     table = PilotTable.of(some, BLOCKS)
     logs = law.logs()
-    values, slopes = law.exponents(logs, table)
+    values, slopes = law.total_values(logs, table)
     for pilot, value in zip(some, values, strict=True):
         left = law.floor + (law.start_error - law.floor) * math.exp(-value)
         assert left == pytest.approx(law.error(pilot.trained, pilot.steps, pilot.samples))
@@ -69,7 +69,7 @@ def test_derivatives_are_those_of_the_values(law: Law | PowerLaw) -> None:
             continue  # the unit of steps is not fitted
         step = np.zeros(len(logs))
         step[index] = 1e-6
-        numeric = (law.exponents(logs + step, table)[0] - law.exponents(logs - step, table)[0]) / 2e-6
+        numeric = (law.total_values(logs + step, table)[0] - law.total_values(logs - step, table)[0]) / 2e-6
         assert slopes[:, index] == pytest.approx(numeric, rel=1e-5, abs=1e-8)
     assert law.with_logs(logs).logs() == pytest.approx(logs)
 

@@ -18,8 +18,8 @@ from raycloud.edge.endpoint import CloudEndpoint
 from raycloud.errors import LinkError, ModelError
 from raycloud.link.meter import Meter
 from raycloud.serving.split_tune import SplitTuneSettings, app
+from raycloud.split.finetune.device_run import run_member
 from raycloud.split.finetune.run import run
-from raycloud.split.finetune.run_member import run_member
 from tests.split.finetune.test_run import recipe
 
 TOKEN = "s3cret"

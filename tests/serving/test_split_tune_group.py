@@ -24,8 +24,8 @@ from raycloud.link.meter import Meter
 from raycloud.report.render import render
 from raycloud.results import read_records
 from raycloud.serving.split_tune import build_api
+from raycloud.split.finetune.device_run import run_member
 from raycloud.split.finetune.recipe import SplitTuneRecipe
-from raycloud.split.finetune.run_member import run_member
 from raycloud.split.finetune.server import TuneServer
 from raycloud.split.parts import load_cloud
 from raycloud.split.plan import PlanSet, SplitPlan

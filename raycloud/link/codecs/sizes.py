@@ -34,5 +34,12 @@ def widest_codec(name: str, width: int) -> CutCodec:
     statistics = CutStatistics(torch.zeros(width), 1.0, outliers)
     kept = SelectCoordinates(width, torch.arange(width - len(outliers)))
     everything = SelectCoordinates(width, torch.arange(width))
-    inner: Codec = Int8(kept.size, kept.size) if name == "int8" else Int4(width, min(GROUPS), torch.zeros(16))
+    inner: Codec
+    match name:
+        case "int8":
+            inner = Int8(kept.size, kept.size)
+        case "int4":
+            inner = Int4(width, min(GROUPS), torch.zeros(16))
+        case _:
+            raise ValueError(f"the size of the codec '{name}' is not known here")
     return CutCodec(CentredCodec(name, statistics, kept if name == "int8" else everything, inner), width, MOST_FIRST)

@@ -76,7 +76,7 @@ class RoundClient:
 
     @property
     def granted(self) -> RoundGrant:
-        """Grant of the server, with the demands of the job."""
+        """Grant of the server, with the job's recipe."""
         return self._session.granted
 
     @property

@@ -59,7 +59,7 @@ class OpenRounds(OpenRequest):
 
 
 class RoundGrant(SessionGrant):
-    """Grant to a device, with the demands of the job: the body of OPEN_OK."""
+    """Grant to a device, with the recipe from which it derives what the job demands: the body of OPEN_OK."""
 
     device: DeviceName
     """Name of the device's edge in the job's recipe."""

@@ -49,7 +49,7 @@ class DeviceGone(LinkError):
 
 @dataclass(frozen=True)
 class DeviceMember:
-    """Edge of a job that is a device.
+    """Edge of a job that is a device: what the server tells and allows it.
 
     Args:
         recipe: recipe of the job, as JSON.

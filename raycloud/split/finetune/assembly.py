@@ -243,7 +243,7 @@ def build_edge_setup(
 
     Args:
         recipe: recipe of the run.
-        first: blocks [0, split) with the embedding.
+        first: blocks [0, start_block) with the embedding.
         last: blocks from the second cut on.
         calibration: calibration texts for the bottleneck of the first cut; that of the second cut is fitted later, by
             :meth:`~raycloud.split.finetune.edge.UShapedEdge.fit`.

@@ -27,7 +27,7 @@ _SAFETENSORS_HEADER_BYTES = 1024
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """Encoder and decoder of a cut, for hidden states (n, d) and codes (n, width)."""
+    """Encoder and decoder of a cut, for hidden states (n, d) and codes (n, width); a code is rank and outliers."""
 
     encoder: nn.Module
     decoder: nn.Module
@@ -76,11 +76,11 @@ class LowRankDecoder(nn.Module):
         return hidden.index_add(1, self.apart, outliers)
 
 
-def empty_bottleneck(width: int, numbers: int, num_outliers: int) -> Bottleneck:
+def empty_bottleneck(hidden_size: int, numbers: int, num_outliers: int) -> Bottleneck:
     """Bottleneck before fitting, all zeros: codes of ``numbers`` numbers, first ``num_outliers`` coordinates."""
     tensors = (
-        torch.zeros(width, numbers - num_outliers),
-        torch.zeros(width),
+        torch.zeros(hidden_size, numbers - num_outliers),
+        torch.zeros(hidden_size),
         torch.zeros(num_outliers, dtype=torch.long),
     )
     return Bottleneck(LowRankEncoder(*tensors), LowRankDecoder(*tensors), numbers, num_outliers)
@@ -91,9 +91,9 @@ def decoder_to_bytes(decoder: nn.Module) -> bytes:
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in decoder.state_dict().items()})
 
 
-def max_decoder_bytes(width: int) -> int:
-    """Upper bound of the bytes of a decoder of codes of up to ``2 * width`` numbers, for hidden states (n, width)."""
-    return 8 * width * width + 20 * width + _SAFETENSORS_HEADER_BYTES
+def max_decoder_bytes(hidden_size: int) -> int:
+    """Upper bound of the bytes of a decoder of codes of up to ``2 * hidden_size`` numbers."""
+    return 8 * hidden_size * hidden_size + 20 * hidden_size + _SAFETENSORS_HEADER_BYTES
 
 
 def load_decoder_bytes(decoder: nn.Module, raw: bytes) -> None:
@@ -226,7 +226,9 @@ class _SvdEncoder(nn.Module):
 
 
 def sft_bottleneck(first: Segment, rank: int) -> Bottleneck:
-    """Bottleneck of the published cut inside the last block of the edge's first part, which keeps half of that block.
+    """Bottleneck of the published cut inside the last block of the edge's first part.
+
+    In ``first`` this block is replaced by its attention half.
 
     Raises:
         ModelError: the model family has no such block, or the edge has no block.

@@ -59,7 +59,7 @@ class CloudTrainer:
     """Trainer of the blocks between the cuts and their ends of both bottlenecks.
 
     Args:
-        middle: blocks [first, second).
+        middle: blocks [start_block, end_block).
         decoder: decoder of the first cut.
         encoder: encoder of the second cut.
         config: configuration of the run. Parameters that do not require gradients are not trained.

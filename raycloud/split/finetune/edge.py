@@ -41,10 +41,10 @@ class UShapedEdge(EdgeTrainer):
     A micro-batch takes two round trips: one with hidden states, one with gradients.
 
     Args:
-        first: blocks [0, first) with the embedding.
+        first: blocks [0, start_block) with the embedding.
         encoder: encoder of the first cut.
         decoder: decoder of the second cut.
-        last: blocks [second, L) with everything after them.
+        last: blocks [end_block, L) with everything after them.
         task: head and loss.
         config: configuration of the run; its pooling is ``none`` if the task pools hidden states itself.
         cloud: client of the cloud.

@@ -28,7 +28,7 @@ from raycloud.training.seeding import derive_seed, seeded
 
 @dataclass
 class StepTimes:
-    """Seconds spent in the steps since this object was created."""
+    """Seconds of a trainer's work since this object was created, evaluation included."""
 
     edge: float = 0.0
     """Seconds in which the edge computed."""
@@ -70,7 +70,7 @@ class EdgeTrainer(ABC):
     last part share the embedding, the order in which both add to it, and so a rounding).
 
     Args:
-        first: blocks [0, first) with the embedding.
+        first: blocks [0, start_block) with the embedding.
         encoder: encoder of the first cut.
         config: configuration of the run. Parameters that do not require gradients are not trained.
         cloud: client of the cloud.

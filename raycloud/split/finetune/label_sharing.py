@@ -132,7 +132,7 @@ class LabelSharingCloud(CloudTrainer):
     """Cloud of the label-sharing topology: everything after the cut, with head, loss and labels.
 
     Args:
-        middle: blocks [first, L).
+        middle: blocks [start_block, L).
         decoder: decoder of the cut.
         last: segment after the blocks.
         task: head and loss, see :meth:`~raycloud.split.finetune.tasks.HeadConfig.task`.

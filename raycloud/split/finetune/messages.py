@@ -73,7 +73,7 @@ class CutConfig(Body):
 
     dtype: WireDType
     width: int = Field(ge=1, le=2**20)
-    """Numbers sent per token."""
+    """Numbers sent per token: the rank and the outliers, or the width of unchanged hidden states."""
     num_outliers: int = Field(0, ge=0, le=2**20)
     """Number of outliers, see :class:`~raycloud.split.finetune.wire_format.WireFormat`."""
     low_rank: bool

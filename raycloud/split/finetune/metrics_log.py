@@ -1,4 +1,4 @@
-"""Metrics log of a run of several edges: work repeated after a failure is recorded once."""
+"""Records of ``metrics.jsonl``, and the log of a run of several edges, which records repeated work once."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ class UplinkRecipe(Recipe):
     """Kind of cut: ``low_rank`` keeps the residual stream and trains its maps; ``plain`` sends hidden states unchanged;
     ``sft`` is the published cut inside the last block of the edge's first part, which drops the residual."""
     rank: int = Field(32, gt=0)
-    """Numbers sent per token; without effect for ``plain``."""
+    """Coefficients sent per token, beside ``num_outliers``; without effect for ``plain``."""
     num_outliers: int = Field(0, ge=0)
     """Number of coordinates sent unchanged in addition; ``low_rank`` only. Decoders need a few: their hidden state at
     the first token is a hundred times larger than all others."""

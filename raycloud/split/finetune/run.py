@@ -25,9 +25,9 @@ from raycloud.split.finetune.checkpoints import CheckpointStore
 from raycloud.split.finetune.edge_data import EdgeData
 from raycloud.split.finetune.edge_trainer import EdgeTrainer, StepTimes
 from raycloud.split.finetune.label_sharing import WARNING
-from raycloud.split.finetune.loop import retry_from_checkpoint, save_checkpoint, train
 from raycloud.split.finetune.metrics_log import step_record
 from raycloud.split.finetune.recipe import SplitTuneRecipe
+from raycloud.split.finetune.recovery import retry_from_checkpoint, save_checkpoint, train
 from raycloud.split.finetune.sides import Connect, Sides, local_sides, remote_sides
 from raycloud.split.finetune.traffic import bytes_by_cut, bytes_by_direction
 from raycloud.training.loop import Step

@@ -28,7 +28,7 @@ from raycloud.split.finetune.checkpoints import GROUPS, CheckpointStore, remove_
 from raycloud.split.finetune.cloud import CloudTrainer, OutOfOrder
 from raycloud.split.finetune.cloud_assembly import build_cloud
 from raycloud.split.finetune.group import Group
-from raycloud.split.finetune.group_server import GroupServer, latest_group
+from raycloud.split.finetune.group_rounds import GroupRounds, latest_group
 from raycloud.split.finetune.messages import (
     BackwardRequest,
     ForwardRequest,
@@ -87,7 +87,7 @@ class TuneSession(Session):
     ended: bool = False
     in_flight: dict[int, int] = field(default_factory=dict)
     """Tokens, padding included, of each micro-batch whose gradient has not been accepted, by its number."""
-    group_server: GroupServer | None = None
+    group_server: GroupRounds | None = None
     """Round server of the group that it trains with."""
 
     @property
@@ -125,7 +125,7 @@ class TuneServer(SessionServer[TuneSession]):
         super().__init__(limits or TuneLimits(), metrics)
         self.heartbeat_s = self._limits.heartbeat_s
         self._part, self._folder = part, folder
-        self._group_servers: dict[Path, GroupServer] = {}
+        self._group_servers: dict[Path, GroupRounds] = {}
         self._queued = 0
         """Number of requests queued or running on the engine thread."""
         start = (lambda: None) if threads is None else (lambda: torch.set_num_threads(threads))
@@ -200,11 +200,11 @@ class TuneServer(SessionServer[TuneSession]):
         """Folder of one principal's checkpoints."""
         return self._folder / hashlib.sha256(principal.encode()).hexdigest()[:16]
 
-    def _group_server(self, path: Path, opening: OpenTuning) -> GroupServer:
+    def _group_server(self, path: Path, opening: OpenTuning) -> GroupRounds:
         group_server = self._group_servers.get(path)
         if group_server is None or group_server.overtaken():
             try:
-                group_server = GroupServer(path, opening)
+                group_server = GroupRounds(path, opening)
             except RaycloudError as error:
                 raise RequestRefused("group", str(error)) from None
         group_server.check(opening)
@@ -292,7 +292,7 @@ class TuneServer(SessionServer[TuneSession]):
                     at: one for at, one in self._group_servers.items() if one is not session.group_server
                 }
 
-    async def _round(self, session: TuneSession, group_server: GroupServer, awaited: int | None) -> Frame:
+    async def _round(self, session: TuneSession, group_server: GroupRounds, awaited: int | None) -> Frame:
         """Reply to ROUND once the awaited round has ended, or before the edge's timeout."""
         until = time.monotonic() + _WAIT_S
         while True:
@@ -342,7 +342,7 @@ class TuneServer(SessionServer[TuneSession]):
                 session.group_server.group.register(session.name, session.id)
         return session.trainer
 
-    def _state(self, session: TuneSession, group_server: GroupServer) -> RoundReply:
+    def _state(self, session: TuneSession, group_server: GroupRounds) -> RoundReply:
         with _refuse_errors():
             self._trainer_of(session)
             return group_server.state(session.name, session.id)

@@ -20,9 +20,9 @@ from raycloud.split.finetune.client import CloudClient, LocalCloudClient, Remote
 from raycloud.split.finetune.cloud_assembly import build_cloud
 from raycloud.split.finetune.edge_data import EdgeData
 from raycloud.split.finetune.edge_trainer import EdgeTrainer
-from raycloud.split.finetune.loop import last_common_checkpoint
 from raycloud.split.finetune.messages import GroupConfig
 from raycloud.split.finetune.recipe import SplitTuneRecipe
+from raycloud.split.finetune.recovery import last_common_checkpoint
 from raycloud.split.parts import load_edge
 from raycloud.split.plan import PlanSet
 
@@ -46,7 +46,7 @@ class Sides:
     def start(self, kept: CheckpointStore) -> EdgeTrainer:
         """Edge trainer with a cloud at their last common checkpoint; untrained on both sides if there is none.
 
-        The edge's own state is loaded by :func:`~raycloud.split.finetune.loop.train`.
+        The edge's own state is loaded by :func:`~raycloud.split.finetune.recovery.train`.
 
         Raises:
             LinkError: the cloud cannot be reached, or refuses.

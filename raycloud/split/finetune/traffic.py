@@ -25,9 +25,10 @@ from raycloud.split.finetune.messages import (
 from raycloud.split.finetune.tasks import Pooling
 from raycloud.split.finetune.wire_format import WireFormat, WireFormats
 
-UPLINK_KINDS = ("FWD", "BWD_OK", "CODE", "FIT", "TRAIN", "TRAIN_OK")
-DOWNLINK_KINDS = ("FWD_OK", "BWD", "FIT_OK")
-"""Kinds of messages that carry data of the second cut, or its bottleneck; ``UPLINK_KINDS`` are those of the first."""
+FIRST_CUT_KINDS = ("FWD", "BWD_OK", "CODE", "FIT", "TRAIN", "TRAIN_OK")
+"""Kinds of messages that carry data of the first cut, in either direction, or its bottleneck."""
+SECOND_CUT_KINDS = ("FWD_OK", "BWD", "FIT_OK")
+"""Kinds of messages that carry data of the second cut, in either direction, or its bottleneck."""
 LABEL_BYTES = 4
 """Bytes of a label, if labels are sent."""
 _SMALL_BYTES = 64 * 2**10
@@ -153,7 +154,7 @@ def label_sharing_traffic(
 
 def bytes_by_cut(sizes: Counter[str]) -> tuple[int, int, int]:
     """Bytes at the first cut, at the second cut, and in total."""
-    return sum(sizes[kind] for kind in UPLINK_KINDS), sum(sizes[kind] for kind in DOWNLINK_KINDS), sizes.total()
+    return sum(sizes[kind] for kind in FIRST_CUT_KINDS), sum(sizes[kind] for kind in SECOND_CUT_KINDS), sizes.total()
 
 
 def bytes_by_direction(sizes: Counter[str]) -> tuple[int, int]:

@@ -39,7 +39,7 @@ class CloudBlocks(Protocol):
     """Interface of the blocks between the cuts, for one batch of texts. Replies come in the order of the requests."""
 
     def held(self, index: int) -> int:
-        """Number of tokens whose hidden states at ``index`` the cloud has; the next request there begins here."""
+        """Number of tokens whose hidden states at ``index`` need not be given again; the next request begins here."""
         ...
 
     def send(self, request: StepRequest) -> None:
@@ -94,7 +94,7 @@ class LocalBlocks:
         self._results: deque[Tensor] = deque()
 
     def held(self, index: int) -> int:
-        """Number of tokens whose hidden states at ``index`` the stage has."""
+        """Number of tokens whose hidden states at ``index`` need not be given again."""
         return self._state.held(index)
 
     def send(self, request: StepRequest) -> None:

@@ -17,6 +17,9 @@ from raycloud.split.inference.blocks import StepRequest
 from raycloud.split.inference.messages import MAX_DEADLINE, InferenceGrant, InferenceKind, OpenInference, StepMessage
 from raycloud.split.plan import PlanSet, SplitPlan
 
+PATIENCE_S = 30.0
+"""Time in seconds that an edge gives a cloud which does not answer."""
+
 
 @dataclass(frozen=True)
 class SessionConfig:
@@ -28,7 +31,7 @@ class SessionConfig:
     codecs: CutCodecs
     codec: str
     max_tokens: int
-    patience_s: float = 30.0
+    patience_s: float = PATIENCE_S
     """Longest time in seconds without an answer, reconnecting included, before the generation fails."""
 
 
@@ -80,7 +83,7 @@ class RemoteBlocks:
         )
 
     def held(self, index: int) -> int:
-        """Number of tokens whose hidden states at ``index`` were already given."""
+        """Number of tokens whose hidden states at ``index`` need not be given again: they were."""
         return self._tokens.get(index, 0)
 
     def send(self, request: StepRequest) -> None:

@@ -54,7 +54,7 @@ class InferenceEngine:
 
     Args:
         part: the cloud's part of the model.
-        metrics: sink for hidden states, queue length and step times.
+        metrics: sink for the number of tokens, the length of the queue, and times of steps.
         threads: number of torch threads; None leaves it unchanged.
     """
 

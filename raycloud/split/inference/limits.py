@@ -16,7 +16,8 @@ class InferenceLimits(SessionLimits):
     tokens: int = Field(default=4096, ge=1)
     """Largest number of tokens per session."""
     step_tokens: int = Field(default=512, ge=1, le=4096)
-    """Largest number of tokens per step."""
+    """Largest number of tokens per step, which is a chunk of a prompt or one new token. An edge sends chunks of
+    :data:`~raycloud.split.inference.generation.PROMPT_CHUNK`."""
     kv_bytes: int = Field(default=4 * 2**30, ge=1)
     """Largest size in bytes of the keys and values of all sessions."""
     queue: int = Field(default=256, ge=1)

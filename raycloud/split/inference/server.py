@@ -10,11 +10,11 @@ from raycloud.errors import ModelError
 from raycloud.link.frames import Frame, parse_body
 from raycloud.link.server import NullMetrics, RequestRefused, ServerBusy, SessionServer
 from raycloud.split.cut_codecs import CutCodecs
+from raycloud.split.inference.cloud_session import InferenceSession
 from raycloud.split.inference.engine import DeadlineExceeded, EngineRequest, InferenceEngine, NonFiniteHidden
 from raycloud.split.inference.limits import InferenceLimits
 from raycloud.split.inference.messages import SERVICE, InferenceGrant, InferenceKind, OpenInference, StepMessage
 from raycloud.split.inference.metrics import InferenceMetrics
-from raycloud.split.inference.session import InferenceSession
 from raycloud.split.plan import PlanSet, SplitPlan
 
 _RETRY_S = 0.2

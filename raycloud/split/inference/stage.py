@@ -32,7 +32,7 @@ class Stage:
         return self.cache.length
 
     def held(self, index: int) -> int:
-        """Number of tokens whose hidden states at ``index`` are no longer needed: this side has or used them."""
+        """Number of tokens whose hidden states at ``index`` need not be given again: this side has or used them."""
         saved = self._saved.get(index)
         return max(0 if saved is None else saved.shape[1], self.cache.filled(index))
 

@@ -24,8 +24,8 @@ from raycloud.split.finetune.bottleneck import Bottleneck, decoder_to_bytes, fit
 from raycloud.split.finetune.checkpoints import CheckpointStore
 from raycloud.split.finetune.edge import UShapedEdge
 from raycloud.split.finetune.edge_trainer import token_counts
-from raycloud.split.finetune.loop import last_common_checkpoint, train
 from raycloud.split.finetune.messages import TuneKind
+from raycloud.split.finetune.recovery import last_common_checkpoint, train
 from raycloud.split.finetune.server import TuneLimits
 from raycloud.split.finetune.traffic import bottleneck_traffic
 from raycloud.training.recipe import LoraRecipe

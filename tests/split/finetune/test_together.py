@@ -30,8 +30,7 @@ from raycloud.split.finetune.client import RemoteCloudClient
 from raycloud.split.finetune.edge import UShapedEdge
 from raycloud.split.finetune.group import Group
 from raycloud.split.finetune.group_client import GroupClient, RoundResult
-from raycloud.split.finetune.group_server import latest_group
-from raycloud.split.finetune.loop import last_common_checkpoint, train
+from raycloud.split.finetune.group_rounds import latest_group
 from raycloud.split.finetune.messages import (
     GroupConfig,
     GroupWeightsReply,
@@ -40,6 +39,7 @@ from raycloud.split.finetune.messages import (
     RoundRequest,
     TuneKind,
 )
+from raycloud.split.finetune.recovery import last_common_checkpoint, train
 from raycloud.split.finetune.server import TuneLimits
 from tests.clock import Clock
 from tests.split.finetune.wiring import WIDTH, Service, batches, head_of, model_of, split
@@ -79,7 +79,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 def rounds_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Fake clock by which the deadlines of rounds are measured: on a busy machine an edge may need seconds."""
     made = Clock()
-    monkeypatch.setattr("raycloud.split.finetune.group_server.time", made)
+    monkeypatch.setattr("raycloud.split.finetune.group_rounds.time", made)
     return made
 
 

@@ -11,9 +11,9 @@ from raycloud.link.codecs.cut_codec import float_cut_codec
 from raycloud.link.frames import MAX_MESSAGE, Frame
 from raycloud.link.server import RequestRefused
 from raycloud.split.inference.blocks import cloud_stage
+from raycloud.split.inference.cloud_session import InferenceSession
 from raycloud.split.inference.limits import InferenceLimits
 from raycloud.split.inference.messages import InferenceKind, StepMessage
-from raycloud.split.inference.session import InferenceSession
 from raycloud.split.plan import PlanSet
 from tests.split.inference.peers import BLOCKS, MIDDLE, changed
 

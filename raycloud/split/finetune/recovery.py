@@ -1,4 +1,4 @@
-"""Training loop of a run, with checkpoints of both sides and recovery when the cloud loses its session."""
+"""Recovery of a run: its steps with checkpoints of both sides, repeated when the cloud loses its session."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run of one edge of several: evaluation before training, training alone, and training with the others."""
+"""Member of a group: one edge of several, which is evaluated before training, trains alone, and with the others."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from raycloud.results import record_inputs
 from raycloud.split.finetune.checkpoints import CheckpointStore
 from raycloud.split.finetune.edge_data import EdgeData
 from raycloud.split.finetune.group_client import GroupClient, RoundResult
-from raycloud.split.finetune.loop import MAX_LOST_SESSIONS, train
 from raycloud.split.finetune.messages import GroupConfig
 from raycloud.split.finetune.metrics_log import Record, step_record
 from raycloud.split.finetune.recipe import SplitTuneRecipe
+from raycloud.split.finetune.recovery import MAX_LOST_SESSIONS, train
 from raycloud.split.finetune.sides import Connect, Sides, remote_sides
 from raycloud.split.finetune.traffic import bytes_by_cut
 from raycloud.training.loop import Step

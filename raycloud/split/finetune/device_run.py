@@ -12,7 +12,7 @@ from raycloud.errors import RecipeError
 from raycloud.report.console import console, print_and_log, progress_bars, timed
 from raycloud.report.split_tune_edges import print_summary, summarise, write_page
 from raycloud.results import Mode, ResultDir, resumable
-from raycloud.split.finetune.member_run import MemberRun
+from raycloud.split.finetune.group_member import MemberRun
 from raycloud.split.finetune.metrics_log import MetricsLog, Record
 from raycloud.split.finetune.recipe import SplitTuneRecipe
 from raycloud.split.finetune.sides import Connect

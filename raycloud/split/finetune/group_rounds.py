@@ -1,4 +1,4 @@
-"""Round server of a group of edges at the cloud: the members' common configuration, and rounds saved in a folder.
+"""Rounds of a group of edges at the cloud: the members' common configuration, and rounds saved in a folder.
 
 A restarted cloud, or another replica, continues from the saved rounds. Contributions to a round that has not ended are
 only in memory: their edges continue from their own checkpoints and send them again. If the latest round is damaged, the
@@ -37,7 +37,7 @@ _METADATA_KEY = "group"
 """Key under which a saved round's metadata is kept beside its tensors."""
 
 
-class GroupServer:
+class GroupRounds:
     """Server of a group's rounds. Not thread-safe.
 
     Args:
