@@ -8,7 +8,7 @@ from raycloud.search.space import Metric, Space
 
 SPACE = Space(
     base={
-        "job": "split_plan",
+        "job": "split_evaluate",
         "model": "builtin:smollm2-135m-instruct",
         "codec": "int4",
         "calibration": "results/split-search/calibration",

@@ -9,7 +9,7 @@ from raycloud.search.space import Metric, Space
 
 SPACE = Space(
     base={
-        "job": "split_plan",
+        "job": "split_evaluate",
         "model": "builtin:smollm2-135m-instruct",
         "calibration": "results/split-search/calibration",
         "network": {"mbit_s": 10.0, "rtt_ms": 50.0},

@@ -93,10 +93,10 @@ def evaluate(
     from raycloud.jobs.registry import JOBS
     from raycloud.report.console import console
     from raycloud.report.table import print_table
-    from raycloud.split.recipe import SplitPlanRecipe
+    from raycloud.split.recipe import SplitEvaluateRecipe
 
-    checked = read_recipe(SplitPlanRecipe, recipe, overrides, out)
-    summary = JOBS["split_plan"].run(checked, "overwrite" if overwrite else "new").summary
+    checked = read_recipe(SplitEvaluateRecipe, recipe, overrides, out)
+    summary = JOBS["split_evaluate"].run(checked, "overwrite" if overwrite else "new").summary
     names = ["perplexity", "bytes_per_token", "ms_per_token", "edge_ms_per_token", "edge_mb"]
     whole = {name: summary.get(f"unsplit_{name}") for name in names}
     rows = [[name, f"{summary[name]:.5g}", "" if (of := whole[name]) is None else f"{of:.5g}"] for name in names]

@@ -185,9 +185,9 @@ _JOBS = (
         report=RunReport(("average:ROUGE-L",)),
     ),
     Job(
-        name="split_plan",
+        name="split_evaluate",
         verb="split evaluate",
-        recipe=Lazy("raycloud.split.recipe:SplitPlanRecipe"),
+        recipe=Lazy("raycloud.split.recipe:SplitEvaluateRecipe"),
         run_here=Lazy("raycloud.split.evaluation:run"),
         report=RunReport(("perplexity",)),
         search=SearchSupport({"CPU": 1.0}, Lazy("raycloud.split.evaluation:check"), timed=True, rungs=True),

@@ -26,8 +26,8 @@ from raycloud.retrain.pilots import Floats, PilotTable
 class PowerLaw:
     """Rival law with one power of the steps for all parts: ``Z = (ω_h + Σ_b ω_b κ_b^γ)·(q/q_1)^β``.
 
-    It is of the kind of the published law (BlockTrainer, doi 10.12263/DZXB.20240518). Which of two blocks is worth more,
-    at equal steps or at equal FLOPs, does not depend on the budget.
+    It is of the kind of the published law (BlockTrainer, doi 10.12263/DZXB.20240518). Which of two blocks is worth
+    more, at equal steps or at equal FLOPs, does not depend on the budget.
     """
 
     start_error: float

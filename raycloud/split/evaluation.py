@@ -35,7 +35,7 @@ from raycloud.split.cut_codecs import CutCodecs
 from raycloud.split.inference.timing import UNTIMED_TOKENS, measure_split, measure_unsplit
 from raycloud.split.parts import CloudPart, EdgePart, SplittableModel, edge_bytes, load_splittable
 from raycloud.split.plan import PlanSet, SplitPlan
-from raycloud.split.recipe import SplitPlanRecipe
+from raycloud.split.recipe import SplitEvaluateRecipe
 
 _BATCH = 16
 
@@ -83,7 +83,7 @@ class _ModelUnderTest:
     def batches(self, texts: Sequence[Sample]) -> list[Batch]:
         return [batch.to(self.device) for batch in length_sorted_batches(texts, _BATCH, pad=0)]
 
-    def codecs(self, recipe: SplitPlanRecipe) -> CutCodecs:
+    def codecs(self, recipe: SplitEvaluateRecipe) -> CutCodecs:
         width = int(self.whole.model.config.hidden_size)
         if recipe.codec in CODECS:
             return CutCodecs(width)
@@ -101,7 +101,7 @@ def _subject(model: str, device: Device, dtype: DType, sources: tuple[str, ...],
     return _ModelUnderTest(whole, load_tokenizer(whole.source), sources, tokens)
 
 
-def check(recipe: SplitPlanRecipe) -> None:
+def check(recipe: SplitEvaluateRecipe) -> None:
     """Check a recipe against file headers and rows of data, before a model is loaded.
 
     Raises:
@@ -119,7 +119,7 @@ def check(recipe: SplitPlanRecipe) -> None:
 
 
 def run(
-    recipe: SplitPlanRecipe, mode: Mode = "new", report: OnProgress = lambda tokens, numbers: None
+    recipe: SplitEvaluateRecipe, mode: Mode = "new", report: OnProgress = lambda tokens, numbers: None
 ) -> dict[str, Any]:
     """Evaluate one plan and write ``recipe.yaml``, ``metrics.jsonl`` and ``summary.json``.
 
@@ -144,7 +144,7 @@ def run(
 
 
 @torch.inference_mode()
-def _evaluate(recipe: SplitPlanRecipe, results: ResultDir, report: OnProgress) -> dict[str, Any]:
+def _evaluate(recipe: SplitEvaluateRecipe, results: ResultDir, report: OnProgress) -> dict[str, Any]:
     subject = _subject(recipe.model, recipe.device, recipe.dtype, tuple(recipe.data), recipe.tokens)
     edge, cloud = subject.whole.edge(recipe.plans), subject.whole.cloud(recipe.plans)
     codecs = subject.codecs(recipe)
@@ -189,7 +189,10 @@ def texts_by_budget(texts: Sequence[Sample], steps: Sequence[int]) -> Iterator[l
 
 
 def _final_hidden(
-    edge: EdgePart, cloud: CloudPart | None, link: tuple[CutCodecs, SplitPlanRecipe] | None, batches: Sequence[Batch]
+    edge: EdgePart,
+    cloud: CloudPart | None,
+    link: tuple[CutCodecs, SplitEvaluateRecipe] | None,
+    batches: Sequence[Batch],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield for each batch the hidden states (n, d) entering the head at labelled positions, and their labels (n,).
 

@@ -26,12 +26,12 @@ class NetworkRecipe(Recipe):
         return Network(self.mbit_s, self.rtt_ms)
 
 
-class SplitPlanRecipe(Recipe):
+class SplitEvaluateRecipe(Recipe):
     """Recipe of a split evaluation: perplexity, traffic, time and memory of a model cut at two blocks, with a codec."""
 
     renamed: ClassVar[dict[str, str]] = {"first": "start_block", "second": "end_block"}
 
-    job: Literal["split_plan"] = "split_plan"
+    job: Literal["split_evaluate"] = "split_evaluate"
     output: str = "results/split-plan"
     """Result directory."""
     seed: int = 10

@@ -17,7 +17,7 @@ def below(command, words=()):
         yield from below(one, (*words, name))
 
 helps = [(*words, "--help") for words in below(typer.main.get_command(verbs.app))]
-jobs = ("tune_teacher", "distill", "evaluate", "split_plan", "split_tune")
+jobs = ("tune_teacher", "distill", "evaluate", "split_evaluate", "split_tune")
 others = [("--version",), ("fetch",), ("runs", "."), ("report", "nowhere")]
 others += [("schema", job) for job in jobs] + [("validate", "--recipe", f"{job}.yaml", "--show") for job in jobs]
 for words in [*helps, *others]:
@@ -33,7 +33,7 @@ print(len(helps), "helps")
 
 
 def test_light_verbs_import_nothing_heavy(tmp_path: Path) -> None:
-    for job in ("tune_teacher", "distill", "split_plan", "split_tune"):
+    for job in ("tune_teacher", "distill", "split_evaluate", "split_tune"):
         (tmp_path / f"{job}.yaml").write_text(f"job: {job}\n")
     (tmp_path / "evaluate.yaml").write_text("job: evaluate\nmodels: [m]\ndata: [d]\n")
     command = [sys.executable, "-c", SCRIPT]

@@ -14,7 +14,7 @@ from raycloud.cli import verbs
 from raycloud.cli.app import main
 from raycloud.cli.options import read_recipe
 from raycloud.errors import RecipeError, ResultError
-from raycloud.split.recipe import SplitPlanRecipe
+from raycloud.split.recipe import SplitEvaluateRecipe
 from tests.cli.surface import FILE, surface
 
 
@@ -26,20 +26,20 @@ def test_the_command_line_is_frozen_down_to_its_options() -> None:
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
-    path.write_text("job: split_plan\noutput: of-the-recipe\n")
+    path.write_text("job: split_evaluate\noutput: of-the-recipe\n")
     return path
 
 
 def test_out_is_the_recipes_output_and_overrides_win(recipe: Path, tmp_path: Path) -> None:
     def output(overrides: list[str] | None, out: Path | None) -> str:
-        return read_recipe(SplitPlanRecipe, recipe, overrides, out).output
+        return read_recipe(SplitEvaluateRecipe, recipe, overrides, out).output
 
     odd = tmp_path / "run #2: [x]"  # as it is, not as YAML
     assert output(None, None) == "of-the-recipe"
     assert output(None, odd) == str(odd)
     assert output(["output=other"], odd) == "other"
     with pytest.raises(RecipeError, match=r"recipe\.yaml: unknown key 'outptu'"):
-        read_recipe(SplitPlanRecipe, recipe, ["outptu=x"], odd)
+        read_recipe(SplitEvaluateRecipe, recipe, ["outptu=x"], odd)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from raycloud.distill.recipe import DistillRecipe
 from raycloud.errors import ResultError
 from raycloud.search.rows import RowFile, TrialRow, check_recipes, latest, numbers_of, texts_of
 from raycloud.search.space import Metric, Space, Variant, trials
-from raycloud.split.recipe import SplitPlanRecipe
+from raycloud.split.recipe import SplitEvaluateRecipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,7 +81,7 @@ def test_rows_with_a_former_key_are_refused_and_those_of_other_jobs_are_not(tmp_
     message = f"rows '{tmp_path}', line 2: training.clip: this key is called max_grad_norm now"
     with pytest.raises(ResultError, match=f"^{re.escape(message)}$"):
         check_recipes([row(1), old], DistillRecipe, tmp_path)
-    check_recipes([row(1), old], SplitPlanRecipe, tmp_path)
+    check_recipes([row(1), old], SplitEvaluateRecipe, tmp_path)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tune_spaces" / "rows").glob("*.jsonl")), ids=lambda path: path.stem)

@@ -114,7 +114,7 @@ def test_what_is_wrong_with_a_variant_is_said_before_ray_starts(tiny_llama: Path
 @pytest.mark.usefixtures("no_cluster")
 def test_of_what_is_sampled_one_point_must_be_sound(tiny_llama: Path, tmp_path: Path) -> None:
     def sampled(low: int, high: int) -> Space:
-        base = {"job": "split_plan", "model": str(tiny_llama), "data": ["builtin:reviews"]}
+        base = {"job": "split_evaluate", "model": str(tiny_llama), "data": ["builtin:reviews"]}
         cuts = {"start_block": Range(low=0, high=1), "end_block": Range(low=low, high=high)}
         return Space(base=base, sample=cuts, metrics=[Metric(name="perplexity", direction="min")])
 

@@ -25,7 +25,7 @@ from raycloud.search.space import Metric, Space, Trial, example_trial, point_of,
 from tests.endings import report_of
 
 ROOT = Path(__file__).parents[2]
-BASE: dict[str, Any] = {"job": "split_plan", "tokens": 128, "new_tokens": 3, "device": "cpu", "dtype": "float32"}
+BASE: dict[str, Any] = {"job": "split_evaluate", "tokens": 128, "new_tokens": 3, "device": "cpu", "dtype": "float32"}
 METRICS = [Metric(name="perplexity", direction="min"), Metric(name="edge_mb", direction="min")]
 
 

@@ -22,13 +22,13 @@ from raycloud.split.evaluation import run, texts_by_budget
 from raycloud.split.inference.messages import STEP_BYTES
 from raycloud.split.parts import edge_bytes, export, load_edge
 from raycloud.split.plan import PlanSet, SplitPlan
-from raycloud.split.recipe import SplitPlanRecipe
+from raycloud.split.recipe import SplitEvaluateRecipe
 from tests.clock import Clock
 
 SOURCES = ("builtin:instruct", "builtin:reviews")
 
 
-def recipe(model: Path, output: Path, **changes: Any) -> SplitPlanRecipe:
+def recipe(model: Path, output: Path, **changes: Any) -> SplitEvaluateRecipe:
     values: dict[str, Any] = {
         "model": str(model),
         "output": str(output),
@@ -41,7 +41,7 @@ def recipe(model: Path, output: Path, **changes: Any) -> SplitPlanRecipe:
         "device": "cpu",
         "dtype": "float32",
     }
-    return SplitPlanRecipe(**{**values, **changes})
+    return SplitEvaluateRecipe(**{**values, **changes})
 
 
 def stock_perplexity(model: Path, tokens: int) -> float:
@@ -63,7 +63,7 @@ def test_an_exact_codec_has_the_perplexity_of_the_unsplit_model(tiny_llama: Path
     assert [step for step, _ in said] == [37, 75, 150]
     assert 0 < summary["edge_ms_per_token"] < summary["ms_per_token"]
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
-    assert SplitPlanRecipe.load(tmp_path / "out" / "recipe.yaml").output == str(tmp_path / "out")
+    assert SplitEvaluateRecipe.load(tmp_path / "out" / "recipe.yaml").output == str(tmp_path / "out")
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["perplexity"] for line in lines] == [*(n["perplexity"] for _, n in said), summary["perplexity"]]
 
@@ -134,7 +134,7 @@ def test_what_is_wrong_is_said(tiny_llama: Path, calibrated: Path, tmp_path: Pat
         ({"start_block": 3, "end_block": 3}, "start_block=3 and end_block=3; allowed: start_block < end_block"),
     ]:
         with pytest.raises(RecipeError, match=message):
-            SplitPlanRecipe.parse(values)
+            SplitEvaluateRecipe.parse(values)
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 3), (0, 4), (2, 2), (4, 4)])

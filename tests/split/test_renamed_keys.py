@@ -7,7 +7,7 @@ import pytest
 from raycloud.errors import RecipeError
 from raycloud.recipe import Recipe
 from raycloud.split.finetune.recipe import SplitTuneRecipe
-from raycloud.split.recipe import SplitPlanRecipe
+from raycloud.split.recipe import SplitEvaluateRecipe
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,8 @@ from raycloud.split.recipe import SplitPlanRecipe
         (SplitTuneRecipe, "downlink.form", "dtype"),
         (SplitTuneRecipe, "downlink.outliers", "num_outliers"),
         (SplitTuneRecipe, "downlink.changes", "activation_delta"),
-        (SplitPlanRecipe, "first", "start_block"),
-        (SplitPlanRecipe, "second", "end_block"),
+        (SplitEvaluateRecipe, "first", "start_block"),
+        (SplitEvaluateRecipe, "second", "end_block"),
     ],
 )
 def test_a_former_key_is_refused_with_the_new_one(recipe: type[Recipe], former: str, new: str) -> None:
