@@ -66,7 +66,7 @@ LARGE = 62
 QUICK = {
     "seeds": 1,
     "regimes": ("A", "C"),
-    "domains": ("invert", "rot45", "code", "upper"),
+    "domains": ("invert", "code"),
     "source_steps": {"digits": 100, "text": 40},
     "kinds": ("names_and_tone", "shear", "letters", "commas"),
     "pilot_steps": (5,),
