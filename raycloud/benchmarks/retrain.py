@@ -55,7 +55,7 @@ RIVALS: Mapping[str, Method] = {
     "misa": drawn(1.0),
 }
 """Rivals by name."""
-OURS, NONE, HEAD_FIRST = "ours", "none", "first_block_head_first"
+OURS, NONE, HEAD_FIRST = "ours", "none", "head_then_first"
 PRIOR_SEED = 100
 """Seed of the source model in which drifts are simulated; it is none of those that methods are compared on."""
 PILOT_STEPS, PILOT_SIZES = (15, 50, 150), (50, 160)
@@ -115,7 +115,7 @@ def run(
                 chosen = [kind for kind in simulated.simulated if kinds is None or kind in kinds]
                 drifts = simulated_drifts(simulated, chosen, pilot_steps, PILOT_SIZES)
                 prior, law_error[name] = fit_prior(drifts), leave_one_kind_out(drifts)
-            methods = {NONE: untrained, **RIVALS, HEAD_FIRST: blocks(0, head_steps=100), OURS: planned(prior)}
+            methods = {NONE: untrained, **RIVALS, HEAD_FIRST: blocks(0, head_first=True), OURS: planned(prior)}
             for regime in filter(simulated.regimes.__contains__, regimes):
                 for scenario in scenarios:
                     with timed(f"{name}: regime {regime}, seed {scenario.seed}"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -20,7 +20,7 @@ from raycloud.retrain.gain import block_gains
 from raycloud.retrain.law_prior import Prior
 from raycloud.retrain.parts import RetrainParts, parts_of
 from raycloud.retrain.planner import plan
-from raycloud.retrain.plans import Terms, affordable_steps, steps_grid, training_choices
+from raycloud.retrain.plans import Terms, affordable_steps, head_phase, steps_grid, training_choices
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import RetrainTask
 from raycloud.retrain.trainer import BlockTrainer, Retrained, RetrainTraining, mean_error
@@ -94,12 +94,12 @@ def run_method(method: Method, task: MethodCase) -> MethodResult:
     return MethodResult(error, done.flops, done.memory, done.bytes, done.steps, done.blocks)
 
 
-def blocks(*numbers: int, head_steps: int = 0) -> Method:
+def blocks(*numbers: int, head_first: bool = False) -> Method:
     """Train some blocks, and the head with them; without numbers the head alone. -1 is the last block."""
 
     def method(task: MethodCase) -> _Trained:
         trained = [number % len(task.cost.blocks) for number in numbers]
-        return _train(task, trained, task.settings.model_copy(update={"head_steps": head_steps}))
+        return _train(task, trained, head_first=head_first)
 
     return method
 
@@ -179,13 +179,13 @@ def planned(prior: Prior) -> Method:
     """
 
     def method(task: MethodCase) -> _Trained:
-        settings = task.settings
+        settings, head = _head_phase(task)
         model, parts = _copy(task)
         window = len(task.window)
         gains = block_gains(model, parts, task.window.select(slice(0, GAIN_SAMPLES)), task.task.loss)
         error = mean_error(model, task.window, task.task.error)
         forward = task.cost.stem_forward + task.cost.head_forward + sum(menu[0].forward for menu in task.cost.blocks)
-        spent = Cost(gains.flops + window * forward, gains.memory).after(_head_phase(task, settings))
+        spent = Cost(gains.flops + window * forward, gains.memory).after(head)
         law = prior.law([one.magnitude for one in gains.blocks], [one.snr for one in gains.blocks], error)
         terms = Terms(batch=settings.batch_size, samples=window, spent=spent)
         grid = steps_grid(task.cost, task.budget, most=task.most_steps, **terms)
@@ -232,12 +232,11 @@ def _steps_within(task: MethodCase, each: float) -> int:
     return max(1, min(task.most_steps, int(task.budget.flops // each)))
 
 
-def _train(task: MethodCase, trained: Sequence[int], settings: RetrainTraining) -> _Trained:
+def _train(task: MethodCase, trained: Sequence[int], *, head_first: bool) -> _Trained:
     """Train blocks for as many steps as the budget allows."""
     model, parts = _copy(task)
-    terms = Terms(batch=settings.batch_size, samples=len(task.window))
-    if trained and settings.head_steps:
-        terms["spent"] = _head_phase(task, settings)
+    settings, spent = _head_phase(task) if trained and head_first else (task.plain, Cost())
+    terms = Terms(batch=settings.batch_size, samples=len(task.window), spent=spent)
     choices = training_choices(task.cost, trained)
     steps = affordable_steps(task.cost, choices, task.budget, most=task.most_steps, **terms)
     if not steps:
@@ -248,9 +247,15 @@ def _train(task: MethodCase, trained: Sequence[int], settings: RetrainTraining) 
     return _Trained(model, flops, memory, sent, steps, tuple(trained))
 
 
-def _head_phase(task: MethodCase, settings: RetrainTraining) -> Cost:
-    """Cost of the steps that train the head alone before the blocks; its changes are sent once."""
-    batch, samples = settings.batch_size, len(task.window)
-    choices = training_choices(task.cost, ())
-    cost = training_cost(task.cost, choices, steps=settings.head_steps, batch=batch, samples=samples)
-    return replace(cost, bytes=0.0)
+def _head_phase(task: MethodCase) -> tuple[RetrainTraining, Cost]:
+    """Settings with the steps that train the head alone within their share of the budget, and the cost of these."""
+    given = task.settings
+    steps, cost = head_phase(
+        task.cost,
+        task.budget,
+        most=given.head_steps,
+        share=given.head_share,
+        batch=given.batch_size,
+        samples=len(task.window),
+    )
+    return given.model_copy(update={"head_steps": steps}), cost

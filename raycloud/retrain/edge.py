@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from raycloud.models.block_trace import without_cache
 from raycloud.models.chain import block_list_of
 from raycloud.models.weights import Weights
-from raycloud.retrain.cost import Budget, Cost, ModelCost, training_cost
+from raycloud.retrain.cost import Budget, Cost, ModelCost
 from raycloud.retrain.drift import DomainSignature, DriftDetector, DriftState, DriftVerdict, tapped
 from raycloud.retrain.gain import BlockGain, block_gains
 from raycloud.retrain.measure import model_cost
 from raycloud.retrain.parts import RetrainParts, parts_of
-from raycloud.retrain.plans import training_choices
+from raycloud.retrain.plans import head_phase
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import RetrainTask, Supervision
 from raycloud.retrain.trainer import RetrainTraining, mean_error
@@ -48,6 +48,8 @@ class DriftReport:
     """Cost of statistics, gains and the judgement of the result."""
     head: Cost
     """Cost of the steps that train the head alone, before the planned ones."""
+    head_steps: int
+    """Number of these steps."""
 
     @property
     def spent(self) -> Cost:
@@ -149,8 +151,15 @@ class RetrainEdge:
         # Served once, for the error once, and the held-out samples twice more to judge the result.
         passes = 2 * len(samples) + 2 * (len(samples) - len(train))
         forward = cost.stem_forward + cost.head_forward + sum(menu[0].forward for menu in cost.blocks)
-        batch, none = min(self._settings.batch_size, len(train)), training_choices(cost, ())
-        head = training_cost(cost, none, steps=self._settings.head_steps, batch=batch, samples=len(train))
+        batch, settings = min(self._settings.batch_size, len(train)), self._settings
+        steps, head = head_phase(
+            cost,
+            self._budget,
+            most=settings.head_steps,
+            share=settings.head_share,
+            batch=batch,
+            samples=len(train),
+        )
         return DriftReport(
             self.name,
             self.version,
@@ -162,7 +171,8 @@ class RetrainEdge:
             cost,
             self._budget,
             Cost(gains.flops + passes * forward, gains.memory),
-            Cost(head.flops, head.memory),  # the changes of the head are sent once
+            head,
+            steps,
         )
 
     def retrain(self, samples: Samples, report: DriftReport, plan: WindowPlan, seed: int) -> WindowOutcome:
@@ -187,7 +197,7 @@ class RetrainEdge:
             held_out,
             self._loss,
             self._error,
-            self._settings,
+            self._settings.model_copy(update={"head_steps": report.head_steps}),
             steps=plan.steps,
             seed=seed,
             replayed=self._replayed,

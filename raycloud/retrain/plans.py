@@ -99,6 +99,26 @@ def steps_grid(model: ModelCost, budget: Budget, *, most: int, **terms: Unpack[T
     return tuple(sorted({int(steps) for steps in np.append(np.floor(grid), high)}))[-MOST_GRID:]
 
 
+def head_phase(
+    model: ModelCost, budget: Budget, *, most: int, share: float, batch: int, samples: int
+) -> tuple[int, Cost]:
+    """Steps that train the head alone before a plan, and their cost; the head's changes are sent once, with the plan's.
+
+    Args:
+        model: costs of the parts.
+        budget: limits of the window.
+        most: largest number of steps.
+        share: share of the budget's FLOPs that they may take.
+        batch: samples of each step.
+        samples: different samples of the window.
+    """
+    allowed = Budget(share * budget.flops, budget.memory)
+    choices = frozen_choices(model)
+    steps = affordable_steps(model, choices, allowed, most=most, batch=batch, samples=samples)
+    cost = training_cost(model, choices, steps=steps, batch=batch, samples=samples)
+    return steps, Cost(cost.flops, cost.memory)
+
+
 def empty_plan(model: ModelCost, law: Value | None, terms: Terms) -> Plan:
     """Plan that trains nothing, not even the head; it costs what was spent before."""
     error = law.error({}, 0, terms["samples"]) if law else None

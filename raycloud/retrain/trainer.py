@@ -33,8 +33,10 @@ class RetrainTraining(Recipe):
     batch_size: int = Field(32, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     head_steps: int = Field(100, ge=0)
-    """Number of first steps that train the head alone, before the blocks (Kumar et al. 2022, arXiv 2202.10054): a head
-    that does not fit a domain yet would distort the blocks below. They cost little, as all blocks run once."""
+    """Largest number of first steps that train the head alone, before the blocks (Kumar et al. 2022, arXiv 2202.10054):
+    a head that does not fit a domain yet would distort the blocks below."""
+    head_share: float = Field(0.05, gt=0, le=1)
+    """Largest share of a window's operations that these steps take. All blocks run once for them."""
     late_head_lr: float = Field(3e-3, gt=0)
     """Peak learning rate of the head while blocks are trained after it."""
     replay: float = Field(0.0, ge=0, lt=1)

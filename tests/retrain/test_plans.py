@@ -6,7 +6,7 @@ import random
 
 from raycloud.retrain.cost import BlockChoice, Budget, training_cost
 from raycloud.retrain.plan_rivals import head_only
-from raycloud.retrain.plans import Terms, affordable_steps, steps_grid
+from raycloud.retrain.plans import Terms, affordable_steps, head_phase, steps_grid, training_choices
 from tests.retrain.problems import budget_of, instance, terms_of
 
 
@@ -28,3 +28,15 @@ def test_the_grid_of_steps_reaches_from_full_training_to_the_head_alone() -> Non
     grid = steps_grid(model, Budget(whole.flops), most=600, **terms)
     assert len(grid) <= 16 and list(grid) == sorted(set(grid))
     assert 39 <= grid[0] <= 40 and grid[-1] == head_only(model, Budget(whole.flops), most=600, **terms).steps
+
+
+def test_the_head_goes_first_within_its_share_of_the_budget() -> None:
+    source = random.Random(3)
+    model = instance(source, 4, (1.0,))
+    everything = training_cost(model, training_choices(model, range(4)), steps=40, batch=4, samples=12)
+    for share in (0.001, 0.05, 0.5):
+        steps, cost = head_phase(model, Budget(flops=everything.flops), most=30, share=share, batch=4, samples=12)
+        assert cost.flops <= share * everything.flops and cost.bytes == 0
+        more = training_cost(model, training_choices(model, ()), steps=steps + 1, batch=4, samples=12)
+        assert steps == 30 or more.flops > share * everything.flops
+    assert head_phase(model, Budget(), most=30, share=0.05, batch=4, samples=12)[0] == 30
