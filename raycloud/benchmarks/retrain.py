@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from raycloud.benchmarks.measure import Measured
-from raycloud.benchmarks.retrain_cases import RetrainScenario
+from raycloud.benchmarks.retrain_cases import RetrainScenario, cost_and_budget
 from raycloud.benchmarks.retrain_digits import SOURCE_STEPS as digits_steps  # noqa: N811
 from raycloud.benchmarks.retrain_digits import DigitsScenario
 from raycloud.benchmarks.retrain_methods import (
@@ -36,13 +36,11 @@ from raycloud.benchmarks.retrain_text import SOURCE_STEPS as text_steps  # noqa:
 from raycloud.benchmarks.retrain_text import TextScenario
 from raycloud.evaluation.classification import paired_standard_error
 from raycloud.report.console import timed
-from raycloud.retrain.cost import Budget, ModelCost, WidthCost, training_cost
+from raycloud.retrain.cost import Budget, ModelCost, WidthCost
 from raycloud.retrain.law import Law
 from raycloud.retrain.law_prior import fit_prior, leave_one_kind_out
-from raycloud.retrain.measure import model_cost
-from raycloud.retrain.parts import parts_of
 from raycloud.retrain.planner import plan
-from raycloud.retrain.plans import steps_grid, training_choices
+from raycloud.retrain.plans import steps_grid
 
 RIVALS: Mapping[str, Method] = {
     "head_only": blocks(),
@@ -142,15 +140,19 @@ def run(
 
 def run_case(scenario: RetrainScenario, regime: str, domain: str, methods: Mapping[str, Method]) -> list[RetrainRow]:
     """Run methods in one window."""
-    sizes, task, settings = scenario.regimes[regime], scenario.task, scenario.settings
-    given, model = scenario.window(domain, sizes.samples), scenario.model()
-    some = given.window.select(slice(0, 4))
-    cost = model_cost(model, parts_of(model, some.inputs), some, task.loss)
-    everything = training_choices(cost, range(len(cost.blocks)))
-    full = training_cost(cost, everything, steps=sizes.full_steps, batch=settings.batch_size, samples=len(given.window))
-    budget = Budget(full.flops, full.memory, full.bytes)
+    sizes = scenario.regimes[regime]
+    given = scenario.window(domain, sizes.samples)
+    cost, budget = cost_and_budget(scenario, sizes, given.window)
     case = MethodCase(
-        scenario.model, given.window, given.test, task, cost, budget, settings, sizes.most_steps, scenario.seed
+        scenario.model,
+        given.window,
+        given.test,
+        scenario.task,
+        cost,
+        budget,
+        scenario.settings,
+        sizes.most_steps,
+        scenario.seed,
     )
     rows = []
     for name, method in methods.items():
@@ -164,7 +166,7 @@ def run_case(scenario: RetrainScenario, regime: str, domain: str, methods: Mappi
                 name,
                 scenario.figure(done.error),
                 done.flops / budget.flops,
-                done.memory / full.memory,
+                done.memory / budget.memory,
                 done.bytes,
                 done.steps,
                 done.blocks,

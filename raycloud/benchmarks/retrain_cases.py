@@ -8,6 +8,10 @@ from typing import Protocol
 
 from transformers import PreTrainedModel
 
+from raycloud.retrain.cost import Budget, ModelCost, training_cost
+from raycloud.retrain.measure import model_cost
+from raycloud.retrain.parts import parts_of
+from raycloud.retrain.plans import training_choices
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import RetrainTask
 from raycloud.retrain.trainer import RetrainTraining
@@ -60,3 +64,12 @@ class RetrainScenario(Protocol):
     def figure(self, error: float) -> float:
         """Figure for an error of the task."""
         ...
+
+
+def cost_and_budget(scenario: RetrainScenario, regime: Regime, window: Samples) -> tuple[ModelCost, Budget]:
+    """Costs of a scenario's model, and what full fine-tuning takes in a regime, which is every method's budget."""
+    model, some = scenario.model(), window.select(slice(0, 4))
+    cost = model_cost(model, parts_of(model, some.inputs), some, scenario.task.loss)
+    everything, batch = training_choices(cost, range(len(cost.blocks))), scenario.settings.batch_size
+    full = training_cost(cost, everything, steps=regime.full_steps, batch=batch, samples=len(window))
+    return cost, Budget(full.flops, full.memory, full.bytes)
