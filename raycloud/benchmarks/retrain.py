@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from raycloud.benchmarks import retrain_digits, retrain_text
 from raycloud.benchmarks.measure import Measured
 from raycloud.benchmarks.retrain_cases import RetrainScenario, cost_and_budget
-from raycloud.benchmarks.retrain_digits import SOURCE_STEPS as digits_steps  # noqa: N811
-from raycloud.benchmarks.retrain_digits import DigitsScenario
 from raycloud.benchmarks.retrain_methods import (
     Method,
     MethodCase,
@@ -28,12 +27,9 @@ from raycloud.benchmarks.retrain_methods import (
     lora,
     planned,
     random_block,
-    run_method,
     untrained,
 )
 from raycloud.benchmarks.retrain_prior import simulated_drifts
-from raycloud.benchmarks.retrain_text import SOURCE_STEPS as text_steps  # noqa: N811
-from raycloud.benchmarks.retrain_text import TextScenario
 from raycloud.evaluation.classification import paired_standard_error
 from raycloud.report.console import timed
 from raycloud.retrain.cost import Budget, ModelCost, WidthCost
@@ -41,6 +37,7 @@ from raycloud.retrain.law import Law
 from raycloud.retrain.law_prior import fit_prior, leave_one_kind_out
 from raycloud.retrain.planner import plan
 from raycloud.retrain.plans import steps_grid
+from raycloud.retrain.trainer import mean_error
 
 RIVALS: Mapping[str, Method] = {
     "head_only": blocks(),
@@ -57,8 +54,11 @@ OURS, NONE, HEAD_FIRST = "ours", "none", "head_then_first"
 PRIOR_SEED = 100
 """Seed of the source model in which drifts are simulated; it is none of those that methods are compared on."""
 PILOT_STEPS, PILOT_SIZES = (15, 50, 150), (50, 160)
-SCENARIOS: Mapping[str, Callable[[int, int], RetrainScenario]] = {"digits": DigitsScenario, "text": TextScenario}
-SOURCE_STEPS = {"digits": digits_steps, "text": text_steps}
+SCENARIOS: Mapping[str, Callable[[int, int], RetrainScenario]] = {
+    "digits": retrain_digits.DigitsScenario,
+    "text": retrain_text.TextScenario,
+}
+SOURCE_STEPS = {"digits": retrain_digits.SOURCE_STEPS, "text": retrain_text.SOURCE_STEPS}
 LARGE = 62
 """Number of blocks of the model whose plan is timed."""
 QUICK = {
@@ -145,6 +145,7 @@ def run_case(scenario: RetrainScenario, regime: str, domain: str, methods: Mappi
     cost, budget = cost_and_budget(scenario, sizes, given.window)
     case = MethodCase(
         scenario.model,
+        domain,
         given.window,
         given.test,
         scenario.task,
@@ -156,7 +157,8 @@ def run_case(scenario: RetrainScenario, regime: str, domain: str, methods: Mappi
     )
     rows = []
     for name, method in methods.items():
-        done = run_method(method, case)
+        done = method(case)
+        error = mean_error(done.model, given.test, scenario.task.error)
         rows.append(
             RetrainRow(
                 scenario.name,
@@ -164,7 +166,7 @@ def run_case(scenario: RetrainScenario, regime: str, domain: str, methods: Mappi
                 scenario.seed,
                 domain,
                 name,
-                scenario.figure(done.error),
+                scenario.figure(error),
                 done.flops / budget.flops,
                 done.memory / budget.memory,
                 done.bytes,

@@ -41,10 +41,6 @@ class RetrainScenario(Protocol):
 
     seed: int
     name: str
-    unit: str
-    """Unit of the figure."""
-    sign: int
-    """1 if a larger figure is better, -1 if a smaller one is."""
     task: RetrainTask
     settings: RetrainTraining
     regimes: Mapping[str, Regime]

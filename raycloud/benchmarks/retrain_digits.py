@@ -40,7 +40,7 @@ class DigitsScenario:
         steps: number of steps of the source model's training.
     """
 
-    name, unit, sign = "digits", "accuracy", 1
+    name = "digits"
     task, settings = TASKS["classification"], RetrainTraining()
     regimes: Mapping[str, Regime] = {"A": Regime(100, 40, 200), "B": Regime(300, 120, 600)}
     domains: Sequence[str] = tuple(DIGITS_SHIFTS)

@@ -27,6 +27,7 @@ from raycloud.retrain.trainer import BlockTrainer, Retrained, RetrainTraining, m
 from raycloud.retrain.window import retrain_blocks
 from raycloud.training.lora import lora_config
 from raycloud.training.recipe import LoraRecipe
+from raycloud.training.seeding import derive_seed
 
 LORA_RANK = 4
 LORA_LR = 1e-2
@@ -37,7 +38,8 @@ class MethodCase:
     """One window to retrain in, with its budget."""
 
     model: Callable[[], PreTrainedModel]
-    """Makes a copy of the source model."""
+    """Function that returns a copy of the source model."""
+    domain: str
     window: Samples
     test: Samples
     task: RetrainTask
@@ -56,10 +58,9 @@ class MethodCase:
 
 @dataclass(frozen=True)
 class MethodResult:
-    """Result of a method."""
+    """Model that a method has trained, and what the edge paid."""
 
-    error: float
-    """Error on the test samples after retraining."""
+    model: PreTrainedModel
     flops: float
     """Metered operations, of everything that the edge paid."""
     memory: float
@@ -72,50 +73,31 @@ class MethodResult:
         return not Cost(self.flops, self.memory, self.bytes).within(budget)
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """What a method did to a model."""
-
-    model: PreTrainedModel
-    flops: float
-    memory: float
-    bytes: float
-    steps: int
-    blocks: tuple[int, ...]
-
-
-Method = Callable[[MethodCase], _Trained]
-
-
-def run_method(method: Method, task: MethodCase) -> MethodResult:
-    """Run a method and measure the error of its model."""
-    done = method(task)
-    error = mean_error(done.model, task.test, task.task.error)
-    return MethodResult(error, done.flops, done.memory, done.bytes, done.steps, done.blocks)
+Method = Callable[[MethodCase], MethodResult]
 
 
 def blocks(*numbers: int, head_first: bool = False) -> Method:
     """Train some blocks, and the head with them; without numbers the head alone. -1 is the last block."""
 
-    def method(task: MethodCase) -> _Trained:
+    def method(task: MethodCase) -> MethodResult:
         trained = [number % len(task.cost.blocks) for number in numbers]
         return _train(task, trained, head_first=head_first)
 
     return method
 
 
-def all_blocks(task: MethodCase) -> _Trained:
+def all_blocks(task: MethodCase) -> MethodResult:
     """Train everything but the stem."""
     return blocks(*range(len(task.cost.blocks)))(task)
 
 
-def random_block(task: MethodCase) -> _Trained:
+def random_block(task: MethodCase) -> MethodResult:
     """Train one block that is drawn for the window."""
-    drawn = np.random.default_rng((task.seed, len(task.window))).integers(len(task.cost.blocks))
-    return blocks(int(drawn))(task)
+    random = np.random.default_rng(derive_seed(task.seed, task.domain))
+    return blocks(int(random.integers(len(task.cost.blocks))))(task)
 
 
-def lora(task: MethodCase) -> _Trained:
+def lora(task: MethodCase) -> MethodResult:
     """Train low-rank adapters of the queries and values of all blocks, and the head."""
     model, parts = _copy(task)
     head = dict(parts.head)
@@ -143,13 +125,13 @@ def lora(task: MethodCase) -> _Trained:
             one.data.copy_(before[name])
     done = train(adapted, groups, steps)
     sent = 4 * sum(one.numel() for group in groups.values() for one in group.values())
-    return _Trained(adapted, done.flops, done.memory, sent, steps, tuple(range(len(parts.blocks))))
+    return MethodResult(adapted, done.flops, done.memory, sent, steps, tuple(range(len(parts.blocks))))
 
 
 def drawn(temperature: float | None) -> Method:
     """Train one block at a time, drawn anew every few steps; see :class:`DrawnBlockTrainer`."""
 
-    def method(task: MethodCase) -> _Trained:
+    def method(task: MethodCase) -> MethodResult:
         def train(steps: int) -> tuple[PreTrainedModel, Retrained]:
             model, parts = _copy(task)
             arguments = (model, parts, task.window, task.task.loss, task.plain)
@@ -167,7 +149,7 @@ def drawn(temperature: float | None) -> Method:
             steps = min(steps - 1, int(steps * task.budget.flops / done.flops))
             model, done = train(steps)
         sent = task.cost.fixed_bytes + sum(menu[0].up for menu in task.cost.blocks)
-        return _Trained(model, done.flops, done.memory, sent, steps, tuple(range(total)))
+        return MethodResult(model, done.flops, done.memory, sent, steps, tuple(range(total)))
 
     return method
 
@@ -178,7 +160,7 @@ def planned(prior: Prior) -> Method:
     The prior is what simulated drifts tell of gains; everything that the edge computes is paid from the budget.
     """
 
-    def method(task: MethodCase) -> _Trained:
+    def method(task: MethodCase) -> MethodResult:
         settings, head = _head_phase(task)
         model, parts = _copy(task)
         window = len(task.window)
@@ -206,14 +188,14 @@ def planned(prior: Prior) -> Method:
         )
         flops = gains.flops + window * forward + sum(one.flops for one in phases)
         memory = max(gains.memory, *(one.memory for one in phases))
-        return _Trained(model, flops, memory, chosen.cost.bytes, chosen.steps, chosen.trained)
+        return MethodResult(model, flops, memory, chosen.cost.bytes, chosen.steps, chosen.trained)
 
     return method
 
 
-def untrained(task: MethodCase) -> _Trained:
+def untrained(task: MethodCase) -> MethodResult:
     """Keep the source model."""
-    return _Trained(task.model(), 0, 0, 0, 0, ())
+    return MethodResult(task.model(), 0, 0, 0, 0, ())
 
 
 def _copy(task: MethodCase) -> tuple[PreTrainedModel, RetrainParts]:
@@ -232,7 +214,7 @@ def _steps_within(task: MethodCase, each: float) -> int:
     return max(1, min(task.most_steps, int(task.budget.flops // each)))
 
 
-def _train(task: MethodCase, trained: Sequence[int], *, head_first: bool) -> _Trained:
+def _train(task: MethodCase, trained: Sequence[int], *, head_first: bool) -> MethodResult:
     """Train blocks for as many steps as the budget allows."""
     model, parts = _copy(task)
     settings, spent = _head_phase(task) if trained and head_first else (task.plain, Cost())
@@ -244,7 +226,7 @@ def _train(task: MethodCase, trained: Sequence[int], *, head_first: bool) -> _Tr
     phases = retrain_blocks(model, parts, trained, task.window, task.task.loss, settings, steps=steps, seed=task.seed)
     sent = task.cost.fixed_bytes + sum(task.cost.blocks[index][0].up for index in trained)
     flops, memory = sum(one.flops for one in phases), max(one.memory for one in phases)
-    return _Trained(model, flops, memory, sent, steps, tuple(trained))
+    return MethodResult(model, flops, memory, sent, steps, tuple(trained))
 
 
 def _head_phase(task: MethodCase) -> tuple[RetrainTraining, Cost]:

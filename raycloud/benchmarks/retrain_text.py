@@ -97,7 +97,7 @@ class TextScenario:
         steps: number of steps of the source model's training.
     """
 
-    name, unit, sign = "text", "bits per byte", -1
+    name = "text"
     task, settings = TASKS["language_modelling"], RetrainTraining(batch_size=16)
     regimes: Mapping[str, Regime] = {"C": Regime(WINDOW // LENGTH, 20, 200)}
     domains: Sequence[str] = tuple(DOMAINS)

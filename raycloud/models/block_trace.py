@@ -304,6 +304,14 @@ def without_cache(model: nn.Module) -> dict[str, Any]:
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """List the tensors in nested containers."""
+    if isinstance(value, Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [one for each in inner for one in tensors_in(each)]
+
+
 def named_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call of a block by name."""
     names = [name for name in inspect.signature(type(block).forward).parameters if name != "self"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raycloud.models.block_trace import without_cache
+from raycloud.models.block_trace import tensors_in, without_cache
 from raycloud.models.chain import block_list_of
 from raycloud.models.shell import StandIn, replace_module, shell_of
 
@@ -27,7 +27,7 @@ class _Stop(Exception):
 
 @dataclass(frozen=True)
 class Boundary:
-    """What blocks of a prefix hand on to the rest of their model, for some samples."""
+    """Outputs of the blocks of a prefix that the rest of their model reads, for some samples."""
 
     outputs: Mapping[str, Any]
     """Outputs of blocks by path, detached."""
@@ -36,7 +36,7 @@ class Boundary:
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors of the outputs."""
-        return _tensors(list(self.outputs.values()))
+        return tensors_in(list(self.outputs.values()))
 
     @property
     def nbytes(self) -> int:
@@ -178,13 +178,6 @@ def _handed_on(model: PreTrainedModel, paths: Sequence[str], start: int) -> list
     lists = [path.rpartition(".")[0] for path in paths]
     two = bool(getattr(model.config, "is_encoder_decoder", False))
     return [paths[index] for index in range(start) if index == start - 1 or (two and lists[index] != lists[index + 1])]
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [one for each in inner for one in _tensors(each)]
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

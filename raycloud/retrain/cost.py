@@ -156,12 +156,12 @@ NOTHING = Cost()
 
 @dataclass(frozen=True)
 class BlockChoice:
-    """What happens to one block in a window."""
+    """Choice for one block in a window."""
 
     width: float
     """Kept share of the block's inner width; 0 drops the block."""
     trained: bool
-    """Whether the block is retrained; a dropped block cannot be."""
+    """True if the block is retrained; a dropped block cannot be."""
 
     def __post_init__(self) -> None:
         if self.trained and self.width == 0:

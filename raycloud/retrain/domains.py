@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raycloud.models.weights import Weights
 from raycloud.retrain.drift import DomainSignature, TapStatistics
 from raycloud.retrain.update import BlockUpdate
 
@@ -21,12 +20,6 @@ class StoredDomain:
 
     signature: DomainSignature
     deltas: dict[str, Tensor]
-
-    def apply(self, weights: Weights) -> dict[str, Tensor]:
-        """Return the weights that the changes name, with the changes added."""
-        return {
-            name: (weights[name].float() + one.float()).to(weights[name].dtype) for name, one in self.deltas.items()
-        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the domain as tensors by name, for safetensors."""

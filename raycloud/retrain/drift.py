@@ -58,7 +58,7 @@ def drift_distances(taps: TapMeans, source: TapStatistics) -> Tensor:
 
 @dataclass(frozen=True)
 class DomainSignature:
-    """What is remembered of a domain, to recognise it when it comes back."""
+    """Signature of a domain, by which it is recognised when it comes back."""
 
     distances: Tensor
     """Distances from the source, (taps,)."""

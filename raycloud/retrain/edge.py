@@ -30,7 +30,7 @@ _COSTED = 4
 
 @dataclass(frozen=True)
 class DriftReport:
-    """What an edge tells the cloud of a drift: distances, gains and costs, and nothing of its samples."""
+    """Report of a drift to the cloud: distances, gains and costs, and nothing of the samples."""
 
     edge: str
     version: int
@@ -53,13 +53,13 @@ class DriftReport:
 
     @property
     def spent(self) -> Cost:
-        """What the window costs beside the planned steps."""
+        """Cost of the window beside the planned steps."""
         return self.head.after(self.estimated)
 
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """What the cloud tells an edge to train."""
+    """Plan of a window that the cloud sends to an edge."""
 
     trained: tuple[int, ...]
     """Numbers of the blocks."""

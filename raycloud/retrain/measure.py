@@ -6,7 +6,6 @@ them is the cost of a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raycloud.models.block_trace import BlockCall, block_calls, without_cache
+from raycloud.models.block_trace import BlockCall, block_calls, tensors_in, without_cache
 from raycloud.models.frozen_prefix import FrozenPrefix
 from raycloud.retrain.cost import ModelCost, WidthCost
 from raycloud.retrain.meter import MeteredCost, measured, training_state_bytes
@@ -144,7 +143,7 @@ def _run(block: nn.Module, call: BlockCall, *, trained: bool, passed: bool) -> M
         # The hidden states of an encoder may come from trained blocks, too. Each block of a decoder counts them.
         if isinstance(value, Tensor) and value.is_floating_point() and value.shape[2:] == hidden.shape[2:]:
             arguments[name] = value.clone().requires_grad_(passed)
-    apart = _tensors([value for name, value in arguments.items() if value is call.arguments[name]])
+    apart = tensors_in([value for name, value in arguments.items() if value is call.arguments[name]])
     parameters = list(block.parameters()) if trained else ()
     with (
         trainable_only(block, parameters),
@@ -157,10 +156,3 @@ def _run(block: nn.Module, call: BlockCall, *, trained: bool, passed: bool) -> M
             hidden.backward(torch.ones_like(hidden))
     block.zero_grad(set_to_none=True)
     return cost
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [one for each in inner for one in _tensors(each)]

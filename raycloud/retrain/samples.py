@@ -39,11 +39,6 @@ class Samples:
         for at in range(0, len(self), size):
             yield self.select(slice(at, at + size))
 
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes, without labels."""
-        return sum(one.nbytes for one in self.inputs.values())
-
     @staticmethod
     def cat(parts: Sequence[Samples]) -> Samples:
         """Samples of several, one after another."""

@@ -26,6 +26,7 @@ from raycloud.models.block_trace import (
     measuring_copy,
     measuring_dtype,
     named_arguments,
+    tensors_in,
     through_softmax,
     trace_block,
 )
@@ -289,12 +290,12 @@ def _check(block: nn.Module, sliced: nn.Module, call: BlockCall, parts: Sequence
             weight.index_fill_(axis.dim, gone.nonzero().flatten().to(weight.device), 0)
     with torch.enable_grad():
         arguments = call.to(dtype)
-        given = len(_tensors(list(arguments.values())))
-        wanted = _tensors(whole(**arguments))
-        if len(_tensors(list(arguments.values()))) != given and any(one.attention is not None for one in parts):
+        given = len(tensors_in(list(arguments.values())))
+        wanted = tensors_in(whole(**arguments))
+        if len(tensors_in(list(arguments.values()))) != given and any(one.attention is not None for one in parts):
             raise ModelError(f"the heads of a {kind} cannot be sliced: later blocks use its keys and values")
         try:
-            found = _tensors(part(**call.to(dtype)))
+            found = tensors_in(part(**call.to(dtype)))
         except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as raised:
             why = (str(raised).splitlines() or [type(raised).__name__])[0][:120]
             raise ModelError(f"a {kind} cannot be sliced: {why}") from raised
@@ -307,11 +308,3 @@ def _check(block: nn.Module, sliced: nn.Module, call: BlockCall, parts: Sequence
     error = float((wanted[0] - found[0]).detach().norm() / wanted[0].detach().norm())
     if not error <= _EQUAL:
         raise ModelError(f"a {kind} cannot be sliced: its slice is off by {error:.1e}")
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """List the tensors in nested containers."""
-    if isinstance(value, Tensor):
-        return [value]
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [one for each in inner for one in _tensors(each)]
