@@ -12,9 +12,9 @@ from raycloud.retrain.cost import Budget, ModelCost, training_cost
 from raycloud.retrain.measure import model_cost
 from raycloud.retrain.parts import parts_of
 from raycloud.retrain.plans import training_choices
+from raycloud.retrain.recipe import RetrainTraining
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import RetrainTask
-from raycloud.retrain.trainer import RetrainTraining
 
 
 @dataclass(frozen=True)

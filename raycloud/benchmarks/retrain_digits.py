@@ -21,9 +21,9 @@ from raycloud.benchmarks.retrain_cases import DomainWindow, Regime
 from raycloud.data.digits import digits
 from raycloud.data.image_shifts import DIGITS_SHIFTS, SIMULATED_SHIFTS
 from raycloud.fetch import cache_dir, cached_folder
+from raycloud.retrain.recipe import RetrainTraining
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import TASKS
-from raycloud.retrain.trainer import RetrainTraining
 
 BLOCKS, WIDTH, CLASSES = 6, 64, 10
 SOURCE_STEPS, SOURCE_BATCH = 1500, 64

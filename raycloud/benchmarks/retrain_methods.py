@@ -21,9 +21,10 @@ from raycloud.retrain.law_prior import Prior
 from raycloud.retrain.parts import RetrainParts, parts_of
 from raycloud.retrain.planner import plan
 from raycloud.retrain.plans import Terms, affordable_steps, head_phase, steps_grid, training_choices
+from raycloud.retrain.recipe import RetrainTraining
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import RetrainTask
-from raycloud.retrain.trainer import BlockTrainer, Retrained, RetrainTraining, mean_error
+from raycloud.retrain.trainer import BlockTrainer, Retrained, mean_error
 from raycloud.retrain.window import retrain_blocks
 from raycloud.training.lora import lora_config
 from raycloud.training.recipe import LoraRecipe

@@ -11,7 +11,8 @@ from raycloud.retrain.law_prior import SimulatedDrift
 from raycloud.retrain.parts import parts_of
 from raycloud.retrain.pilots import Pilot
 from raycloud.retrain.plans import head_phase
-from raycloud.retrain.trainer import RetrainTraining, mean_error
+from raycloud.retrain.recipe import RetrainTraining
+from raycloud.retrain.trainer import mean_error
 from raycloud.retrain.window import retrain_blocks
 
 GAIN_SAMPLES = 64

@@ -23,9 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from raycloud.benchmarks.retrain_cases import DomainWindow, Regime
 from raycloud.fetch import cache_dir, cached_folder
+from raycloud.retrain.recipe import RetrainTraining
 from raycloud.retrain.samples import IGNORE, Samples
 from raycloud.retrain.tasks import TASKS
-from raycloud.retrain.trainer import RetrainTraining
 
 LENGTH, CHARACTERS, PIECE = 96, 128, 2048
 SOURCE_STEPS, SOURCE_BATCH = 700, 32

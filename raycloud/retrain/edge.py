@@ -18,9 +18,10 @@ from raycloud.retrain.gain import BlockGain, block_gains
 from raycloud.retrain.measure import model_cost
 from raycloud.retrain.parts import RetrainParts, parts_of
 from raycloud.retrain.plans import head_phase
+from raycloud.retrain.recipe import RetrainTraining, Supervision
 from raycloud.retrain.samples import Samples
-from raycloud.retrain.tasks import RetrainTask, Supervision
-from raycloud.retrain.trainer import RetrainTraining, mean_error
+from raycloud.retrain.tasks import RetrainTask
+from raycloud.retrain.trainer import mean_error
 from raycloud.retrain.update import BlockUpdate
 from raycloud.retrain.window import WindowResult, train_window
 

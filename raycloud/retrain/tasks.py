@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from raycloud.errors import RecipeError
+from raycloud.retrain.recipe import Supervision, TaskName
 from raycloud.retrain.samples import IGNORE
 from raycloud.training.loop import Loss
 
-TaskName = Literal["classification", "token_tagging", "language_modelling"]
-Supervision = Literal["labels", "none"]
 LossOf = Callable[[Tensor, Tensor], Loss]
 """Loss of logits (B, C) or (B, T, C) with labels (B,) or (B, T)."""
 

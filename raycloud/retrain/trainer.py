@@ -6,47 +6,18 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
 from raycloud.data.batches import SampleOrder
 from raycloud.models.block_trace import without_cache
 from raycloud.models.frozen_prefix import Boundary, FrozenPrefix
-from raycloud.recipe import Recipe
 from raycloud.retrain.meter import MeteredCost, measured, training_state_bytes
 from raycloud.retrain.parts import trainable_only
+from raycloud.retrain.recipe import RetrainTraining
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import LossOf
 from raycloud.training.loop import Loss, Step, Trainer
-from raycloud.training.recipe import TrainingRecipe
-
-
-class RetrainTraining(Recipe):
-    """Settings of the training of blocks at an edge."""
-
-    lr: float = Field(3e-3, gt=0)
-    """Peak learning rate of the blocks."""
-    head_lr: float = Field(1e-2, gt=0)
-    """Peak learning rate of the head."""
-    warmup_steps: int = Field(5, ge=0)
-    batch_size: int = Field(32, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    head_steps: int = Field(100, ge=0)
-    """Largest number of first steps that train the head alone, before the blocks (Kumar et al. 2022, arXiv 2202.10054):
-    a head that does not fit a domain yet would distort the blocks below."""
-    head_share: float = Field(0.05, gt=0, le=1)
-    """Largest share of a window's operations that these steps take. All blocks run once for them."""
-    late_head_lr: float = Field(3e-3, gt=0)
-    """Peak learning rate of the head while blocks are trained after it."""
-    replay: float = Field(0.0, ge=0, lt=1)
-    """Share of each batch that comes from source samples, against forgetting."""
-
-    def training(self) -> TrainingRecipe:
-        """Return the settings of the training loop."""
-        return TrainingRecipe(
-            lr=self.lr, warmup_steps=self.warmup_steps, batch_size=self.batch_size, weight_decay=self.weight_decay
-        )
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raycloud.retrain.parts import RetrainParts
+from raycloud.retrain.recipe import RetrainTraining
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import LossOf
-from raycloud.retrain.trainer import BlockTrainer, Retrained, RetrainTraining, mean_error
+from raycloud.retrain.trainer import BlockTrainer, Retrained, mean_error
 from raycloud.retrain.update import changes
 from raycloud.training.loop import Step
 

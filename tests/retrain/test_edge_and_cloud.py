@@ -17,9 +17,10 @@ from raycloud.retrain.domains import DomainMemory
 from raycloud.retrain.drift import DomainSignature, DriftDetector, tapped
 from raycloud.retrain.edge import RetrainEdge
 from raycloud.retrain.parts import parts_of
+from raycloud.retrain.recipe import RetrainTraining
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import TASKS, cross_entropy
-from raycloud.retrain.trainer import BlockTrainer, RetrainTraining, mean_error
+from raycloud.retrain.trainer import BlockTrainer, mean_error
 from raycloud.retrain.update import BlockUpdate
 from tests.retrain.models import task_model
 

@@ -9,8 +9,9 @@ import pytest
 from raycloud.retrain.cost import BlockChoice, training_cost
 from raycloud.retrain.measure import model_cost
 from raycloud.retrain.parts import parts_of
+from raycloud.retrain.recipe import RetrainTraining
 from raycloud.retrain.tasks import cross_entropy
-from raycloud.retrain.trainer import BlockTrainer, RetrainTraining
+from raycloud.retrain.trainer import BlockTrainer
 from tests.retrain.models import TASK_MODELS, task_model, task_samples
 
 BATCH = 4

@@ -14,9 +14,10 @@ from raycloud.data.batches import SampleOrder
 from raycloud.models.chain import block_list_of
 from raycloud.models.weights import weights_of
 from raycloud.retrain.parts import parts_of
+from raycloud.retrain.recipe import RetrainTraining
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import cross_entropy, entropy, wrong
-from raycloud.retrain.trainer import BlockTrainer, Retrained, RetrainTraining
+from raycloud.retrain.trainer import BlockTrainer, Retrained
 from raycloud.retrain.window import train_window
 from raycloud.training.schedule import lr_factor
 from tests.retrain.models import TASK_MODELS, task_model, task_samples
