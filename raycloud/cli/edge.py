@@ -11,6 +11,7 @@ import typer
 from raycloud.cli.options import ApiKey, AsJson, Certificates, Token, print_json
 
 if TYPE_CHECKING:
+    from raycloud.edge.served_model import ServedModel
     from raycloud.link.meter import Meter
     from raycloud.models.text_model import TextModel
 
@@ -38,6 +39,22 @@ def _check(cloud: str | None, certificates: str | None) -> None:
 class _TextSource:
     model: TextModel
     meter: Meter | None = None
+
+
+def _watched_folder(model: str, cloud: str | None) -> Path:
+    """Folder that ``--watch`` looks at.
+
+    Raises:
+        ModelError: the model cannot be swapped while it is served.
+    """
+    from raycloud.errors import ModelError
+
+    folder = Path(model).expanduser()
+    if cloud is not None:
+        raise ModelError("--watch needs a whole model: with --cloud both parts would have to change at once")
+    if not folder.is_dir():
+        raise ModelError(f"--watch needs a directory as --model, got '{model}'")
+    return folder
 
 
 def _text_source(model: str, cloud: str | None, token: str | None, codec: str, certificates: str | None) -> _TextSource:
@@ -79,18 +96,30 @@ def serve(
         list[str] | None,
         typer.Option(help="Host name of this machine that clients may use when no API key is required."),
     ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Swap newer versions of a model's directory in while it is served.")
+    ] = False,
 ) -> None:
     """Serve a model to OpenAI clients on this machine."""
     _check(cloud, certificates)
+    folder = _watched_folder(model, cloud) if watch else None
+    from contextlib import ExitStack
+
+    from raycloud.edge.model_watch import ModelWatch
     from raycloud.edge.server import Server, address_of, bind, create_app
     from raycloud.link.auth import tokens_of
     from raycloud.report.console import console
 
-    with bind(host, port, api_key or None) as listening:
-        writer = _text_source(model, cloud, token, codec, certificates)
+    with bind(host, port, api_key or None) as listening, ExitStack() as stack:
+        served: TextModel | ServedModel
+        if folder is None:
+            source = _text_source(model, cloud, token, codec, certificates)
+            served, meter = source.model, source.meter
+        else:
+            served, meter = stack.enter_context(ModelWatch(folder, console.print)), None
         called = name or Path(model.removeprefix("builtin:")).name
         keys, hosts = tokens_of(api_key), allow_host or ()
-        server = Server(create_app(writer.model, called, tokens=keys, allow_hosts=hosts, meter=writer.meter))
+        server = Server(create_app(served, called, tokens=keys, allow_hosts=hosts, meter=meter))
         key = "yours" if api_key else "anything"
         console.print(f"serving '{called}': base_url={address_of(listening)} api_key={key} (Ctrl-C ends)")
         server.run(sockets=[listening])

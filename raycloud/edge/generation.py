@@ -57,6 +57,8 @@ class RequestRunner:
 
     def __init__(self, model: TextModel) -> None:
         self.model, self.spelling = model, TokenSpelling(model.tokenizer)
+        self.version = None if model.fingerprint is None else model.fingerprint[:12]
+        """Version that answers, for clients: the beginning of the model's fingerprint."""
         # The library switches these off at the first text, which fails while another thread uses the tokenizer.
         backend = model.tokenizer.backend_tokenizer
         backend.no_truncation()

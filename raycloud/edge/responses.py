@@ -30,9 +30,10 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
-def model_entry(name: str, created: int) -> dict[str, Any]:
-    """Entry of a model in ``/v1/models``."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "raycloud"}
+def model_entry(name: str, created: int, version: str | None) -> dict[str, Any]:
+    """Entry of a model in ``/v1/models``, with the version that answers new requests."""
+    entry = {"id": name, "object": "model", "created": created, "owned_by": "raycloud"}
+    return {**entry, "system_fingerprint": version}
 
 
 class ResponseFormatter(Protocol):
@@ -56,13 +57,15 @@ class ChatFormatter:
     """Formatter of a chat completion; see :class:`ResponseFormatter`."""
 
     model: str
+    version: str | None
     spelling: TokenSpelling
     logprobs: bool = False
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {**head, "system_fingerprint": self.version}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         spelled = self.spelling.bytes_of(token)
@@ -119,6 +122,7 @@ class CompletionFormatter:
     """Formatter of a completion, whose chunks have the format of the whole; see :class:`ResponseFormatter`."""
 
     model: str
+    version: str | None
     spelling: TokenSpelling
     logprobs: bool = False
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
@@ -128,7 +132,7 @@ class CompletionFormatter:
 
     def _with(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         head = {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
-        return {**head, "choices": choices, **more}
+        return {**head, "system_fingerprint": self.version, "choices": choices, **more}
 
     def _choice(self, index: int, text: str, tokens: Sequence[Token], finish: str | None) -> dict[str, Any]:
         logprobs = self._logprobs(index, tokens) if self.logprobs else None

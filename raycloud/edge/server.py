@@ -18,10 +18,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from raycloud.edge.errors import ApiError, api_error
-from raycloud.edge.generation import ChoiceDelta, Event, PromptRead, RequestRunner
+from raycloud.edge.generation import ChoiceDelta, Event, PromptRead
 from raycloud.edge.middleware import BearerMiddleware, LocalHostMiddleware, header_timeout_protocol, read_body
 from raycloud.edge.requests import ChatRequest, CompletionRequest, parse_request
 from raycloud.edge.responses import ChatFormatter, CompletionFormatter, ResponseFormatter, model_entry, usage
+from raycloud.edge.served_model import ServedModel
 from raycloud.edge.workers import Generation, QueueFull, Workers
 from raycloud.errors import RaycloudError
 from raycloud.link.auth import Authenticator
@@ -37,7 +38,7 @@ _LINES = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u202
 
 
 def create_app(
-    model: TextModel,
+    model: TextModel | ServedModel,
     name: str,
     *,
     tokens: Sequence[str] = (),
@@ -50,7 +51,7 @@ def create_app(
     """Application with ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models`` and ``/healthz``.
 
     Args:
-        model: the model that generates the answers.
+        model: the model that generates the answers, or one whose versions change while it is served.
         name: name of the model for clients.
         tokens: clients must send one of them as ``Authorization: Bearer``; if empty, requests must name this machine.
         allow_hosts: host names accepted in addition to loopback ones if there is no token.
@@ -60,8 +61,8 @@ def create_app(
         body_s: time limit in seconds for the body of a request.
     """
     workers = Workers(concurrency, waiting)
-    answerer = RequestRunner(model)
-    desk = _RequestHandler(answerer, name, workers, body_s)
+    served = model if isinstance(model, ServedModel) else ServedModel(model)
+    desk = _RequestHandler(served, name, workers, body_s)
     created = int(time.time())
 
     @asynccontextmanager
@@ -82,26 +83,27 @@ def create_app(
     @app.get("/healthz")
     async def healthz() -> dict[str, Any]:
         link = {} if meter is None else {"link": {"bytes": dict(meter.payload), "messages": dict(meter.messages)}}
-        return {"status": "ok", "model": name, "active": workers.active, **link}
+        version = served.current.version
+        return {"status": "ok", "model": name, "system_fingerprint": version, "active": workers.active, **link}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model_entry(name, created)]}
+        return {"object": "list", "data": [model_entry(name, created, served.current.version)]}
 
     @app.get("/v1/models/{wanted:path}")
     async def one_model(wanted: str) -> dict[str, Any]:
         desk.check_name(wanted)
-        return model_entry(name, created)
+        return model_entry(name, created, served.current.version)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         asked = parse_request(ChatRequest, await desk.body(request))
-        return await desk.answer(asked, ChatFormatter(name, answerer.spelling, asked.top is not None), request)
+        return await desk.answer(asked, ChatFormatter, request)
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
         asked = parse_request(CompletionRequest, await desk.body(request))
-        return await desk.answer(asked, CompletionFormatter(name, answerer.spelling, asked.top is not None), request)
+        return await desk.answer(asked, CompletionFormatter, request)
 
     return app
 
@@ -110,7 +112,7 @@ def create_app(
 class _RequestHandler:
     """Handler that runs a checked request in a worker thread and returns its answer."""
 
-    answerer: RequestRunner
+    served: ServedModel
     name: str
     workers: Workers
     body_s: float
@@ -121,14 +123,19 @@ class _RequestHandler:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def body(self, request: Request) -> bytes:
-        return await read_body(request, self.answerer.most_bytes, self.body_s)
+        return await read_body(request, self.served.current.most_bytes, self.body_s)
 
     async def answer(
-        self, asked: ChatRequest | CompletionRequest, answer: ResponseFormatter, request: Request
+        self,
+        asked: ChatRequest | CompletionRequest,
+        formatter: type[ChatFormatter | CompletionFormatter],
+        request: Request,
     ) -> Response:
         self.check_name(asked.model)
+        runner = self.served.current  # one version answers a request from its first token to its last
+        answer = formatter(self.name, runner.version, runner.spelling, asked.top is not None)
         try:
-            generation = self.workers.start(self.answerer.answer(asked))
+            generation = self.workers.start(runner.answer(asked))
         except QueueFull:
             raise ApiError(429, "too many requests wait already; try again", "rate_limit_error", code="busy") from None
         try:

@@ -197,8 +197,13 @@ def fingerprint_from(config: Mapping[str, Any], digests: Mapping[str, str]) -> s
         config: the configuration as stored.
         digests: see :attr:`Checkpoint.digests`.
     """
-    plain = {key: value for key, value in config.items() if key not in _IGNORED_SETTINGS and not key.startswith("_")}
-    return hashlib.sha256(json.dumps([plain, dict(digests)], sort_keys=True).encode()).hexdigest()
+    settings = model_settings(config)
+    return hashlib.sha256(json.dumps([settings, dict(digests)], sort_keys=True).encode()).hexdigest()
+
+
+def model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a configuration that describe the model, not the program that saved or runs it."""
+    return {key: value for key, value in config.items() if key not in _IGNORED_SETTINGS and not key.startswith("_")}
 
 
 def empty_model(
@@ -309,9 +314,9 @@ def make_tensors(conversion: Conversion, model: PreTrainedModel, checkpoint: Che
 
 
 def copy_parameters(modules: Iterable[nn.Module]) -> None:
-    """Copy parameters that may be memory-mapped pages of a file: training writes to them, and files change."""
+    """Copy parameters and buffers that may be memory-mapped pages of a file: training writes, and files change."""
     copies: dict[int, Tensor] = {}
     for module in modules:
-        for parameter in module.parameters():
-            if id(parameter) not in copies:
-                parameter.data = copies.setdefault(id(parameter), parameter.data.clone())
+        for tensor in (*module.parameters(), *module.buffers()):
+            if id(tensor) not in copies:
+                tensor.data = copies.setdefault(id(tensor), tensor.data.clone())

@@ -41,6 +41,8 @@ class TextModel:
     tokenizer: PreTrainedTokenizerBase
     ends: frozenset[int]
     """Token ids that end a text, see :func:`~raycloud.models.texts.end_ids`."""
+    fingerprint: str | None = None
+    """Fingerprint of the model's checkpoint; None if it has none."""
 
     @cached_property
     def template(self) -> ChatTemplate:

@@ -202,7 +202,8 @@ class SplitTokenSource:
 def text_model(part: EdgePart, split: SplitTokenSource) -> TextModel:
     """Text model of a split model, with the tokenizer and the end-of-text tokens of its edge part."""
     tokenizer = load_tokenizer(part.source)
-    return TextModel(split, tokenizer, end_ids(tokenizer, part.config, Checkpoint(part.source).generation_config()))
+    ends = end_ids(tokenizer, part.config, Checkpoint(part.source).generation_config())
+    return TextModel(split, tokenizer, ends, part.fingerprint)
 
 
 def local_split_model(edge: EdgePart, cloud: CloudPart | None = None) -> SplitTokenSource:
