@@ -6,6 +6,7 @@ Versions of a model differ in their weights only. Whoever trains replaces the fo
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import threading
@@ -49,6 +50,12 @@ def folder_state(folder: Path) -> FolderState:
                 about = path.stat()
                 found.append((path.name, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns))
     return tuple(sorted(found))
+
+
+def _return_memory() -> None:
+    """Return freed memory to the system; glibc would keep that of tensors below 32 MiB, and so a whole model's."""
+    with suppress(AttributeError):  # other C libraries have no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,7 @@ class ModelWatch:
             at_rest, seen = now == seen, now
             if at_rest and now != self._tried:
                 self._swap(now)
+                _return_memory()
             self._free_replaced()
 
     def _swap(self, state: FolderState) -> None:
@@ -130,9 +138,12 @@ class ModelWatch:
         self._tried = state
 
     def _free_replaced(self) -> None:
-        """Free versions whose last request has ended and whose modules refer to each other, as those of Mamba do."""
-        if any(runner() is None and weight() is not None for runner, weight in self._replaced):
-            gc.collect()
+        """Return the memory of versions whose last request has ended."""
+        ended = [weight for runner, weight in self._replaced if runner() is None]
+        if any(weight() is not None for weight in ended):
+            gc.collect()  # the modules refer to each other, as those of Mamba do
+        if ended:
+            _return_memory()
         self._replaced = [(runner, weight) for runner, weight in self._replaced if runner() is not None]
 
     def _load(self, state: FolderState) -> _Version:

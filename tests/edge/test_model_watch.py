@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from raycloud.checksums import CHECKSUMS
 from raycloud.edge import model_watch
@@ -240,6 +240,34 @@ def test_weights_of_modules_that_refer_to_each_other_are_freed(tmp_path: Path, m
             assert model.current.version == Reference(load_whole(str(folders[1]))).version
         finally:
             gc.enable()
+
+
+def memory() -> int:
+    """Bytes of memory of this process that are not pages of files."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the memory of a process as Linux shows it")
+def test_memory_after_swaps_is_that_of_one_model(tmp_path: Path) -> None:
+    folder, others = tmp_path / "served", [tmp_path / "a", tmp_path / "b"]
+    config = LlamaConfig(vocab_size=261, hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
+    for other in others:
+        model = LlamaForCausalLM(config)
+        nbytes = sum(parameter.nbytes for parameter in model.parameters())
+        write(model, tokenizer_of(begin=["<bos>"]), other)
+        del model
+    publish(others[0], folder)
+    watch = watch_on(folder)
+    model_watch._return_memory()
+    most = memory() + nbytes // 2
+    with watch as served:
+        for other in (others[1], others[0], others[1]):
+            version = served.current.version
+            publish(other, folder)
+            wait_until(lambda version=version: served.current.version != version)  # type: ignore[misc]
+            wait_until(lambda: memory() < most)
 
 
 def test_two_swaps_at_once_end_with_the_later(kept: list[Path], expected: Expected, folder: Path) -> None:
