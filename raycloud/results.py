@@ -86,6 +86,21 @@ def in_use(path: Path) -> bool:
     return False
 
 
+@contextmanager
+def locked(where: Path) -> Iterator[IO[str]]:
+    """Hold the lock of an existing result directory, so that no other process writes to it.
+
+    Raises:
+        ResultError: another process holds it.
+    """
+    with open(where / LOCK, "w", opener=no_follow) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _used(where) from None
+        yield lock
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read the records of a file with one JSON object per line; stop at a line that a crash left incomplete."""
     if not path.is_file():
@@ -195,11 +210,7 @@ class ResultDir:
         where = cls.check(path, recipe, mode)
         with writing(where):
             where.mkdir(parents=True, exist_ok=True)
-        with open(where / LOCK, "w", opener=no_follow) as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise _used(where) from None
+        with locked(where) as lock:
             if mode == "overwrite":
                 _empty(where)
             for folder, _, _ in os.walk(where):

@@ -25,6 +25,7 @@ from raycloud.cli import (
     split,
     split_tune,
     validate,
+    versions,
 )
 from raycloud.jobs.registry import JOBS
 
@@ -47,6 +48,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("privacy")(privacy.privacy)
 app.command("runs")(runs.runs)
 app.command("report")(report.report)
+app.add_typer(versions.app, name="versions")
 app.add_typer(split.app, name="split")
 app.add_typer(signals.app, name="signals")
 app.add_typer(edge.app, name="edge")

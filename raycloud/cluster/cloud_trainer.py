@@ -20,6 +20,7 @@ from raycloud.cluster.runtime import threads_per_actor
 from raycloud.link.channel import Connection
 from raycloud.models.loading import load_config, resolve
 from raycloud.rounds.service import DeviceGone, RoundServer
+from raycloud.rounds.versions import VersionStore
 from raycloud.split.finetune.assembly import plan_of
 from raycloud.split.finetune.device_member import device_members
 from raycloud.split.finetune.metrics_log import Record
@@ -45,14 +46,17 @@ class CloudTrainerActor(ActorService):
     Args:
         recipe: recipe of the edges that will connect.
         folder: folder for checkpoints and the group's rounds; shared by all nodes if the actor may be restarted.
+        history: history of the edges' group, on the same disk.
         run: id of the run, which devices keep their state under.
         log: log of the run; None for none.
     """
 
-    def __init__(self, recipe: SplitTuneRecipe, folder: Path, run: str, log: RunLog | None = None) -> None:
+    def __init__(
+        self, recipe: SplitTuneRecipe, folder: Path, history: VersionStore, run: str, log: RunLog | None = None
+    ) -> None:
         if log is not None:
             log.attach()
-        self._recipe, self._folder, self._run = recipe, folder, run
+        self._recipe, self._folder, self._history, self._run = recipe, folder, history, run
         self._attempts = itertools.count(1)
         self._newest: dict[str, int] = {}
         """Latest attempt to have a device run a phase."""
@@ -83,7 +87,7 @@ class CloudTrainerActor(ActorService):
         plans = PlanSet.of(plan_of(recipe, load_config(resolve(recipe.model))))
         part = load_cloud(recipe.model, plans, device=recipe.device, dtype="float32", training=True)
         threads = threads_per_actor(recipe.threads, "cloud", 1)
-        server = TuneServer(part, self._folder, limits_for(recipe), threads=threads)
+        server = TuneServer(part, self._folder, limits_for(recipe), threads=threads, history=self._history)
         _LOG.info("ready with blocks [%d, %d), process %d", part.middle.lo, part.middle.hi, os.getpid())
         return server
 
@@ -93,14 +97,13 @@ class CloudTrainerActor(ActorService):
         _LOG.info("devices may take part as %s", ", ".join(members))
         return RoundServer(members)
 
-    def group(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the cloud's and the edges' weights after the group's latest round; the edges' are empty if private.
+    def group(self, name: str) -> dict[str, Tensor]:
+        """Return what the group shares after its latest round.
 
         Raises:
             TrainingError: no round has ended, or its file cannot be read.
         """
-        kept = self._server.saved_group(name, _PRINCIPAL)
-        return kept.cloud, kept.edge
+        return self._server.saved_group(name, _PRINCIPAL).shared
 
     # -- for devices
 

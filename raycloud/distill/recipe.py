@@ -13,7 +13,7 @@ from raycloud.distill.signal_recipe import SignalRecipe
 from raycloud.evaluation.recipe import GenerationRecipe
 from raycloud.models.devices import Device
 from raycloud.recipe import Bundle, Placement, Recipe
-from raycloud.rounds.recipe import AggregatorName
+from raycloud.rounds.recipe import AggregatorName, KeptVersions
 from raycloud.training.recipe import LoraRecipe, TrainingRecipe
 
 if TYPE_CHECKING:
@@ -142,6 +142,9 @@ class DistillRoundsRecipe(Recipe):
     gate: Literal["none", "held_out"] = "none"
     """``held_out`` keeps the aggregate of a round only if its perplexity on held-out text is not above that of the
     former weights. It costs one evaluation per cohort and round."""
+    keep_versions: KeptVersions | None = None
+    """Number of newest versions that ``versions/`` keeps; None for all. Without adapters each takes as much as the
+    student."""
     rejoin_s: float = Field(120.0, gt=0)
     """Seconds that the start of a round waits for students that are restarting."""
     empty: int = Field(3, gt=0)

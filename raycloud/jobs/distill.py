@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from raycloud.cluster.checkpoint import DistillCheckpoint, StudentCheckpoint
@@ -29,17 +28,17 @@ from raycloud.data.prompts import bounds_of, check_rows, prompt_and_response
 from raycloud.data.sources import SplitRows, limit_rows, load_split_rows
 from raycloud.data.splits import select, shard
 from raycloud.distill.evaluation import ALL, CompletionComparison
-from raycloud.distill.learner import Heartbeat
+from raycloud.distill.learner import Heartbeat, StudentUpdate
 from raycloud.distill.recipe import Cohort, DistillRecipe, StudentRecipe, bundles
 from raycloud.distill.student import (
-    build_student,
     check_blocks,
     check_objective,
     check_vocabulary,
     differing_tokenizer,
     named_blocks,
 )
-from raycloud.durable import check_folder, write_atomically, write_folder
+from raycloud.distill.versions import StudentHistory, cohort_folder, write_student
+from raycloud.durable import check_folder, write_atomically
 from raycloud.errors import ClusterError, DataError, ModelError
 from raycloud.evaluation.questions import build_questions
 from raycloud.jobs.distill_summary import summarise
@@ -54,7 +53,7 @@ from raycloud.report.distill import print_summary, write_page
 from raycloud.report.tensorboard import tensorboard_events
 from raycloud.results import RECIPE, Mode, ResultDir, plain_json, record_inputs
 from raycloud.rounds.machine import Gate, RoundMachine
-from raycloud.training.lora import check_targets, experts_left_out, save_adapter, save_model
+from raycloud.training.lora import check_targets, experts_left_out
 
 _LOG = logging.getLogger(__name__)
 
@@ -193,6 +192,7 @@ class _DistillRun:
         self.state = results.path / "state"
         self.begun = time.monotonic()
         self.round_id = 0
+        self.histories = {cohort.name: StudentHistory(recipe, cohort, results.path) for cohort in recipe.cohorts}
         self.devices: Any = None
         """Actor of the devices, if the recipe has some."""
 
@@ -202,6 +202,7 @@ class _DistillRun:
         with timed("teacher ready"):
             self._start_teacher()
         checkpoint = latest or self._first_checkpoint()
+        self._start_histories(checkpoint)
         self.metrics = RunMetrics(self.recipe.job, self.results.run_id)
         self.results.filter_metrics(lambda record: record["round"] < checkpoint.rounds)
         with tensorboard_events(self.results.path) as add:
@@ -263,6 +264,20 @@ class _DistillRun:
         checkpoint = DistillCheckpoint(0, students, facts)
         checkpoint.save(self.state)
         return checkpoint
+
+    def _start_histories(self, checkpoint: DistillCheckpoint) -> None:
+        """Begin the history of every cohort, or go back to the version of the checkpoint."""
+        for cohort in self.recipe.cohorts:
+            history = self.histories[cohort.name]
+            if not history.resume(checkpoint.rounds):
+                before = checkpoint.facts["students"][cohort.name]["before"]
+                perplexity = before["scores"][ALL]["perplexity"] if checkpoint.rounds == 0 else None
+                history.start(checkpoint.students[cohort.name].weights, self._frozen(cohort), perplexity)
+
+    def _frozen(self, cohort: Cohort) -> Weights:
+        """Return the weights beneath a cohort's adapters; empty without adapters."""
+        found: Weights = get_result(self.replicas[0].frozen.remote(cohort.name), "teacher")
+        return found
 
     def _elapsed(self) -> float:
         """Return the seconds since the last call."""
@@ -351,9 +366,21 @@ class _DistillRun:
             )
             for cohort, student in checkpoint.students.items()
         }
+        for cohort in students:
+            if rounds[cohort].version == index:
+                self._add_version(
+                    cohort, rounds[cohort], [one for one in done.answers if cohort_of[one.name] == cohort]
+                )
         self._log_diagnostics(done, facts["diagnostics"])
         self.metrics.rounds(index + 1)
         return self._saved(DistillCheckpoint(index + 1, students, facts))
+
+    def _add_version(self, cohort: str, machine: RoundMachine, answers: list[StudentUpdate]) -> None:
+        """Add the weights that a round made to the history; a resumed run does a round again that has no checkpoint."""
+        tokens = {one.name: one.tokens for one in answers}
+        loss = sum(step.loss * step.tokens for one in answers for step in one.steps) / sum(tokens.values())
+        perplexity = None if machine.figure is None else -machine.figure
+        self.histories[cohort].add(machine.weights, machine.version + 1, tokens, loss=loss, perplexity=perplexity)
 
     def _gates(self, checkpoint: DistillCheckpoint) -> dict[str, Gate]:
         """Return the gate of each cohort: the perplexity on all held-out text, negated; empty without gates."""
@@ -443,11 +470,10 @@ class _DistillRun:
         }
 
     def _finish(self, checkpoint: DistillCheckpoint) -> Summary:
-        alone = len(self.recipe.cohorts) == 1
         parameters, lines = {}, []
         for cohort in self.recipe.cohorts:
             name, student = cohort.name, checkpoint.students[cohort.name]
-            parameters[name] = self._save(cohort, student, "" if alone else name)
+            parameters[name] = self._save(cohort, student)
             texts = checkpoint.facts["students"][name].pop("texts")
             lines += [plain_json({"student": name, **text}) + "\n" for text in texts]
         write_atomically(self.results.path / "held_out.jsonl", "".join(lines))
@@ -465,18 +491,13 @@ class _DistillRun:
         console.print(f"results: {self.results.path}")
         return summary
 
-    def _save(self, cohort: Cohort, student: StudentCheckpoint, name: str) -> int:
+    def _save(self, cohort: Cohort, student: StudentCheckpoint) -> int:
         """Write a student as a model for ``transformers``, and its adapters separately; return its parameter count."""
-        frozen: Weights = get_result(self.replicas[0].frozen.remote(cohort.name), "teacher")
-        model = build_student(student.config, student.weights, frozen, cohort.student, torch.device("cpu"))
         tokenizer = differing_tokenizer(cohort.student, self.teacher.tokenizer) or self.teacher.tokenizer
-        if cohort.student.lora is not None:  # before they are merged
-            adapter = self.results.path / (f"adapters/{name}" if name else "adapter")
-            write_folder(adapter, lambda to: save_adapter(model, to, cohort.student.model))
-
-        folder = self.results.path / (f"students/{name}" if name else "student")
-        write_folder(folder, lambda to: save_model(model, tokenizer, to))
-        return model.num_parameters()
+        name, frozen = cohort_folder(self.recipe, cohort), self._frozen(cohort)
+        return write_student(
+            self.results.path, name, cohort.student, student.config, student.weights, frozen, tokenizer
+        )
 
 
 def _plain(found: ModelEvaluation) -> dict[str, Any]:

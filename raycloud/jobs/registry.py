@@ -96,6 +96,8 @@ class Job:
         bundles: function of a recipe that returns the resources of each actor, without the driver.
         report: page of its result directories and its headline numbers.
         model: folder in the result directory with the trained model; empty if there is none.
+        restore: function of a result directory, the name of a history and the weights of one of its versions that
+            writes the trained model again; None for a job that keeps no versions. See :mod:`raycloud.jobs.versions`.
         search: support for searches; None if the job cannot be searched.
         help: one line of help of the verb; empty for a verb with options of its own, see ``raycloud.cli``.
         example: override of the recipe that the help shows.
@@ -109,6 +111,7 @@ class Job:
     bundles: Callable[[Any], list[Bundle]] = lambda recipe: []
     report: RunReport = NO_REPORT
     model: str = ""
+    restore: Callable[..., None] | None = None
     search: SearchSupport | None = None
     help: str = ""
     example: str = ""
@@ -170,6 +173,7 @@ _JOBS = (
         bundles=Lazy("raycloud.distill.recipe:bundles"),
         run_on_ray=Lazy("raycloud.jobs.distill:run"),
         model="student",
+        restore=Lazy("raycloud.distill.versions:restore_student"),
         report=RunReport(
             ("student_ppl_before", "student_ppl_after", "gap_closed", "agreement_after"),
             Lazy("raycloud.report.distill:render"),
@@ -200,6 +204,7 @@ _JOBS = (
         run_here=Lazy("raycloud.split.finetune.run:run"),
         run_on_ray=Lazy("raycloud.jobs.split_tune:run"),
         model="model",
+        restore=Lazy("raycloud.split.finetune.merge:restore_group"),
         report=RunReport(("accuracy", "perplexity", "bytes_per_step"), Lazy("raycloud.report.split_tune:render")),
     ),
 )

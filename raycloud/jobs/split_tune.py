@@ -16,8 +16,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from safetensors.torch import save
-from torch import Tensor
 
 from raycloud.cluster.actor_channel import CALLS_AT_ONCE
 from raycloud.cluster.cloud_trainer import CloudTrainerActor, DeviceEdge
@@ -26,17 +24,18 @@ from raycloud.cluster.edge_trainer import EdgeTrainerActor, Phase
 from raycloud.cluster.run_log import RunLog
 from raycloud.data.checks import check_eos
 from raycloud.data.sources import load_rows
-from raycloud.durable import write_atomically, write_folder
 from raycloud.errors import ClusterError, ClusterSetupError, LinkError, RaycloudError, RecipeError, TrainingError
 from raycloud.jobs.runner import Summary, actor_options, cluster_run, finished_summary, get_result
 from raycloud.models.loading import check_model, load_tokenizer, resolve
+from raycloud.models.weights import Weights
 from raycloud.report.bos import format_bos
 from raycloud.report.console import ProgressBars, console, print_and_log, progress_bars, timed
 from raycloud.report.split_tune_edges import print_summary, summarise, write_page
 from raycloud.results import RECIPE, Mode, ResultDir
+from raycloud.rounds.versions import VERSIONS, VersionStore
 from raycloud.split.finetune.assembly import check_lengths, plan_of
 from raycloud.split.finetune.examples import bos_of
-from raycloud.split.finetune.merge import save_merged_model
+from raycloud.split.finetune.merge import save_group
 from raycloud.split.finetune.metrics_log import MetricsLog, Record
 from raycloud.split.finetune.recipe import LanguageRecipe, SplitTuneEdgeRecipe, SplitTuneRecipe, bundles
 
@@ -54,7 +53,8 @@ def run(recipe: SplitTuneRecipe, mode: Mode = "new") -> Summary:
     """Train all edges of a recipe and write a result directory.
 
     It holds ``recipe.yaml``, ``metrics.jsonl``, ``summary.json``, ``report.html`` and ``group.safetensors`` with the
-    weights that all edges share. If these are the whole model, ``model/`` is written too, for ``transformers``.
+    weights that all edges share, and ``versions/`` with those of every round. If these are the whole model, ``model/``
+    is written too, for ``transformers``.
     Every edge writes its own weights to ``edges/<name>/together.safetensors`` on its own disk.
 
     Args:
@@ -143,9 +143,10 @@ class _SplitTuneJob:
         options |= actor_options(recipe.cloud_placement, "cloud")
         options["max_concurrency"] = max(CALLS_AT_ONCE, 4 * len(recipe.edges) + 8 * len(recipe.devices))
         actor: Any = ray.remote(CloudTrainerActor)
+        history = VersionStore(self.results.path / VERSIONS, recipe.rounds.keep_versions)
         try:
             self.cloud = actor.options(**options).remote(
-                recipe, self.results.path / "cloud", self.results.run_id, self.log.of("cloud")
+                recipe, self.results.path / "cloud", history, self.results.run_id, self.log.of("cloud")
             )
         except ValueError:
             raise ClusterSetupError(
@@ -264,13 +265,9 @@ class _SplitTuneJob:
         return list(news)
 
     def _finish(self) -> Summary:
-        cloud, edge = get_result(self.cloud.group.remote(self.results.run_id), "cloud")
+        shared: Weights = get_result(self.cloud.group.remote(self.results.run_id), "cloud")
         get_result(self.cloud.finish.remote(), "cloud")
-        shared: dict[str, Tensor] = {**cloud, **{f"edge/{name}": tensor for name, tensor in edge.items()}}
-        write_atomically(self.results.path / "group.safetensors", save(shared), checksum=True)
-        if self.recipe.rounds.parts == "averaged":
-            learned = {**cloud, **edge}
-            write_folder(self.results.path / "model", lambda folder: save_merged_model(self.recipe, learned, folder))
+        save_group(self.recipe, shared, self.results.path)
         names = [edge.name for edge in self.recipe.edges]
         summary = summarise(self.results.run_id, names, self.metrics_log.records)
         # The recipe as given, not with the actors' absolute paths, so that a page rendered again is the same.

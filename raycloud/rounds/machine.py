@@ -44,6 +44,8 @@ class ClosedRound:
     result: Literal["new_version", "no_quorum", "gate_refused"]
     """``new_version``: the aggregate is the new version. ``no_quorum``: too few contributions, which are discarded; the
     former version stays. ``gate_refused``: the held-out figure fell; the former version stays."""
+    samples: int
+    """Number of samples or tokens of the contributions together."""
 
 
 @dataclass
@@ -78,6 +80,11 @@ class RoundMachine:
         """Latest round that closed, whether it made a version or not."""
         self._figure: float | None = None
         self._round: _OpenRound | None = None
+
+    @property
+    def figure(self) -> float | None:
+        """Held-out figure of the weights, as the gate measured it; None without a gate."""
+        return self._figure
 
     @property
     def number(self) -> int | None:
@@ -180,6 +187,7 @@ class RoundMachine:
             return None
         members = tuple(name for name in current.members if name in current.contributions)
         missed = tuple(name for name in current.members if name not in current.contributions)
+        samples = sum(one.samples for one in current.contributions.values())
         result: Literal["new_version", "no_quorum", "gate_refused"] = "no_quorum"
         if len(members) >= current.quorum:
             candidate = {**self.weights, **aggregate([current.contributions[name] for name in members])}
@@ -187,7 +195,7 @@ class RoundMachine:
             if result == "new_version":
                 self.weights, self.version = candidate, current.number
         self.ended, self._round = max(self.ended, current.number), None
-        return ClosedRound(current.number, members, missed, result)
+        return ClosedRound(current.number, members, missed, result, samples)
 
     def _passes(self, candidate: Weights, gate: Gate | None) -> bool:
         """Return whether the candidate's figure does not fall; keep the figure of what becomes the version."""

@@ -100,6 +100,28 @@ class VersionStore:
             raise ChecksumError(f"'{path}' is damaged: its digest is not that of its tensors")
         return record
 
+    def changed(self, version: int) -> list[str]:
+        """Names of the tensors that differ from the version before; all if it is the start or the oldest kept.
+
+        Raises:
+            ResultError, ChecksumError: see :meth:`record`.
+        """
+        record = self.record(version)
+        before = {} if record.parent is None else self.record(record.parent).tensors
+        return [name for name, digest in record.tensors.items() if before.get(name) != digest]
+
+    def nbytes(self, version: int) -> int:
+        """Size in bytes of the tensors that a version stores.
+
+        Raises:
+            ResultError: there is no such version.
+        """
+        path = self._path(version) / _WEIGHTS
+        try:
+            return path.stat().st_size
+        except OSError:
+            raise ResultError(f"version {version} in '{self.folder}' has lost its {_WEIGHTS}") from None
+
     def weights(self, version: int) -> dict[str, Tensor]:
         """Compose the whole weights of a version of its tensors and those of the versions before.
 
@@ -200,9 +222,8 @@ class VersionStore:
         if record.version == self.current and (known := self.record(record.version)).digest == record.digest:
             return known
         before = {} if record.parent is None else self.record(record.parent).tensors
-        self._write(
-            record, {name: tensor for name, tensor in weights.items() if before.get(name) != record.tensors[name]}
-        )
+        changed = {name: tensor for name, tensor in weights.items() if before.get(name) != record.tensors[name]}
+        self._write(record, changed)
         if self._keep is not None:
             self._drop_all_but(self._keep)
         return record

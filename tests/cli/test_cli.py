@@ -69,6 +69,7 @@ def test_the_surface_is_frozen() -> None:
         "schema",
         "fetch",
         "bench",
+        "versions",
     }
 
 
@@ -92,6 +93,7 @@ def test_help_is_enough_to_start(tmp_path: Path) -> None:
         "schema",
         "fetch",
         "bench",
+        "versions",
     ):
         assert verb in done.stdout
 

@@ -57,7 +57,7 @@ def test_a_run_leaves_recipe_metrics_summary_report_and_a_model(distilled: Path,
     assert "targets are nearly uniform" in flat
     assert {path.name for path in distilled.iterdir()} == {
         ".lock", "recipe.yaml", "run_id", "origin.json", "log.jsonl", "metrics.jsonl", "summary.json", "held_out.jsonl",
-        "report.html", "student", "tensorboard", "inputs.json",
+        "report.html", "student", "tensorboard", "inputs.json", "versions",
     }  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(distilled / "student")
     tokenizer = AutoTokenizer.from_pretrained(distilled / "student")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from raycloud.jobs.distill import run
+from raycloud.rounds.versions import VersionStore
 from tests.cluster.recipes import small
 from tests.jobs.distill_run import records, weights
 
@@ -23,5 +24,6 @@ def test_a_round_that_makes_the_students_worse_is_refused(tiny_llama: Path, tmp_
     taken = run(small(tiny_llama, tmp_path / "taken", edges=edges, training=wild, rounds=rounds))
     assert not taken["student_ppl_after"] <= taken["student_ppl_before"]  # perhaps not even a number
     assert records(tmp_path / "taken", "gate_refused") == []
+    assert [VersionStore(tmp_path / name / "versions").current for name in ("kept", "taken")] == [0, 2]
     same = zip(weights(tmp_path / "kept").items(), weights(tmp_path / "taken").values(), strict=True)
     assert any(not torch.equal(mine, theirs) for (_, mine), theirs in same)

@@ -18,6 +18,7 @@ from raycloud.distill.learner import Heartbeat
 from raycloud.errors import Interrupted, ResultError
 from raycloud.jobs import distill as job
 from raycloud.jobs.distill import run
+from raycloud.rounds.versions import VersionStore
 from tests.cluster.recipes import small
 from tests.jobs.distill_run import events, logged, records, weights
 
@@ -128,6 +129,9 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     assert [at for at, _ in shown["round"]["loss"]] == [0, 1, 2]
     for name, tensor in weights(distilled).items():
         assert torch.equal(tensor, weights(tmp_path / "run")[name])
+    told = {path: VersionStore(path / "versions").records() for path in (distilled, tmp_path / "run")}
+    mine, theirs = ([one.model_dump(exclude={"time"}) for one in records] for records in told.values())
+    assert mine == theirs and mine[0]["note"] == "start" and [one["round"] for one in mine] == [None, 1, 2, 3]
 
 
 def test_a_run_stopped_in_its_last_evaluation_trains_no_round_again(

@@ -50,7 +50,7 @@ def test_a_round_closes_with_the_last_contribution_and_the_next_one_can_be_opene
     assert rounds.accept("b", 0, contribution(4.0, 3)) is None
     assert rounds.close(0.0, mean) is None and rounds.contributed("b")
     assert rounds.accept("a", 0, contribution(0.0, 1)) is None
-    assert rounds.close(0.0, mean) == ClosedRound(0, ("a", "b"), (), "new_version")
+    assert rounds.close(0.0, mean) == ClosedRound(0, ("a", "b"), (), "new_version", samples=4)
     assert rounds.weights["w"].tolist() == [3.0, -3.0]
     assert (rounds.version, rounds.ended, rounds.number) == (0, 0, None)
     assert rounds.close(1e9, mean) is None
@@ -62,7 +62,7 @@ def test_the_deadline_closes_without_those_that_are_late() -> None:
     rounds = machine()
     rounds.accept("b", 0, contribution(1.0))
     assert rounds.close(DEADLINE_S - 0.1, mean) is None
-    assert rounds.close(DEADLINE_S, mean) == ClosedRound(0, ("b",), ("a",), "new_version")
+    assert rounds.close(DEADLINE_S, mean) == ClosedRound(0, ("b",), ("a",), "new_version", samples=1)
     assert reason(rounds, "a", 0, contribution(9.0)) == "closed"
     assert rounds.weights["w"].tolist() == [1.0, -1.0]
 
@@ -70,12 +70,12 @@ def test_the_deadline_closes_without_those_that_are_late() -> None:
 def test_below_its_quorum_a_round_makes_no_version_and_can_be_opened_again() -> None:
     rounds = machine("abc", quorum=2)
     rounds.accept("b", 0, contribution(5.0))
-    assert rounds.close(DEADLINE_S, mean) == ClosedRound(0, ("b",), ("a", "c"), "no_quorum")
+    assert rounds.close(DEADLINE_S, mean) == ClosedRound(0, ("b",), ("a", "c"), "no_quorum", samples=1)
     assert (rounds.version, rounds.ended) == (-1, 0) and rounds.weights["w"].tolist() == [0.0, 0.0]
     rounds.open(0, "abc", deadline=30.0, quorum=2)
     for name in "cab":
         assert rounds.accept(name, 0, contribution(1.0)) is None
-    assert rounds.close(20.0, mean) == ClosedRound(0, ("a", "b", "c"), (), "new_version")
+    assert rounds.close(20.0, mean) == ClosedRound(0, ("a", "b", "c"), (), "new_version", samples=3)
 
 
 def test_nobody_waits_for_a_removed_member_until_it_is_readmitted() -> None:
@@ -85,7 +85,7 @@ def test_nobody_waits_for_a_removed_member_until_it_is_readmitted() -> None:
     rounds.readmit("b")
     assert rounds.close(0.0, mean) is None
     rounds.remove("b")
-    assert rounds.close(0.0, mean) == ClosedRound(0, ("a",), ("b",), "new_version")
+    assert rounds.close(0.0, mean) == ClosedRound(0, ("a",), ("b",), "new_version", samples=1)
 
 
 def test_the_contribution_of_a_member_that_died_afterwards_counts() -> None:
@@ -93,13 +93,13 @@ def test_the_contribution_of_a_member_that_died_afterwards_counts() -> None:
     rounds.accept("b", 0, contribution(2.0))
     rounds.remove("b")
     rounds.remove("a")
-    assert rounds.close(0.0, mean) == ClosedRound(0, ("b",), ("a",), "new_version")
+    assert rounds.close(0.0, mean) == ClosedRound(0, ("b",), ("a",), "new_version", samples=1)
 
 
 def test_a_round_of_dead_members_closes_without_a_version() -> None:
     rounds = machine("a")
     rounds.remove("a")
-    assert rounds.close(0.0, mean) == ClosedRound(0, (), ("a",), "no_quorum")
+    assert rounds.close(0.0, mean) == ClosedRound(0, (), ("a",), "no_quorum", samples=0)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +199,7 @@ def test_a_gate_keeps_the_former_version_if_the_figure_falls() -> None:
         rounds = restarted(rounds)
         closed = rounds.close(0.0, mean, (lambda weights: float("nan")) if np.isnan(value) else figure)
         assert closed is not None
+        assert rounds.figure == float(rounds.weights["w"][0])
         results.append((closed.result == "new_version", rounds.version, float(rounds.weights["w"][0])))
     assert results == [(True, 0, 2.0), (False, 0, 2.0), (True, 2, 2.0), (False, 2, 2.0), (True, 4, 3.0)]
 

@@ -56,6 +56,8 @@ def test_a_version_stores_what_differs_and_composes_to_the_whole(history: Versio
     assert (first.figures, second.note, history.current) == ({"loss": 2.5}, "late: newsroom", 2)
     assert datetime.fromisoformat(first.time).utcoffset() == timedelta()
     assert len({one.digest for one in (start, first, second)}) == 3
+    assert [history.changed(number) for number in range(3)] == [["a", "b", "step"], ["a"], ["b"]]
+    assert all(history.nbytes(number) > 0 for number in range(3))
 
 
 def test_an_empty_history_has_no_version(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from raycloud.rounds.recipe import AggregatorName
 
 MissReason = Literal["late", "absent"]
 """Reason for a missing contribution: ``late`` has a session and sent nothing in time, ``absent`` has no session."""
-_CLOUD, _EDGE = "cloud/", "edge/"
+_CLOUD = "cloud/"
+EDGE = "edge/"
+"""Prefix of the names of the edges' weights among all that a group shares."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class GroupRoundOutcome:
     members: tuple[str, ...]
     """Members whose contributions were aggregated."""
     missed: Mapping[str, MissReason]
+    samples: int
+    """Number of samples of their contributions together."""
 
 
 class Group:
@@ -75,7 +79,12 @@ class Group:
     @property
     def edge(self) -> dict[str, Tensor]:
         """The edges' weights after the latest round; empty if these are private."""
-        return _with_prefix(self.machine.weights, _EDGE)
+        return _with_prefix(self.machine.weights, EDGE)
+
+    @property
+    def shared(self) -> dict[str, Tensor]:
+        """All weights after the latest round; the edges' have the prefix ``edge/``."""
+        return {name.removeprefix(_CLOUD): tensor for name, tensor in self.machine.weights.items()}
 
     def register(self, name: str, session: bytes) -> None:
         """Register a member's session, which replaces an older one of the same name."""
@@ -129,7 +138,7 @@ class Group:
             return None
         missed: dict[str, MissReason] = {name: "late" if name in self._sessions else "absent" for name in closed.missed}
         self._gone |= {name for name, why in missed.items() if why == "absent"}
-        self.latest = GroupRoundOutcome(closed.number, closed.members, missed)
+        self.latest = GroupRoundOutcome(closed.number, closed.members, missed, closed.samples)
         return self.latest
 
 
@@ -140,7 +149,7 @@ def _first(contributions: Sequence[Contribution]) -> dict[str, Tensor]:
 def _joined(cloud: Weights, edge: Weights) -> dict[str, Tensor]:
     return {
         **{_CLOUD + name: tensor for name, tensor in cloud.items()},
-        **{_EDGE + name: tensor for name, tensor in edge.items()},
+        **{EDGE + name: tensor for name, tensor in edge.items()},
     }
 
 

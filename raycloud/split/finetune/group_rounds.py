@@ -22,6 +22,7 @@ from raycloud.errors import TrainingError
 from raycloud.link.server import RequestRefused
 from raycloud.models.weights import Weights
 from raycloud.rounds.machine import RoundMachine
+from raycloud.rounds.versions import VersionStore
 from raycloud.split.finetune.checkpoints import (
     CheckpointStore,
     bottleneck_tensors,
@@ -43,12 +44,13 @@ class GroupRounds:
     Args:
         path: folder of its rounds; the server continues from the latest that is not damaged.
         opening: OPEN message of the first member.
+        history: history to which every round adds a version of its number; None for none.
 
     Raises:
         TrainingError: all of its rounds are damaged.
     """
 
-    def __init__(self, path: Path, opening: OpenTuning) -> None:
+    def __init__(self, path: Path, opening: OpenTuning, history: VersionStore | None = None) -> None:
         config = _group_config(opening)
         self._rounds, self._agreed = CheckpointStore(path), _shared_config(opening)
         self._steps, self._averaged = config.steps, config.averaged
@@ -61,6 +63,11 @@ class GroupRounds:
         self.stale = False
         """True if another host has taken over the group, so that no member may use this server any more."""
         self._packed: tuple[int, bytes] | None = None
+        self._history = history
+        if history is not None:
+            history.forget_after(self.group.ended)
+            if self.group.ended == 0 and history.current < 0:  # the edges' own parts are private
+                history.add({}, note="start")
 
     def check(self, opening: OpenTuning) -> None:
         """Check that a member's configuration equals the others', and that its checkpoint depends on no lost round.
@@ -179,12 +186,21 @@ class GroupRounds:
     def _close_if_due(self) -> None:
         """End the round, and save it, if all contributions have arrived or its deadline has passed."""
         group = self.group
-        if group.close_if_due(time.monotonic()) is None:
+        if (outcome := group.close_if_due(time.monotonic())) is None:
             return
         # If a router sends members of one group to several hosts, each host must not average only its own members.
         if max(self._rounds.steps(), default=-1) >= group.ended:
             self.stale = True
             raise _moved_elsewhere()
+        if self._history is not None:
+            self._history.add(
+                group.shared,
+                version=outcome.round,
+                round=outcome.round or None,
+                members=outcome.members,
+                samples=outcome.samples,
+                note="" if outcome.round else "start",
+            )
         tensors, rounds = group.machine.state()
         about = {
             "agreed": self._agreed,
@@ -232,7 +248,10 @@ def _read_round(rounds: CheckpointStore, ended: int) -> _Read:
             agreed["deadline_s"],
             RoundMachine.from_state(tensors, about["rounds"]),
             aggregation=agreed["aggregation"],
-            latest=outcome and GroupRoundOutcome(outcome["round"], tuple(outcome["members"]), outcome["missed"]),
+            latest=outcome
+            and GroupRoundOutcome(
+                outcome["round"], tuple(outcome["members"]), outcome["missed"], outcome.get("samples", 0)
+            ),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise TrainingError(f"cannot read round {ended} of a group: {error!r}") from None

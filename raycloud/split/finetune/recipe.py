@@ -12,7 +12,7 @@ from raycloud.evaluation.classification import Metric
 from raycloud.models.devices import Device
 from raycloud.models.texts import Bos
 from raycloud.recipe import Bundle, Placement, Recipe
-from raycloud.rounds.recipe import AggregatorName
+from raycloud.rounds.recipe import AggregatorName, KeptVersions
 from raycloud.split.finetune.wire_dtype import WireDType
 from raycloud.split.recipe import NetworkRecipe
 from raycloud.training.recipe import LoraRecipe, TrainingRecipe
@@ -171,6 +171,8 @@ class SplitTuneRoundsRecipe(Recipe):
     five edges on, and ``median`` takes the middle; both resist a few wrong edges and do not count samples."""
     deadline_s: float = Field(60.0, gt=0)
     """Seconds that the first edge to finish a round waits for the others; late edges are left out of it."""
+    keep_versions: KeptVersions | None = None
+    """Number of newest versions that ``versions/`` keeps; None for all."""
     parts: Literal["averaged", "private"] = "averaged"
     """Handling of the edges' own parts. ``averaged``: all begin with the bottleneck of the first edge, and first and
     last part, head and bottleneck are averaged as well, sent once per round. ``private``: they stay at the edge, each

@@ -23,6 +23,7 @@ from raycloud.errors import RaycloudError, TrainingError
 from raycloud.link.frames import Frame, FrameError, parse_body
 from raycloud.link.server import RequestRefused, ServerBusy, Session, SessionLimits, SessionMetrics, SessionServer
 from raycloud.models.configuration import context_length
+from raycloud.rounds.versions import VersionStore
 from raycloud.split.finetune.bottleneck import max_decoder_bytes
 from raycloud.split.finetune.checkpoints import GROUPS, CheckpointStore, remove_old_runs
 from raycloud.split.finetune.cloud import CloudTrainer, OutOfOrder
@@ -107,6 +108,7 @@ class TuneServer(SessionServer[TuneSession]):
         limits: limits of sessions.
         metrics: sink for the counts of sessions and errors.
         threads: number of torch threads; None leaves it unchanged.
+        history: history of the group, where all members that come are of one; None to keep none.
     """
 
     service = "split-tune"
@@ -121,10 +123,11 @@ class TuneServer(SessionServer[TuneSession]):
         limits: TuneLimits | None = None,
         metrics: SessionMetrics | None = None,
         threads: int | None = None,
+        history: VersionStore | None = None,
     ) -> None:
         super().__init__(limits or TuneLimits(), metrics)
         self.heartbeat_s = self._limits.heartbeat_s
-        self._part, self._folder = part, folder
+        self._part, self._folder, self._history = part, folder, history
         self._group_servers: dict[Path, GroupRounds] = {}
         self._queued = 0
         """Number of requests queued or running on the engine thread."""
@@ -204,7 +207,7 @@ class TuneServer(SessionServer[TuneSession]):
         group_server = self._group_servers.get(path)
         if group_server is None or group_server.overtaken():
             try:
-                group_server = GroupRounds(path, opening)
+                group_server = GroupRounds(path, opening, self._history)
             except RaycloudError as error:
                 raise RequestRefused("group", str(error)) from None
         group_server.check(opening)

@@ -29,7 +29,7 @@ def test_a_round_ends_with_the_last_work_and_the_next_one_begins() -> None:
     contribute(edges, "b", 3.0, 3, now=0.0)
     assert edges.close_if_due(DEADLINE - 1) is None
     contribute(edges, "a", 1.0, 1, now=DEADLINE - 1)
-    assert edges.close_if_due(DEADLINE - 1) == GroupRoundOutcome(1, ("a", "b"), {})
+    assert edges.close_if_due(DEADLINE - 1) == GroupRoundOutcome(1, ("a", "b"), {}, samples=4)
     assert edges.cloud["middle.weight"].tolist() == [2.5, 2.5]
     assert edges.ended == 1 and not edges.has_contributed("a")
     assert edges.close_if_due(1e9) is None  # nobody has brought anything
@@ -39,7 +39,7 @@ def test_the_beginning_is_the_first_ones_by_name_whoever_came_first() -> None:
     edges = group("a", "b", ended=-1)
     contribute(edges, "b", 3.0, now=0.0)
     contribute(edges, "a", 1.0, now=1.0)
-    assert edges.close_if_due(1.0) == GroupRoundOutcome(0, ("a", "b"), {})
+    assert edges.close_if_due(1.0) == GroupRoundOutcome(0, ("a", "b"), {}, samples=2)
     assert edges.cloud["middle.weight"].tolist() == [1.0, 1.0]
 
 
@@ -47,7 +47,7 @@ def test_work_that_was_brought_stays_though_it_is_brought_again() -> None:
     edges = group("a", "b")
     contribute(edges, "a", 1.0, now=0.0)
     contribute(edges, "a", 9.0, now=8.0)
-    assert edges.close_if_due(DEADLINE) == GroupRoundOutcome(1, ("a",), {"b": "late"})
+    assert edges.close_if_due(DEADLINE) == GroupRoundOutcome(1, ("a",), {"b": "late"}, samples=1)
     assert edges.cloud["middle.weight"].tolist() == [1.0, 1.0]
 
 
@@ -57,7 +57,7 @@ def test_who_left_is_not_waited_for_until_it_is_back() -> None:
     edges.unregister("b", b"an older session")
     assert edges.close_if_due(0.0) is None
     edges.unregister("b", b"b")
-    assert edges.close_if_due(0.0) == GroupRoundOutcome(1, ("a",), {"b": "absent"})
+    assert edges.close_if_due(0.0) == GroupRoundOutcome(1, ("a",), {"b": "absent"}, samples=1)
     contribute(edges, "a", 1.0, now=1.0)
     edges.register("b", b"b again")
     assert edges.is_current_session("b", b"b again") and not edges.is_current_session("b", b"b")
@@ -69,9 +69,9 @@ def test_who_never_comes_is_waited_for_once() -> None:
     edges.register("a", b"a")
     contribute(edges, "a", 1.0, now=5.0)
     assert edges.close_if_due(5.0 + DEADLINE - 0.1) is None
-    assert edges.close_if_due(5.0 + DEADLINE) == GroupRoundOutcome(1, ("a",), {"b": "absent"})
+    assert edges.close_if_due(5.0 + DEADLINE) == GroupRoundOutcome(1, ("a",), {"b": "absent"}, samples=1)
     contribute(edges, "a", 2.0, now=20.0)
-    assert edges.close_if_due(20.0) == GroupRoundOutcome(2, ("a",), {"b": "absent"})
+    assert edges.close_if_due(20.0) == GroupRoundOutcome(2, ("a",), {"b": "absent"}, samples=1)
 
 
 def test_weights_that_only_the_beginning_brings_stay() -> None:
@@ -90,7 +90,7 @@ def test_a_refused_contribution_ends_no_round() -> None:
     assert edges.close_if_due(DEADLINE) is None and edges.ended == 0
     contribute(edges, "a", 1.0, now=DEADLINE)
     contribute(edges, "b", 3.0, now=DEADLINE)
-    assert edges.close_if_due(DEADLINE) == GroupRoundOutcome(1, ("a", "b"), {})
+    assert edges.close_if_due(DEADLINE) == GroupRoundOutcome(1, ("a", "b"), {}, samples=2)
 
 
 def test_a_group_may_take_the_median() -> None:
