@@ -90,6 +90,8 @@ def in_use(path: Path) -> bool:
 def locked(where: Path) -> Iterator[IO[str]]:
     """Hold the lock of an existing result directory, so that no other process writes to it.
 
+    What killed writers have left in it is removed.
+
     Raises:
         ResultError: another process holds it.
     """
@@ -98,6 +100,8 @@ def locked(where: Path) -> Iterator[IO[str]]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _used(where) from None
+        for folder, _, _ in os.walk(where):
+            remove_scratch(Path(folder))
         yield lock
 
 
@@ -213,8 +217,6 @@ class ResultDir:
         with locked(where) as lock:
             if mode == "overwrite":
                 _empty(where)
-            for folder, _, _ in os.walk(where):
-                remove_scratch(Path(folder))
             write_atomically(where / RECIPE, recipe.dump())
             if not (where / RUN_ID).is_file():
                 write_atomically(where / RUN_ID, uuid.uuid4().hex[:8] + "\n")

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from raycloud.distill.recipe import Cohort, DistillRecipe, StudentRecipe
 from raycloud.distill.student import build_student
 from raycloud.durable import write_folder
+from raycloud.errors import ModelError
 from raycloud.models.loading import load_config, load_tokenizer
 from raycloud.models.weights import Weights
 from raycloud.results import RECIPE
@@ -106,13 +107,15 @@ def restore_student(results: Path, name: str, weights: Weights) -> None:
         weights: weights of the version.
 
     Raises:
-        ModelError: the student's folder has lost its configuration or tokenizer.
+        ModelError: the student's folder is missing, or has lost its configuration or tokenizer.
     """
-    recipe, folder = DistillRecipe.load(results / RECIPE), str(_student_folder(results, name))
+    recipe, folder = DistillRecipe.load(results / RECIPE), _student_folder(results, name)
+    if not folder.is_dir():
+        raise ModelError(f"'{folder}' is missing, whose configuration and tokenizer every version has")
     cohort = next(one for one in recipe.cohorts if cohort_folder(recipe, one) == name)
     trained = {key: tensor for key, tensor in weights.items() if not key.startswith(_FROZEN)}
     frozen = {key.removeprefix(_FROZEN): tensor for key, tensor in weights.items() if key.startswith(_FROZEN)}
-    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    config, tokenizer = load_config(str(folder)), load_tokenizer(str(folder))
     write_student(results, name, cohort.student, config, trained, frozen, tokenizer)
 
 

@@ -58,8 +58,9 @@ def rollback(folder: Path, version: int, cohort: str | None = None) -> VersionRe
     Raises:
         ResultError: see :func:`history_of`; or there is no such version, or the run is not complete.
         ChecksumError: a file of the history is damaged.
-        RaycloudError: the model cannot be written; it and the history then stay as they are.
+        RaycloudError: the model cannot be written; the history then stays as it is.
     """
+    folder = folder.expanduser().absolute()
     history_of(folder, cohort)
     with locked(folder):
         name, history = history_of(folder, cohort)

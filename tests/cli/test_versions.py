@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from raycloud.cli.verbs import app
 from raycloud.distill.recipe import DistillRecipe
-from raycloud.errors import RaycloudError, ResultError
+from raycloud.errors import ModelError, ResultError
 from raycloud.rounds.versions import VersionStore
 
 
@@ -53,7 +53,7 @@ def test_a_version_is_shown_with_what_it_changed(folder: Path) -> None:
 
 
 def test_a_rollback_that_fails_leaves_the_history_as_it_was(folder: Path) -> None:
-    with pytest.raises(RaycloudError, match="student"):
+    with pytest.raises(ModelError, match=r"student' is missing, whose configuration"):
         said("rollback", folder, "0")
     assert VersionStore(folder / "versions").current == 1
 

@@ -98,6 +98,8 @@ def test_a_rollback_restores_the_students_of_any_round_bit_for_bit(
         prefix = "base_model.model."
         assert equal(saved, {prefix + name.replace(".default.", "."): one for name, one in adapters.items()})
     assert not equal(loaded(path / "students" / "store"), rounds_had["store"][3])
+    students = path / "students"
+    (students / "store").rename(students / ".store-a1b2c3d4-old")  # a rollback killed before the new folder's rename
     for name in found:
         rollback(path, 3, name)
     assert last == {name: files(path / kind) for name, kind in (("student", "students"), ("adapter", "adapters"))}
