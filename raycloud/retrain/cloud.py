@@ -9,13 +9,13 @@ from torch import Tensor
 
 from raycloud.errors import ModelError
 from raycloud.models.weights import Weights
-from raycloud.retrain.domains import DomainMemory, agreement
+from raycloud.retrain.domains import DomainMemory, StoredDomain, agreement
 from raycloud.retrain.drift import DomainSignature
 from raycloud.retrain.edge import DriftReport, WindowPlan
 from raycloud.retrain.law import Law
 from raycloud.retrain.law_prior import Prior
 from raycloud.retrain.planner import plan
-from raycloud.retrain.plans import Plan, Terms, steps_grid
+from raycloud.retrain.plans import Plan, Terms, empty_plan, steps_grid
 from raycloud.retrain.update import BlockUpdate
 from raycloud.rounds.aggregators import coverage_mean
 from raycloud.rounds.contribution import Contribution, form_of
@@ -34,13 +34,24 @@ class RetrainCloud:
         blocks: paths of the model's blocks.
         prior: what simulated drifts tell of gains; None prefers no block.
         memory: domains that were met before.
+        version: version of the weights.
+        least_gain: least predicted fall of the error for which a window is retrained.
     """
 
     def __init__(
-        self, weights: Weights, fingerprint: str, blocks: Sequence[str], prior: Prior | None, memory: DomainMemory
+        self,
+        weights: Weights,
+        fingerprint: str,
+        blocks: Sequence[str],
+        prior: Prior | None,
+        memory: DomainMemory,
+        *,
+        version: int = 0,
+        least_gain: float = 0.0,
     ) -> None:
-        self._machine = RoundMachine(weights, version=0)
-        self._fingerprint, self._blocks, self._prior, self._memory = fingerprint, list(blocks), prior, memory
+        self._machine = RoundMachine(weights, version=version)
+        self.fingerprint, self._blocks, self._prior, self._memory = fingerprint, list(blocks), prior, memory
+        self._least_gain, self._changed = least_gain, dict.fromkeys(weights, version)
         self._updates: dict[str, tuple[BlockUpdate, DomainSignature]] = {}
 
     @property
@@ -53,12 +64,28 @@ class RetrainCloud:
         """Weights of the version."""
         return self._machine.weights
 
+    @property
+    def samples(self) -> int:
+        """Number of samples of the updates that the open round has accepted."""
+        return sum(update.samples for update, _ in self._updates.values())
+
+    @property
+    def domains(self) -> list[StoredDomain]:
+        """Domains that were met."""
+        return self._memory.domains
+
+    def changed_since(self, version: int) -> dict[str, Tensor]:
+        """Weights that changed after a version."""
+        return {name: one for name, one in self.weights.items() if self._changed[name] > version}
+
     def plan(self, report: DriftReport) -> WindowPlan:
         """Plan a window: the best blocks and number of steps within the edge's budget."""
         chosen = self._best_plan(report)
+        if chosen.predicted_error is not None and report.start_error - chosen.predicted_error < self._least_gain:
+            chosen = empty_plan(report.cost, None, Terms(batch=report.batch, samples=report.samples, spent=report.spent))
         known = self._memory.find(report.signature)
         deltas = {} if known is None else known.deltas
-        return WindowPlan(chosen.trained, chosen.steps, chosen.predicted_error, deltas)
+        return WindowPlan(chosen.trained, chosen.steps, chosen.predicted_error, chosen.cost, deltas)
 
     def _best_plan(self, report: DriftReport) -> Plan:
         terms = Terms(batch=report.batch, samples=report.samples, spent=report.spent)
@@ -94,7 +121,7 @@ class RetrainCloud:
 
         An update of an older version counts less, and its changes are added to the current weights.
         """
-        if update.model != self._fingerprint:
+        if update.model != self.fingerprint:
             return Refusal("different_tensors", f"the update is for the model '{update.model}'")
         age = self.version - update.version
         if age < 0:
@@ -124,6 +151,9 @@ class RetrainCloud:
             for update, signature in self._updates.values():
                 self._memory.store(signature, update.deltas)
             self._updates = {}
+            for name, tensor in self.weights.items():
+                if tensor is not former.get(name):
+                    self._changed[name] = self.version
         return closed
 
     def _merged(self, contributions: Sequence[Contribution], former: Weights) -> dict[str, Tensor]:

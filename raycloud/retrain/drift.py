@@ -1,11 +1,11 @@
-"""Drift of a running model's inputs, from its hidden states: distance to the source at each tap, alarms, signatures."""
+"""Drift of a running model's inputs, from its hidden states: distance to the source at each tap, and signatures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,24 +79,12 @@ class DomainSignature:
 
 
 @dataclass(frozen=True)
-class DriftState:
-    """State of a detector between windows."""
-
-    active: bool = False
-    """True from an alarm until two quiet windows."""
-    quiet: int = 0
-    """Number of quiet windows since the last loud one."""
-    cooling: int = 0
-    """Number of windows for which no new alarm is raised."""
-
-
-@dataclass(frozen=True)
 class DriftVerdict:
     """Result of a window."""
 
     score: float
-    alarm: bool
-    """True if a drift begins with this window; a drift that goes on raises no second alarm."""
+    drifted: bool
+    """True if the score is above the threshold."""
     distances: Tensor
 
 
@@ -105,8 +93,8 @@ class DriftDetector:
     """Detector of drift.
 
     The score of a window is the largest of its distances over the taps, each in standard deviations of clean windows: a
-    drift that shows at one depth of the model is not averaged away. Two windows that are not above the threshold end a
-    drift.
+    drift that shows at one depth of the model is not averaged away. It has no memory; see
+    :class:`~raycloud.retrain.alarms.DriftAlarm`.
     """
 
     source: TapStatistics
@@ -115,8 +103,6 @@ class DriftDetector:
     spread: Tensor
     """Standard deviation of it, (taps,)."""
     threshold: float
-    cool_down: int = 0
-    """Number of windows after the end of a drift without a new alarm."""
 
     @staticmethod
     def calibrated(
@@ -148,8 +134,8 @@ class DriftDetector:
             raise ModelError("the hidden states of the source are not all finite")
         return DriftDetector(source, centre, spread, threshold)
 
-    def judge(self, taps: TapMeans, state: DriftState) -> tuple[DriftVerdict, DriftState]:
-        """Score a window of samples, and return the verdict and the next state.
+    def judge(self, taps: TapMeans) -> DriftVerdict:
+        """Score a window of samples.
 
         Raises:
             ModelError: a hidden state is not finite.
@@ -158,14 +144,7 @@ class DriftDetector:
         score = float(((distances - self.centre) / self.spread).max())
         if not math.isfinite(score):
             raise ModelError("the hidden states of a window are not all finite")
-        loud = score > self.threshold
-        if state.active:
-            quiet = 0 if loud else state.quiet + 1
-            after = DriftState(cooling=self.cool_down) if quiet == 2 else replace(state, quiet=quiet)
-            return DriftVerdict(score, False, distances), after
-        if loud and not state.cooling:
-            return DriftVerdict(score, True, distances), DriftState(active=True)
-        return DriftVerdict(score, False, distances), replace(state, cooling=max(0, state.cooling - 1))
+        return DriftVerdict(score, score > self.threshold, distances)
 
 
 class Taps:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,14 +12,16 @@ from transformers import PreTrainedModel
 
 from raycloud.models.block_trace import without_cache
 from raycloud.models.chain import block_list_of
-from raycloud.models.weights import Weights
+from raycloud.models.weights import Weights, copy_weights, weights_of
+from raycloud.retrain.alarms import AlarmCause, DriftAlarm, ErrorReference
+from raycloud.retrain.budget import budget_of
 from raycloud.retrain.cost import Budget, Cost, ModelCost
-from raycloud.retrain.drift import DomainSignature, DriftDetector, DriftState, DriftVerdict, tapped
+from raycloud.retrain.drift import DomainSignature, DriftDetector, DriftVerdict, TapMeans, tapped
 from raycloud.retrain.gain import BlockGain, block_gains
 from raycloud.retrain.measure import model_cost
 from raycloud.retrain.parts import RetrainParts, parts_of
 from raycloud.retrain.plans import head_phase
-from raycloud.retrain.recipe import RetrainTraining, Supervision
+from raycloud.retrain.recipe import BudgetRecipe, RetrainTraining, Supervision
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import RetrainTask
 from raycloud.retrain.trainer import mean_error
@@ -27,6 +30,19 @@ from raycloud.retrain.window import WindowResult, train_window
 
 _COSTED = 4
 """Number of samples on which costs are measured."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Result of serving a window of samples."""
+
+    verdict: DriftVerdict
+    signature: DomainSignature
+    """Signature with the means of hidden states, which stay at the edge unless it shares them."""
+    cause: AlarmCause | None
+    """Why the window raises an alarm; None if it raises none."""
+    error: float
+    """Error of the window, or without labels the loss that needs none."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,7 @@ class DriftReport:
     cost: ModelCost
     budget: Budget
     estimated: Cost
-    """Cost of statistics, gains and the judgement of the result."""
+    """Cost of gains, the judgement of the result, and the new signature."""
     head: Cost
     """Cost of the steps that train the head alone, before the planned ones."""
     head_steps: int
@@ -67,6 +83,8 @@ class WindowPlan:
     steps: int
     """0 for nothing at all."""
     predicted_error: float | None
+    cost: Cost
+    """Predicted cost of the window."""
     deltas: Mapping[str, Tensor]
     """Changes that fitted the domain when it was met before, by name of the parameter; they are tried first."""
 
@@ -91,14 +109,16 @@ class RetrainEdge:
     Args:
         name: name of the edge.
         model: its model, which it changes.
-        fingerprint: fingerprint of the model's configuration.
+        fingerprint: fingerprint of the cloud's model.
         task: task of the model.
         detector: detector of drift.
+        alarm: state of its alarms.
         budget: budget of a window.
         settings: settings of the training.
         supervision: ``none`` never reads labels.
         replayed: source samples against forgetting.
         share_means: True if signatures hold the means of hidden states; otherwise only distances leave the edge.
+        judged: number of the last samples of a window from which drift is judged; None for all.
         version: version of the cloud's weights that the model has.
     """
 
@@ -112,71 +132,67 @@ class RetrainEdge:
         fingerprint: str,
         task: RetrainTask,
         detector: DriftDetector,
-        budget: Budget,
+        alarm: DriftAlarm,
+        budget: BudgetRecipe,
         settings: RetrainTraining,
         *,
         supervision: Supervision = "labels",
         replayed: Samples | None = None,
         share_means: bool = False,
+        judged: int | None = None,
         version: int = 0,
     ) -> None:
-        self.name, self.model, self.version = name, model.eval(), version
+        self.name, self.model, self.version, self.alarm = name, model.eval(), version, alarm
         self._fingerprint, self._detector = fingerprint, detector
         self._budget, self._settings, self._replayed = budget, settings, replayed
         self._loss = task.loss_of(supervision)
+        self._labelled = supervision == "labels"
         # Without labels what is trained is all that can be judged.
-        self._error = task.error if supervision == "labels" else self._loss
-        self._share_means, self._state = share_means, DriftState()
+        self._error = task.error if self._labelled else self._loss
+        self._share_means, self._judged = share_means, judged
         self._parts: RetrainParts | None = None
         self._cost: ModelCost | None = None
 
-    def observe(self, samples: Samples) -> tuple[DriftVerdict, DomainSignature]:
-        """Serve a window of samples, and judge from its hidden states whether the domain has drifted."""
-        valid: list[Tensor | None] = [None]
-        with torch.no_grad(), tapped(block_list_of(self.model).blocks, valid) as taps:
-            for batch in samples.batches(self._settings.batch_size):
-                mask = batch.inputs.get("attention_mask")
-                valid[0] = None if mask is None else mask.bool()
-                self.model(**batch.inputs, **without_cache(self.model))
-        means = taps.take()
-        verdict, self._state = self._detector.judge(means, self._state)
-        held = tuple(one.mean(0) for one in means[1:]) if self._share_means else None
-        return verdict, DomainSignature(verdict.distances, held)
+    def observe(self, samples: Samples) -> Observation:
+        """Serve a window of samples, and judge from its hidden states and errors whether the domain has drifted."""
+        means, error = self._served(samples)
+        verdict, signature = self._signed(means)
+        labelled = error if self._labelled else None
+        cause, self.alarm = self.alarm.after(verdict, signature, self._detector.source, labelled, len(samples))
+        return Observation(verdict, signature, cause, error)
 
-    def report(self, samples: Samples, signature: DomainSignature) -> DriftReport:
+    def report(self, samples: Samples, seen: Observation) -> DriftReport:
         """Estimate the gains of a window of samples, paid from its budget."""
         parts, cost = self._measured(samples)
-        train = self._split(samples)[0]
+        train, held_out = self._split(samples)
         gains = block_gains(self.model, parts, train, self._loss)
-        error = mean_error(self.model, samples, self._error)
-        # Served once, for the error once, and the held-out samples twice more to judge the result.
-        passes = 2 * len(samples) + 2 * (len(samples) - len(train))
+        # The held-out samples are judged twice for the changes that are tried first, and twice for the result; with the
+        # cloud's new weights once more. The last samples then give the new signature.
+        passes = 5 * len(held_out) + (self._judged or len(samples))
         forward = cost.stem_forward + cost.head_forward + sum(menu[0].forward for menu in cost.blocks)
         batch, settings = min(self._settings.batch_size, len(train)), self._settings
+        budget = budget_of(self._budget, cost, batch=batch, samples=len(train))
         steps, head = head_phase(
-            cost,
-            self._budget,
-            most=settings.head_steps,
-            share=settings.head_share,
-            batch=batch,
-            samples=len(train),
+            cost, budget, most=settings.head_steps, share=settings.head_share, batch=batch, samples=len(train)
         )
         return DriftReport(
             self.name,
             self.version,
-            signature,
+            seen.signature if self._share_means else replace(seen.signature, means=None),
             gains.blocks,
-            error,
+            seen.error,
             len(train),
             batch,
             cost,
-            self._budget,
+            budget,
             Cost(gains.flops + passes * forward, gains.memory),
             head,
             steps,
         )
 
-    def retrain(self, samples: Samples, report: DriftReport, plan: WindowPlan, seed: int) -> WindowOutcome:
+    def retrain(
+        self, samples: Samples, report: DriftReport, plan: WindowPlan, seed: int, *, keep: bool = True
+    ) -> WindowOutcome:
         """Retrain as planned; the model changes only if that helps on the held-out samples.
 
         Args:
@@ -184,39 +200,88 @@ class RetrainEdge:
             report: the edge's report of them.
             plan: the cloud's answer.
             seed: seed of the order of samples.
+            keep: False to restore the model in the end and send nothing.
         """
         train, held_out = self._split(samples)
-        recalled = bool(plan.deltas) and self._recall(plan.deltas, held_out)
-        if not plan.steps:
-            return WindowOutcome(None, None, recalled, report.estimated)
         parts, _ = self._measured(samples)
-        result = train_window(
-            self.model,
-            parts,
-            plan.trained,
-            train,
-            held_out,
-            self._loss,
-            self._error,
-            self._settings.model_copy(update={"head_steps": report.head_steps}),
-            steps=plan.steps,
-            seed=seed,
-            replayed=self._replayed,
-        )
-        update = None
-        if result.helped:
-            update = BlockUpdate(self._fingerprint, self.version, len(train), result.deltas)
-        sent = len(update.to_bytes()) if update is not None else 0
-        cost = Cost(result.flops, result.memory, sent).after(report.estimated)
-        return WindowOutcome(result, update, recalled, cost)
-
-    def load(self, weights: Weights, version: int) -> None:
-        """Take the cloud's weights of a version; those that it does not name stay."""
+        own = dict(self.model.named_parameters())
+        names = {*plan.deltas, *(name for group in parts.groups(plan.trained).values() for name in group)}
+        before = {} if keep else {name: own[name].detach().clone() for name in names}
+        recalled = bool(plan.deltas) and self._recall(plan.deltas, held_out)
+        result, deltas = None, dict[str, Tensor]()
+        if plan.steps:
+            result = train_window(
+                self.model,
+                parts,
+                plan.trained,
+                train,
+                held_out,
+                self._loss,
+                self._error,
+                self._settings.model_copy(update={"head_steps": report.head_steps}),
+                steps=plan.steps,
+                seed=seed,
+                replayed=self._replayed,
+            )
+            deltas = result.deltas
         with torch.no_grad():
-            own = dict(self.model.named_parameters())
-            for name, tensor in weights.items():
+            for name, tensor in before.items():
                 own[name].copy_(tensor)
-        self.version = version
+        update = None
+        if keep and result is not None and result.helped:
+            if recalled:  # the cloud's weights do not have them yet
+                deltas = {name: _sum(plan.deltas.get(name), deltas.get(name)) for name in {*plan.deltas, *deltas}}
+            update = BlockUpdate(self._fingerprint, self.version, len(train), deltas)
+        sent = len(update.to_bytes()) if update is not None else 0
+        done = Cost(result.flops, result.memory, sent) if result is not None else Cost()
+        return WindowOutcome(result, update, recalled, done.after(report.estimated))
+
+    def answer(self, samples: Samples) -> None:
+        """Take the domain of a window as the edge's own, with the weights that it has now: no further alarm for it."""
+        recent = samples.select(slice(-(self._judged or len(samples)), None))
+        _, signature = self._signed(self._served(recent)[0])
+        usual = None
+        if self._labelled and self.alarm.usual is not None:
+            held_out = self._split(samples)[1]
+            error = mean_error(self.model, held_out, self._error)
+            # Of errors that are shares the deviation follows from the mean; else it is taken as the source's.
+            deviation = max(self.alarm.usual.deviation, math.sqrt(max(error * (1 - error), 0.0)))
+            usual = ErrorReference(error, deviation, len(held_out))
+        self.alarm = self.alarm.answered(signature, usual)
+
+    def load(self, weights: Weights, version: int, detector: DriftDetector | None = None) -> None:
+        """Take the cloud's weights of a version; those that it does not name stay.
+
+        Args:
+            weights: parameters by name.
+            version: their version.
+            detector: detector for the new weights; None for the former one.
+
+        Raises:
+            ModelError: the model has no such parameters.
+        """
+        own = weights_of(self.model)
+        copy_weights({name: own[name] for name in weights if name in own}, weights)
+        self.version, self._detector = version, detector or self._detector
+
+    def _served(self, samples: Samples) -> tuple[TapMeans, float]:
+        """Mean hidden states of samples, and their mean error."""
+        valid: list[Tensor | None] = [None]
+        total, count = 0.0, 0
+        with torch.no_grad(), tapped(block_list_of(self.model).blocks, valid) as taps:
+            for batch in samples.batches(self._settings.batch_size):
+                mask = batch.inputs.get("attention_mask")
+                valid[0] = None if mask is None else mask.bool()
+                logits = self.model(**batch.inputs, **without_cache(self.model)).logits
+                found = self._error(logits, batch.labels)
+                total, count = total + float(found.sum), count + found.count
+        return taps.take(), total / max(count, 1)
+
+    def _signed(self, means: TapMeans) -> tuple[DriftVerdict, DomainSignature]:
+        """Verdict on the last samples and their signature, with means behind each block."""
+        recent = [one[-(self._judged or len(one)) :] for one in means]
+        verdict = self._detector.judge(recent)
+        return verdict, DomainSignature(verdict.distances, tuple(one.mean(0) for one in recent[1:]))
 
     def _measured(self, samples: Samples) -> tuple[RetrainParts, ModelCost]:
         """Parts of the model and their costs, found with the first samples."""
@@ -246,3 +311,12 @@ class RetrainEdge:
             for name, tensor in before.items():
                 own[name].copy_(tensor)
         return False
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor:
+    """Sum of two changes of a parameter, of which one may be absent."""
+    if one is None or other is None:
+        found = one if other is None else other
+        assert found is not None
+        return found
+    return one + other

@@ -156,6 +156,8 @@ class RetrainRecipe(Recipe):
     ]
     samples: int = Field(96, ge=10)
     """Number of samples of a window."""
+    test_samples: int = Field(256, gt=0)
+    """Largest number of held-out samples of a domain that models are evaluated on; a window does not pay for it."""
     budget: BudgetRecipe = BudgetRecipe()
     training: RetrainTraining = RetrainTraining()
     drift: DriftRecipe = DriftRecipe()

@@ -34,6 +34,10 @@ class Samples:
         """Samples with some of the numbers."""
         return Samples({name: one[rows] for name, one in self.inputs.items()}, self.labels[rows])
 
+    def to(self, device: torch.device) -> Samples:
+        """Copy on a device."""
+        return Samples({name: one.to(device) for name, one in self.inputs.items()}, self.labels.to(device))
+
     def batches(self, size: int) -> Iterator[Samples]:
         """Split into batches, in order."""
         for at in range(0, len(self), size):

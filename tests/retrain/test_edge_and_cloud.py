@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 
 from raycloud.models.chain import block_list_of
 from raycloud.models.weights import weights_of
+from raycloud.retrain.alarms import DriftAlarm
 from raycloud.retrain.cloud import RetrainCloud, retrainable
 from raycloud.retrain.cost import Budget
 from raycloud.retrain.domains import DomainMemory
 from raycloud.retrain.drift import DomainSignature, DriftDetector, tapped
 from raycloud.retrain.edge import RetrainEdge
 from raycloud.retrain.parts import parts_of
-from raycloud.retrain.recipe import RetrainTraining
+from raycloud.retrain.recipe import BudgetRecipe, RetrainTraining
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import TASKS, cross_entropy
 from raycloud.retrain.trainer import BlockTrainer, mean_error
@@ -26,6 +27,7 @@ from tests.retrain.models import task_model
 
 TASK = TASKS["classification"]
 PATTERNS = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+ALARM = DriftAlarm(radius=0.5)
 SETTINGS = RetrainTraining(batch_size=16, head_steps=20, warmup_steps=2)
 
 
@@ -59,12 +61,14 @@ def source() -> tuple[PreTrainedModel, DriftDetector]:
     return model, DriftDetector.calibrated(*found, 64)
 
 
-def edge_of(
-    source: tuple[PreTrainedModel, DriftDetector], name: str = "a", budget: Budget | None = None
-) -> RetrainEdge:
+def budget_up_to(flops: float) -> BudgetRecipe:
+    return BudgetRecipe(full_steps=None, memory_share=None, flops=flops)
+
+
+def edge_of(source: tuple[PreTrainedModel, DriftDetector], name: str = "a", flops: float = 3e9) -> RetrainEdge:
     model, detector = source
     return RetrainEdge(
-        name, copy.deepcopy(model), "vit", TASK, detector, budget or Budget(flops=3e9), SETTINGS, share_means=True
+        name, copy.deepcopy(model), "vit", TASK, detector, ALARM, budget_up_to(flops), SETTINGS, share_means=True
     )
 
 
@@ -76,11 +80,11 @@ def cloud_of(source: tuple[PreTrainedModel, DriftDetector]) -> RetrainCloud:
 
 def test_a_drift_is_noticed_retrained_within_budget_and_merged(source: tuple[PreTrainedModel, DriftDetector]) -> None:
     edge, cloud = edge_of(source), cloud_of(source)
-    assert not edge.observe(samples(64, 10))[0].alarm
+    assert edge.observe(samples(64, 10)).cause is None
     window = samples(96, 11, mirrored)
-    verdict, signature = edge.observe(window)
-    assert verdict.alarm
-    report = edge.report(window, signature)
+    seen = edge.observe(window)
+    assert seen.cause == "hidden_states"
+    report = edge.report(window, seen)
     plan = cloud.plan(report)
     assert plan.trained and plan.steps and not plan.deltas
     assert plan.predicted_error is not None and plan.predicted_error < report.start_error
@@ -88,7 +92,7 @@ def test_a_drift_is_noticed_retrained_within_budget_and_merged(source: tuple[Pre
     outcome = edge.retrain(window, report, plan, seed=0)
     assert outcome.result is not None and outcome.result.helped and outcome.update is not None
     assert outcome.cost.within(Budget(flops=3e9)) and outcome.cost.bytes == len(outcome.update.to_bytes())
-    assert cloud.accept("a", number, outcome.update, signature) is None
+    assert cloud.accept("a", number, outcome.update, seen.signature) is None
     assert cloud.close(5.0) is None
     closed = cloud.close(10.0)
     assert closed is not None and (closed.members, closed.missed, cloud.version) == (("a",), ("b",), number)
@@ -98,22 +102,21 @@ def test_a_drift_is_noticed_retrained_within_budget_and_merged(source: tuple[Pre
     after = mean_error(other.model, test, TASK.error)
     assert after < before and after == mean_error(edge.model, test, TASK.error)
     # The window of an edge that was away comes too late, and the domain is known when it comes again.
-    late = cloud.accept("b", number, outcome.update, signature)
+    late = cloud.accept("b", number, outcome.update, seen.signature)
     assert late is not None and late.reason == "closed"
     fresh = edge_of(source, "c")
     again = samples(96, 13, mirrored)
-    verdict, signature = fresh.observe(again)
-    report = fresh.report(again, signature)
+    report = fresh.report(again, fresh.observe(again))
     plan = cloud.plan(report)
     assert plan.deltas
     assert fresh.retrain(again, report, plan, seed=1).recalled
 
 
 def test_a_window_without_budget_changes_nothing(source: tuple[PreTrainedModel, DriftDetector]) -> None:
-    edge, cloud = edge_of(source, budget=Budget(flops=1e6)), cloud_of(source)
+    edge, cloud = edge_of(source, flops=1e6), cloud_of(source)
     before = {name: one.clone() for name, one in weights_of(edge.model).items()}
     window = samples(96, 11, mirrored)
-    report = edge.report(window, edge.observe(window)[1])
+    report = edge.report(window, edge.observe(window))
     plan = cloud.plan(report)
     assert (plan.trained, plan.steps) == ((), 0)
     outcome = edge.retrain(window, report, plan, seed=0)
@@ -127,10 +130,10 @@ def test_without_labels_none_is_read(source: tuple[PreTrainedModel, DriftDetecto
     deltas = []
     for labels in (window.labels, torch.full_like(window.labels, 3)):
         edge = RetrainEdge(
-            "a", copy.deepcopy(model), "vit", TASK, detector, Budget(flops=3e9), SETTINGS, supervision="none"
+            "a", copy.deepcopy(model), "vit", TASK, detector, ALARM, budget_up_to(3e9), SETTINGS, supervision="none"
         )
         given = Samples(window.inputs, labels)
-        report = edge.report(given, edge.observe(given)[1])
+        report = edge.report(given, edge.observe(given))
         outcome = edge.retrain(given, report, cloud_of(source).plan(report), seed=0)
         assert outcome.result is not None
         deltas.append(outcome.result.deltas)

@@ -1,0 +1,192 @@
+"""Cloud of a job of retraining: it makes the source model, serves edges with versions, and keeps them on disk."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from raycloud.durable import write_atomically, write_folder
+from raycloud.errors import ChecksumError
+from raycloud.models.chain import block_list_of
+from raycloud.models.configuration import quiet_transformers
+from raycloud.models.loading import pick_device
+from raycloud.models.texts import save_end_ids
+from raycloud.models.weights import fingerprint, load_weights, weights_of
+from raycloud.retrain.alarms import ErrorReference
+from raycloud.retrain.cloud import RetrainCloud, retrainable
+from raycloud.retrain.deployment import Deployment
+from raycloud.retrain.domains import DomainMemory, StoredDomain
+from raycloud.retrain.drift import DomainSignature, DriftDetector
+from raycloud.retrain.edge import DriftReport, WindowPlan
+from raycloud.retrain.recipe import RetrainRecipe
+from raycloud.retrain.source import calibrated_detector, error_reference, source_model, source_parts, train_source
+from raycloud.retrain.tasks import TASKS
+from raycloud.retrain.trainer import mean_error
+from raycloud.retrain.update import BlockUpdate
+from raycloud.rounds.machine import ClosedRound, Refusal
+from raycloud.rounds.versions import VERSIONS, VersionStore
+
+_LOG = logging.getLogger(__name__)
+_REPLAYED = 256
+"""Largest number of source samples that edges get against forgetting."""
+DOMAINS = "domains"
+"""Folder of a result directory with the domains that were met."""
+
+
+@dataclass(frozen=True)
+class CloudFacts:
+    """Facts of the source model."""
+
+    parameters: int
+    blocks: tuple[str, ...]
+    """Paths of the blocks."""
+    source_error: float
+    """Error on the test of the source domain, of the version that the run begins with."""
+    rounds: int
+    """Number of rounds that are over."""
+
+
+class CloudRun:
+    """Cloud of a job.
+
+    Args:
+        recipe: recipe of the job.
+        folder: result directory, with the versions; what is there is continued.
+        notify: called with one line about what happens.
+    """
+
+    def __init__(self, recipe: RetrainRecipe, folder: Path, notify: Callable[[str], None] = lambda line: None) -> None:
+        self._recipe, self._folder, self._notify = recipe, folder, notify
+        self._parts = source_parts(recipe, notify=notify)
+        self._task = TASKS[recipe.task]
+        self._model = source_model(self._parts, recipe, pick_device(recipe.device))
+        self._store = VersionStore(folder / VERSIONS)
+        rounds = 0
+        if self._store.current < 0:
+            if recipe.source.steps:
+                self._train()
+            self._store.add(self._weights(), version=0, note="source model")
+        else:
+            load_weights(self._model, {**weights_of(self._model), **self._store.weights(self._store.current)})
+            rounds = self._store.record(self._store.current).round or 0
+        self._evaluate()
+        self._cloud = RetrainCloud(
+            retrainable(self._weights()),
+            fingerprint(self._store.weights(0)),
+            list(block_list_of(self._model).blocks),
+            None,
+            DomainMemory(self._detector.source, recipe.drift.radius, _domains_in(folder / DOMAINS)),
+            version=rounds,
+            least_gain=recipe.least_gain,
+        )
+
+    def facts(self) -> CloudFacts:
+        """Return the facts of the model."""
+        blocks = tuple(block_list_of(self._model).blocks)
+        return CloudFacts(self._model.num_parameters(), blocks, self._source_error, self._cloud.version)
+
+    def deployment(self, version: int | None) -> Deployment:
+        """Return the current state for an edge; see :class:`~raycloud.retrain.edge_run.CloudOfEdge`."""
+        weights = self._cloud.weights if version is None else self._cloud.changed_since(version)
+        replayed = self._clean.select(slice(0, _REPLAYED)) if self._recipe.training.replay else None
+        return Deployment(
+            self._cloud.version, self._cloud.fingerprint, weights, self._detector, self._usual, replayed
+        )
+
+    def plan(self, report: DriftReport) -> WindowPlan:
+        """Plan a window of an edge."""
+        return self._cloud.plan(report)
+
+    def open(self, edges: Iterable[str]) -> int:
+        """Open a round for edges, and return its number."""
+        rounds = self._recipe.rounds
+        names = list(edges)
+        quorum = min(rounds.quorum, len(names))
+        return self._cloud.open(names, time.monotonic() + rounds.deadline_s, quorum)
+
+    def accept(self, edge: str, number: int, update: BlockUpdate, signature: DomainSignature) -> Refusal | None:
+        """Accept an edge's update of a round, or return why it is refused."""
+        return self._cloud.accept(edge, number, update, signature)
+
+    def remove(self, edge: str) -> None:
+        """Stop waiting for an edge in the open round."""
+        self._cloud.remove(edge)
+
+    def close(self) -> tuple[ClosedRound, float] | None:
+        """Merge the round if nobody is awaited or its deadline has passed; return it with the error of the source."""
+        samples = self._cloud.samples
+        closed = self._cloud.close(time.monotonic())
+        if closed is None:
+            return None
+        if closed.result == "new_version":
+            load_weights(self._model, {**weights_of(self._model), **self._cloud.weights})
+            self._evaluate()
+            self._store.add(
+                self._weights(),
+                round=closed.number,
+                members=closed.members,
+                samples=samples,
+                figures={"source_error": self._source_error},
+            )
+            for number, domain in enumerate(self._cloud.domains):
+                write_atomically(self._folder / DOMAINS / f"{number}.safetensors", save(domain.tensors()))
+        return closed, self._source_error
+
+    def save(self) -> None:
+        """Write the model of the current version, which ``transformers`` loads."""
+
+        def fill(folder: Path) -> None:
+            if self._parts.tokenizer is not None:
+                save_end_ids(self._model, self._parts.tokenizer)
+                self._parts.tokenizer.save_pretrained(folder)
+            with quiet_transformers():
+                self._model.save_pretrained(folder)
+
+        write_folder(self._folder / "model", fill)
+
+    def _train(self) -> None:
+        recipe = self._recipe
+        samples = self._parts.data.samples(recipe.data.source_domain, "source").to(self._model.device)
+
+        def told(step: Any) -> None:
+            if (step.step + 1) % 100 == 0:
+                self._notify(f"source model: step {step.step + 1}/{recipe.source.steps}, loss {step.loss:.3f}")
+
+        train_source(self._model, recipe, samples, told)
+
+    def _evaluate(self) -> None:
+        """Measure the source domain with the present weights."""
+        recipe, device = self._recipe, self._model.device
+        clean = self._parts.data.samples(recipe.data.source_domain, "clean").to(device)
+        self._clean = clean
+        self._detector: DriftDetector = calibrated_detector(self._model, clean, recipe)
+        self._usual: ErrorReference = error_reference(self._model, clean, self._task.error)
+        test = self._parts.data.samples(recipe.data.source_domain, "test")
+        test = test.select(slice(0, recipe.test_samples)).to(device)
+        self._source_error = mean_error(self._model, test, self._task.error)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: one.cpu() for name, one in weights_of(self._model).items() if one.is_floating_point()}
+
+
+def _domains_in(folder: Path) -> list[StoredDomain]:
+    """Domains that an earlier process of the job has met.
+
+    Raises:
+        ChecksumError: a file is damaged.
+    """
+    found = []
+    for path in sorted(folder.glob("*.safetensors"), key=lambda one: int(one.stem)):
+        try:
+            found.append(StoredDomain.from_tensors(load_file(path)))
+        except (SafetensorError, KeyError) as error:
+            raise ChecksumError(f"'{path}' is damaged: {str(error).splitlines()[0]}") from None
+    return found
