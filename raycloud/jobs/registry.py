@@ -207,6 +207,22 @@ _JOBS = (
         restore=Lazy("raycloud.split.finetune.merge:restore_group"),
         report=RunReport(("accuracy", "perplexity", "bytes_per_step"), Lazy("raycloud.report.split_tune:render")),
     ),
+    Job(
+        name="retrain",
+        verb="retrain",
+        help="Retrain the blocks worth it at edges whose domains drift.",
+        example="budget.full_steps=20",
+        recipe=Lazy("raycloud.retrain.recipe:RetrainRecipe"),
+        bundles=Lazy("raycloud.retrain.recipe:bundles"),
+        run_on_ray=Lazy("raycloud.jobs.retrain:run"),
+        model="model",
+        report=RunReport(
+            ("accuracy_before", "accuracy_after", "perplexity_before", "perplexity_after", "over_budget"),
+            Lazy("raycloud.report.retrain:render"),
+        ),
+        # The driver waits for its actors.
+        search=SearchSupport({"CPU": 0.1}, Lazy("raycloud.jobs.retrain:check")),
+    ),
 )
 
 JOBS = {job.name: job for job in _JOBS}

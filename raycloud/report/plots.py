@@ -53,13 +53,14 @@ def curves(
     return _png(figure)
 
 
-def grouped_bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], y: str) -> bytes:
+def grouped_bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], y: str, fmt: str = "%.0f") -> bytes:
     """Plot bars of several series beside each other for each group.
 
     Args:
         groups: names of the groups.
         series: one value per group, by name of the series.
         y: label of the y axis.
+        fmt: format of the number above each bar.
 
     Returns:
         A PNG.
@@ -69,10 +70,36 @@ def grouped_bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], y
     for number, ((name, values), colour) in enumerate(zip(series.items(), _COLOURS, strict=False)):
         positions = [index + (number - (len(series) - 1) / 2) * width for index in range(len(groups))]
         drawn = axes.bar(positions, values, width * 0.92, label=name, color=colour)  # type: ignore[attr-defined]
-        axes.bar_label(drawn, fmt="%.0f", fontsize=8)  # type: ignore[attr-defined]
+        axes.bar_label(drawn, fmt=fmt, fontsize=8)  # type: ignore[attr-defined]
     axes.set_xticks(range(len(groups)), groups)  # type: ignore[attr-defined]
     axes.set(ylabel=y)  # type: ignore[attr-defined]
     axes.legend(frameon=False, ncols=len(series), loc="upper center", bbox_to_anchor=(0.5, 1.15))  # type: ignore[attr-defined]
+    return _png(figure)
+
+
+def heat_map(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]], y: str) -> bytes:
+    """Plot a cell for each row and column, darker for larger values from 0 to 1; the first row is at the bottom.
+
+    Args:
+        rows: names of the rows.
+        columns: names of the columns.
+        values: one value per row and column.
+        y: label of the rows.
+
+    Returns:
+        A PNG.
+    """
+    size = (min(12.0, 1.8 + 0.45 * len(columns)), min(12.0, 1.4 + 0.28 * len(rows)))
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
+    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_xticks([at - 0.5 for at in range(len(columns) + 1)], minor=True)
+    axes.set_yticks([at - 0.5 for at in range(len(rows) + 1)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="minor", length=0)
+    axes.set(ylabel=y)
     return _png(figure)
 
 

@@ -82,7 +82,9 @@ class RetrainCloud:
         """Plan a window: the best blocks and number of steps within the edge's budget."""
         chosen = self._best_plan(report)
         if chosen.predicted_error is not None and report.start_error - chosen.predicted_error < self._least_gain:
-            chosen = empty_plan(report.cost, None, Terms(batch=report.batch, samples=report.samples, spent=report.spent))
+            chosen = empty_plan(
+                report.cost, None, Terms(batch=report.batch, samples=report.samples, spent=report.spent)
+            )
         known = self._memory.find(report.signature)
         deltas = {} if known is None else known.deltas
         return WindowPlan(chosen.trained, chosen.steps, chosen.predicted_error, chosen.cost, deltas)
@@ -108,9 +110,9 @@ class RetrainCloud:
         magnitudes, ratios = [one.magnitude for one in report.gains], [one.snr for one in report.gains]
         return self._prior.law(magnitudes, ratios, report.start_error)
 
-    def open(self, edges: Iterable[str], deadline: float, quorum: int = 1) -> int:
-        """Open a round for edges, and return its number."""
-        number = self._machine.ended + 1
+    def open(self, edges: Iterable[str], deadline: float, quorum: int = 1, number: int | None = None) -> int:
+        """Open a round for edges, and return its number: the one given, or the next one."""
+        number = self._machine.ended + 1 if number is None else number
         form = form_of(self._machine.weights)
         self._machine.open(number, edges, deadline=deadline, quorum=quorum, form=form, partial=True)
         self._updates = {}

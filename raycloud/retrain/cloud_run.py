@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +21,21 @@ from raycloud.models.chain import block_list_of
 from raycloud.models.configuration import quiet_transformers
 from raycloud.models.loading import pick_device
 from raycloud.models.texts import save_end_ids
-from raycloud.models.weights import fingerprint, load_weights, weights_of
+from raycloud.models.weights import fingerprint, load_weights, nbytes, weights_of
 from raycloud.retrain.alarms import ErrorReference
 from raycloud.retrain.cloud import RetrainCloud, retrainable
 from raycloud.retrain.deployment import Deployment
 from raycloud.retrain.domains import DomainMemory, StoredDomain
 from raycloud.retrain.drift import DomainSignature, DriftDetector
 from raycloud.retrain.edge import DriftReport, WindowPlan
+from raycloud.retrain.messages import parse_message
 from raycloud.retrain.recipe import RetrainRecipe
 from raycloud.retrain.source import calibrated_detector, error_reference, source_model, source_parts, train_source
 from raycloud.retrain.tasks import TASKS
 from raycloud.retrain.trainer import mean_error
 from raycloud.retrain.update import BlockUpdate
 from raycloud.rounds.machine import ClosedRound, Refusal
+from raycloud.rounds.service import DeviceMember
 from raycloud.rounds.versions import VERSIONS, VersionStore
 
 _LOG = logging.getLogger(__name__)
@@ -97,20 +101,16 @@ class CloudRun:
         """Return the current state for an edge; see :class:`~raycloud.retrain.edge_run.CloudOfEdge`."""
         weights = self._cloud.weights if version is None else self._cloud.changed_since(version)
         replayed = self._clean.select(slice(0, _REPLAYED)) if self._recipe.training.replay else None
-        return Deployment(
-            self._cloud.version, self._cloud.fingerprint, weights, self._detector, self._usual, replayed
-        )
+        return Deployment(self._cloud.version, self._cloud.fingerprint, weights, self._detector, self._usual, replayed)
 
     def plan(self, report: DriftReport) -> WindowPlan:
         """Plan a window of an edge."""
         return self._cloud.plan(report)
 
-    def open(self, edges: Iterable[str]) -> int:
-        """Open a round for edges, and return its number."""
+    def open(self, number: int, edges: Sequence[str]) -> None:
+        """Open a round for edges; its number is larger than that of every version."""
         rounds = self._recipe.rounds
-        names = list(edges)
-        quorum = min(rounds.quorum, len(names))
-        return self._cloud.open(names, time.monotonic() + rounds.deadline_s, quorum)
+        self._cloud.open(edges, time.monotonic() + rounds.deadline_s, min(rounds.quorum, len(edges)), number)
 
     def accept(self, edge: str, number: int, update: BlockUpdate, signature: DomainSignature) -> Refusal | None:
         """Accept an edge's update of a round, or return why it is refused."""
@@ -139,6 +139,30 @@ class CloudRun:
             for number, domain in enumerate(self._cloud.domains):
                 write_atomically(self._folder / DOMAINS / f"{number}.safetensors", save(domain.tensors()))
         return closed, self._source_error
+
+    def device_members(self, run: str) -> dict[str, DeviceMember]:
+        """Describe the job for each of its devices.
+
+        Args:
+            run: id of the run, which devices keep their state under.
+        """
+        recipe, files = self._recipe, dict[str, bytes]()
+        if self._parts.tokenizer is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                self._parts.tokenizer.save_pretrained(folder)
+                files = {f"tokenizer/{path.name}": path.read_bytes() for path in sorted(Path(folder).iterdir())}
+        return {
+            edge.name: DeviceMember(
+                recipe=recipe.for_device(edge).model_dump_json(),
+                config=self._parts.config.to_json_string(use_diff=False),
+                weights_bytes=nbytes(self._cloud.weights),
+                facts={"run": run, "classes": json.dumps(self._parts.classes)},
+                blobs=files,
+                most_samples=recipe.samples,
+                parse_report=parse_message,
+            )
+            for edge in recipe.devices
+        }
 
     def save(self) -> None:
         """Write the model of the current version, which ``transformers`` loads."""

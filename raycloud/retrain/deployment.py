@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+import torch
 from torch import Tensor
 
 from raycloud.errors import LinkError
 from raycloud.retrain.alarms import ErrorReference
 from raycloud.retrain.drift import DriftDetector, TapStatistics
 from raycloud.retrain.samples import Samples
-
-_ABOUT = "deployment"
 
 
 @dataclass(frozen=True)
@@ -34,8 +30,8 @@ class Deployment:
     replayed: Samples | None
     """Source samples against forgetting; None if the recipe replays none."""
 
-    def to_bytes(self) -> bytes:
-        """Write as safetensors."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state as tensors by name, for safetensors."""
         tensors = {f"weights/{name}": one.contiguous() for name, one in self.weights.items()}
         source = self.detector.source
         for tap, (mean, variance) in enumerate(zip(source.mean, source.variance, strict=True)):
@@ -44,42 +40,37 @@ class Deployment:
         if self.replayed is not None:
             tensors |= {f"replay/{name}": one.contiguous() for name, one in self.replayed.inputs.items()}
             tensors["replayed_labels"] = self.replayed.labels.contiguous()
-        about = {
-            "version": self.version,
-            "fingerprint": self.fingerprint,
-            "threshold": self.detector.threshold,
-            "usual": [self.usual.mean, self.usual.deviation, self.usual.samples],
-        }
-        return save(tensors, {_ABOUT: json.dumps(about)})
+        usual = self.usual
+        numbers = [self.version, self.detector.threshold, usual.mean, usual.deviation, usual.samples]
+        fingerprint = torch.tensor(list(self.fingerprint.encode()), dtype=torch.uint8)
+        return tensors | {"numbers": torch.tensor(numbers, dtype=torch.float64), "fingerprint": fingerprint}
 
     @staticmethod
-    def from_bytes(raw: bytes) -> Deployment:
-        """Read a result of :meth:`to_bytes`.
+    def from_tensors(tensors: Mapping[str, Tensor]) -> Deployment:
+        """Return the state of a result of :meth:`tensors`.
 
         Raises:
             LinkError: it is none.
         """
         try:
-            tensors = load(raw)
-            size = int.from_bytes(raw[:8], "little")
-            about = json.loads(json.loads(raw[8 : 8 + size])["__metadata__"][_ABOUT])
+            version, threshold, mean, deviation, samples = tensors["numbers"].tolist()
             taps = len(tensors["centre"])
             source = TapStatistics(
                 tuple(tensors[f"mean/{tap}"] for tap in range(taps)),
                 tuple(tensors[f"variance/{tap}"] for tap in range(taps)),
             )
-            detector = DriftDetector(source, tensors["centre"], tensors["spread"], float(about["threshold"]))
+            detector = DriftDetector(source, tensors["centre"], tensors["spread"], threshold)
             replay, labels = _with_prefix(tensors, "replay/"), tensors.get("replayed_labels")
             return Deployment(
-                int(about["version"]),
-                str(about["fingerprint"]),
+                int(version),
+                bytes(tensors["fingerprint"].tolist()).decode(),
                 _with_prefix(tensors, "weights/"),
                 detector,
-                ErrorReference(*about["usual"]),
+                ErrorReference(mean, deviation, int(samples)),
                 None if labels is None else Samples(replay, labels),
             )
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise LinkError(f"{len(raw)} bytes are no deployment: {str(error).splitlines()[0]}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise LinkError(f"the cloud's state cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -106,28 +106,28 @@ class DriftDetector:
 
     @staticmethod
     def calibrated(
-        taps: TapMeans, clean: TapMeans, window: int, *, quantile: float = 0.99, draws: int = 400, seed: int = 0
+        clean: TapMeans, window: int, *, quantile: float = 0.99, draws: int = 800, seed: int = 0
     ) -> DriftDetector:
         """Detector whose threshold is a quantile of the scores of clean windows.
 
-        Neither kind of samples should be training data of the model, which its hidden states tell from new data.
+        Each draw takes a window out of the clean samples, and measures its distance from the statistics of the others:
+        its score then varies as that of new windows does, with the error of the statistics.
 
         Args:
-            taps: mean hidden states of source samples.
-            clean: those of other samples of the source.
+            clean: mean hidden states of source samples. They should not be training data of the model, which its
+                hidden states tell from new data.
             window: number of samples of a window.
             quantile: share of clean windows below the threshold.
-            draws: number of windows drawn from the clean samples, without replacement within a window.
+            draws: number of windows drawn.
             seed: seed of the draws.
 
         Raises:
-            ModelError: there are fewer clean samples than a window has, or a value is not finite.
+            ModelError: there are fewer clean samples than two windows have, or a value is not finite.
         """
-        if len(clean[0]) < window:
-            raise ModelError(f"{len(clean[0])} clean samples are given; allowed: at least a window of {window}")
-        source, generator = TapStatistics.of(taps), torch.Generator().manual_seed(seed)
-        rows = [torch.randperm(len(clean[0]), generator=generator)[:window] for _ in range(draws)]
-        distances = torch.stack([drift_distances([one[some] for one in clean], source) for some in rows])
+        if len(clean[0]) < 2 * window:
+            raise ModelError(f"{len(clean[0])} clean samples are given; allowed: at least two windows of {window}")
+        source, generator = TapStatistics.of(clean), torch.Generator().manual_seed(seed)
+        distances = torch.stack([_left_out(clean, window, generator) for _ in range(draws)])
         centre, spread = distances.mean(0), distances.std(0).clamp_min(_LEAST_VARIANCE)
         threshold = float(((distances - centre) / spread).max(1).values.quantile(quantile))
         if not math.isfinite(threshold):
@@ -145,6 +145,13 @@ class DriftDetector:
         if not math.isfinite(score):
             raise ModelError("the hidden states of a window are not all finite")
         return DriftVerdict(score, score > self.threshold, distances)
+
+
+def _left_out(clean: TapMeans, window: int, generator: torch.Generator) -> Tensor:
+    """Distances of a random window from the statistics of the other samples."""
+    order = torch.randperm(len(clean[0]), generator=generator).to(clean[0].device)
+    others = TapStatistics.of([one[order[window:]] for one in clean])
+    return drift_distances([one[order[:window]] for one in clean], others)
 
 
 class Taps:

@@ -166,9 +166,9 @@ class RetrainEdge:
         parts, cost = self._measured(samples)
         train, held_out = self._split(samples)
         gains = block_gains(self.model, parts, train, self._loss)
-        # The held-out samples are judged twice for the changes that are tried first, and twice for the result; with the
-        # cloud's new weights once more. The last samples then give the new signature.
-        passes = 5 * len(held_out) + (self._judged or len(samples))
+        # The held-out samples are judged twice for the changes that are tried first, twice for the result, and twice
+        # each for the cloud's weights before and after; all once more with these. The last ones give the signature.
+        passes = 8 * len(held_out) + len(samples) + (self._judged or len(samples))
         forward = cost.stem_forward + cost.head_forward + sum(menu[0].forward for menu in cost.blocks)
         batch, settings = min(self._settings.batch_size, len(train)), self._settings
         budget = budget_of(self._budget, cost, batch=batch, samples=len(train))
@@ -263,6 +263,33 @@ class RetrainEdge:
         own = weights_of(self.model)
         copy_weights({name: own[name] for name in weights if name in own}, weights)
         self.version, self._detector = version, detector or self._detector
+
+    def consider(self, weights: Weights, version: int, detector: DriftDetector, samples: Samples) -> bool:
+        """Take the cloud's weights of a version unless its own are better on the held-out samples of a window.
+
+        Args:
+            weights: parameters that changed since the edge's version, by name.
+            version: their version.
+            detector: detector for these weights.
+            samples: samples of the window.
+
+        Returns:
+            True if the edge has the version now.
+        """
+        own = weights_of(self.model)
+        kept = {name: own[name].clone() for name in weights if name in own}
+        former, held_out = (self.version, self._detector), self._split(samples)[1]
+        before = mean_error(self.model, held_out, self._error)
+        self.load(weights, version, detector)
+        if mean_error(self.model, held_out, self._error) <= before:
+            return True
+        copy_weights({name: own[name] for name in kept}, kept)
+        self.version, self._detector = former
+        return False
+
+    def error(self, samples: Samples) -> float:
+        """Error of samples, or without labels the loss that needs none."""
+        return mean_error(self.model, samples, self._error)
 
     def _served(self, samples: Samples) -> tuple[TapMeans, float]:
         """Mean hidden states of samples, and their mean error."""

@@ -1,15 +1,14 @@
 """Windows of an edge in a job: it takes the cloud's weights, serves, and retrains where the cloud's plan says so.
 
-It runs alike in an actor of the cluster and on a device without Ray: :class:`CloudOfEdge` is what lies between.
+It runs alike in an actor of the cluster and on a device without Ray. A window has two parts, between which the cloud
+plans: :meth:`EdgeRun.observe` and :meth:`EdgeRun.retrain`.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -18,8 +17,7 @@ from raycloud.models.loading import pick_device
 from raycloud.retrain.alarms import DriftAlarm
 from raycloud.retrain.deployment import Deployment
 from raycloud.retrain.domain_data import window_samples
-from raycloud.retrain.drift import DomainSignature
-from raycloud.retrain.edge import DriftReport, Observation, RetrainEdge, WindowOutcome, WindowPlan
+from raycloud.retrain.edge import DriftReport, RetrainEdge, WindowOutcome, WindowPlan
 from raycloud.retrain.recipe import RetrainEdgeRecipe, RetrainRecipe
 from raycloud.retrain.samples import IGNORE, Samples
 from raycloud.retrain.source import Notify, new_model, source_parts
@@ -28,32 +26,35 @@ from raycloud.retrain.trainer import mean_error
 from raycloud.retrain.update import BlockUpdate
 from raycloud.training.seeding import derive_seed
 
-_LOG = logging.getLogger(__name__)
 Record = dict[str, Any]
 """Record of a window, for ``metrics.jsonl``."""
 
 
-class CloudOfEdge(Protocol):
-    """The cloud as an edge sees it."""
-
-    def deployment(self, version: int | None) -> Deployment:
-        """Return the current state, with the weights that changed since a version; None for all weights."""
-        ...
-
-    def plan(self, report: DriftReport) -> WindowPlan:
-        """Return the plan of a window."""
-        ...
-
-
 @dataclass(frozen=True)
 class EdgeWindow:
-    """Result of a window of an edge."""
+    """Result of a window that the cloud planned."""
 
     record: Record
     update: BlockUpdate | None
     """Changes for the cloud; None if there are none."""
-    signature: DomainSignature | None
-    """Signature as the cloud may see it; None without an alarm."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Result of serving a window."""
+
+    record: Record
+    report: DriftReport | None
+    """Report to the cloud; None without an alarm."""
+
+
+@dataclass(frozen=True)
+class _Alarmed:
+    """Window that awaits a plan."""
+
+    number: int
+    samples: Samples
+    report: DriftReport
 
 
 class EdgeRun:
@@ -62,7 +63,7 @@ class EdgeRun:
     Args:
         recipe: recipe of the job.
         edge: the edge in it.
-        cloud: the cloud.
+        state: current state of the cloud, with all weights.
         notify: called with one line about what happens.
         source: data of the edge; None for those that the recipe names.
     """
@@ -71,14 +72,13 @@ class EdgeRun:
         self,
         recipe: RetrainRecipe,
         edge: RetrainEdgeRecipe,
-        cloud: CloudOfEdge,
+        state: Deployment,
         notify: Notify = lambda line: None,
         source: str | None = None,
     ) -> None:
-        self._recipe, self._edge, self._cloud, self._notify = recipe, edge, cloud, notify
+        self._recipe, self._edge = recipe, edge
         parts = source_parts(recipe, source or edge.source, notify)
         self._data = parts.data
-        state = cloud.deployment(None)
         task = TASKS[recipe.task]
         labelled = recipe.supervision == "labels"
         drift = recipe.drift
@@ -99,7 +99,10 @@ class EdgeRun:
             judged=drift.window,
         )
         self._run.load(state.weights, state.version)
-        self._answered: Samples | None = None
+        self._current: _Alarmed | None = None
+        self._window: Samples | None = None
+        """Samples of the last window until the round ends."""
+        self._answered = False
 
     @property
     def model(self) -> PreTrainedModel:
@@ -111,59 +114,68 @@ class EdgeRun:
         """Version of the cloud's weights that the edge has."""
         return self._run.version
 
-    @property
-    def samples(self) -> int:
-        """Number of samples of a window."""
-        return self._recipe.samples
-
-    def window(self, number: int, on_step: Callable[[int], None] = lambda step: None) -> EdgeWindow:
-        """Serve a window of the stream; retrain on an alarm, as the cloud plans.
+    def observe(self, number: int, state: Deployment) -> Observed:
+        """Serve a window of the stream, and report to the cloud if it raises an alarm.
 
         Args:
             number: number of the window, from 0.
-            on_step: called with the number of steps done.
+            state: current state of the cloud, with what changed since the edge's version.
 
         Raises:
             DataError: the domain has too few samples.
-            TrainingError: gradients stayed non-finite.
+            TrainingError: a gradient is not finite.
         """
         begun = time.monotonic()
-        self.adopt()  # an edge that was away has missed rounds
         domain = self._edge.windows[number]
         samples = self._window_samples(number)
-        test = self._test(domain)
         record: Record = {"kind": "window", "edge": self._edge.name, "window": number, "domain": domain}
-        record |= {"version": self.version, "test_before": self._error(test)}
+        record |= {"version": self.version, "test_before": self.test_error(domain)}
+        self._current, self._window = None, samples
         seen = self._run.observe(samples)
         record |= {"score": seen.verdict.score, "drifted": seen.verdict.drifted, "cause": seen.cause}
-        record |= {"error": seen.error}
+        record |= {"error": seen.error, "test_after": record["test_before"]}
         if seen.cause is None:
-            self._answered = None
-            record |= {"test_after": record["test_before"], "seconds": time.monotonic() - begun}
-            return EdgeWindow(record, None, None)
+            return Observed(record | {"seconds": time.monotonic() - begun}, None)
+        # Others may have met the domain before, so that the cloud's version is the better start.
+        if self._consider(state):
+            seen = replace(seen, error=self._run.error(samples))
+            record |= {"version": self.version, "error": seen.error}
         report = self._run.report(samples, seen)
-        plan = self._cloud.plan(report)
-        mode = self._recipe.mode
-        outcome = None
-        if mode != "suggest":
-            seed = derive_seed("retrain", self._recipe.seed, self._edge.name, number)
-            outcome = self._run.retrain(samples, report, plan, seed, keep=mode == "retrain")
-        self._answered = samples
-        record |= _told(seen, report, plan, outcome)
-        record |= {"test_after": self._error(test), "seconds": time.monotonic() - begun}
-        update = None if outcome is None else outcome.update
-        return EdgeWindow(record, update, report.signature)
+        self._current = _Alarmed(number, samples, report)
+        return Observed(record | _reported(report) | {"seconds": time.monotonic() - begun}, report)
 
-    def adopt(self) -> bool:
-        """Take the cloud's current version; True if it is a newer one. Then the last alarm's domain is signed anew."""
-        state = self._cloud.deployment(self.version)
-        newer = state.version > self.version
-        if newer:
-            self._run.load(state.weights, state.version, state.detector)
-        if self._answered is not None:
-            self._run.answer(self._answered)
-            self._answered = None
-        return newer
+    def retrain(self, plan: WindowPlan) -> EdgeWindow:
+        """Retrain as the cloud plans the window that was observed last.
+
+        Raises:
+            TrainingError: gradients stayed non-finite.
+        """
+        begun, current = time.monotonic(), self._current
+        if current is None:
+            raise ValueError("no window awaits a plan")
+        mode, outcome = self._recipe.mode, None
+        if mode != "suggest":
+            seed = derive_seed("retrain", self._recipe.seed, self._edge.name, current.number)
+            outcome = self._run.retrain(current.samples, current.report, plan, seed, keep=mode == "retrain")
+        self._answered, self._current = True, None
+        record = _planned(current.report, plan, outcome)
+        record |= {"test_after": self.test_error(self._edge.windows[current.number])}
+        update = None if outcome is None else outcome.update
+        return EdgeWindow(record | {"train_seconds": time.monotonic() - begun}, update)
+
+    def adopt(self, state: Deployment) -> None:
+        """End a window: take the cloud's version if it is as good in this domain; sign a domain that was answered."""
+        if self._window is None:
+            return
+        self._consider(state)
+        if self._answered:
+            self._run.answer(self._window)
+        self._answered, self._window = False, None
+
+    def _consider(self, state: Deployment) -> bool:
+        if state.version <= self.version or self._window is None:
+            return False
+        return self._run.consider(state.weights, state.version, state.detector, self._window)
 
     def test_error(self, domain: str) -> float:
         """Error of the edge's model on the test samples of a domain."""
@@ -186,18 +198,24 @@ class EdgeRun:
         return mean_error(self.model, samples, TASKS[self._recipe.task].error)
 
 
-def _told(seen: Observation, report: DriftReport, plan: WindowPlan, outcome: WindowOutcome | None) -> Record:
-    """Facts of an answered alarm for the record."""
+def _reported(report: DriftReport) -> Record:
+    """Facts of an alarm for the record."""
     budget = report.budget
-    told: Record = {
+    return {
         "gains": [[one.magnitude, one.snr] for one in report.gains],
         "blocks": len(report.gains),
+        "budget": {"flops": budget.flops, "memory": budget.memory, "bytes": budget.bytes},
+    }
+
+
+def _planned(report: DriftReport, plan: WindowPlan, outcome: WindowOutcome | None) -> Record:
+    """Facts of an answered alarm for the record."""
+    told: Record = {
         "trained": list(plan.trained),
         "steps": plan.steps,
         "head_steps": report.head_steps if plan.steps else 0,
         "predicted_error": plan.predicted_error,
         "planned": {"flops": plan.cost.flops, "memory": plan.cost.memory, "bytes": plan.cost.bytes},
-        "budget": {"flops": budget.flops, "memory": budget.memory, "bytes": budget.bytes},
     }
     if outcome is not None:
         cost, result = outcome.cost, outcome.result
@@ -207,6 +225,6 @@ def _told(seen: Observation, report: DriftReport, plan: WindowPlan, outcome: Win
             "held_out_before": None if result is None else result.before,
             "held_out_after": None if result is None else result.after,
             "paid": {"flops": cost.flops, "memory": cost.memory, "bytes": cost.bytes},
-            "over_budget": not cost.within(budget),
+            "over_budget": not cost.within(report.budget),
         }
     return told

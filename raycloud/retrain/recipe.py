@@ -178,6 +178,16 @@ class RetrainRecipe(Recipe):
         """Edges that are devices without Ray."""
         return [edge for edge in self.edges if edge.device]
 
+    def for_device(self, edge: RetrainEdgeRecipe) -> RetrainRecipe:
+        """Recipe as a device gets it: with its own edge."""
+        rounds = self.rounds.model_copy(update={"quorum": 1})  # a matter of the cloud, which counts all edges
+        return self.model_copy(update={"edges": [edge], "rounds": rounds})
+
+    @property
+    def metric(self) -> Literal["accuracy", "perplexity"]:
+        """Figure of the task's error."""
+        return "perplexity" if self.task == "language_modelling" else "accuracy"
+
     @property
     def windows(self) -> int:
         """Number of windows of the edge with the most."""

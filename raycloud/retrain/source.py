@@ -57,6 +57,8 @@ class SourceParts:
     """Folder or hub id of the weights; None for a new model."""
     auto: Any
     """Class of ``transformers`` that makes or loads the model."""
+    classes: list[Any]
+    """Classes in the order of the model's outputs; empty for language modelling."""
 
 
 def is_images(recipe: RetrainRecipe) -> bool:
@@ -88,6 +90,7 @@ def source_parts(recipe: RetrainRecipe, source: str | None = None, notify: Notif
     if images != (hasattr(config, "num_channels") and hasattr(config, "image_size")):
         kind = "images" if images else "texts"
         raise RecipeError(f"data.source={recipe.data.source} has {kind}, and the model '{config.model_type}' does not")
+    auto: Any
     tokenizer, classes = None, list[Any]()
     data: DomainData
     if images:
@@ -124,7 +127,7 @@ def source_parts(recipe: RetrainRecipe, source: str | None = None, notify: Notif
         config.num_labels = len(classes)
         config.id2label = {index: str(value) for index, value in enumerate(classes)}
         config.label2id = {str(value): index for index, value in enumerate(classes)}
-    return SourceParts(config, data, tokenizer, where, auto)
+    return SourceParts(config, data, tokenizer, where, auto, classes)
 
 
 def source_model(parts: SourceParts, recipe: RetrainRecipe, device: torch.device) -> PreTrainedModel:
@@ -229,8 +232,7 @@ def calibrated_detector(model: PreTrainedModel, clean: Samples, recipe: RetrainR
 
     Args:
         model: the cloud's model.
-        clean: samples of the source domain that trained nothing; half of them are the source's statistics, windows of
-            the others set the threshold.
+        clean: samples of the source domain that trained nothing.
         recipe: recipe with ``drift``.
 
     Raises:
@@ -242,9 +244,7 @@ def calibrated_detector(model: PreTrainedModel, clean: Samples, recipe: RetrainR
             f"the source domain has {len(clean)} clean samples; allowed: twice drift.window={drift.window} or more"
         )
     means = tap_means(model, clean)
-    half = len(clean) // 2
-    statistics, windows = ([one[rows] for one in means] for rows in (slice(0, half), slice(half, None)))
-    return DriftDetector.calibrated(statistics, windows, drift.window, quantile=drift.quantile, seed=recipe.seed)
+    return DriftDetector.calibrated(means, drift.window, quantile=drift.quantile, seed=recipe.seed)
 
 
 def error_reference(model: PreTrainedModel, clean: Samples, error: LossOf, chunk: int = 8) -> ErrorReference:

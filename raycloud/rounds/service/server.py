@@ -156,7 +156,9 @@ class RoundServer(SessionServer[DeviceSession]):
         """Return whether a device has a session."""
         return bool(self._devices[name].session)
 
-    async def train(self, name: str, attempt: int, number: int, weights: Weights) -> DeviceUpdate | None:
+    async def train(
+        self, name: str, attempt: int, number: int, weights: Weights, *, any_form: bool = False
+    ) -> DeviceUpdate | None:
         """Let a device train for a round; None if a newer attempt begins.
 
         Args:
@@ -164,6 +166,7 @@ class RoundServer(SessionServer[DeviceSession]):
             attempt: id that grows with every attempt at a round.
             number: number of the round.
             weights: weights that the round begins with.
+            any_form: True if the contribution may have other tensors than these, which the caller checks.
 
         Raises:
             DeviceGone: the device is not there, or goes.
@@ -175,7 +178,7 @@ class RoundServer(SessionServer[DeviceSession]):
             raise DeviceGone(f"the device '{name}' is not there")
         blob = await self._keep(device, weights)
         machine = RoundMachine({}, number - 1)
-        machine.open(number, [name], deadline=_NEVER, form=form_of(weights))
+        machine.open(number, [name], deadline=_NEVER, form=None if any_form else form_of(weights))
         task = _Task(attempt, number, blob, machine, asyncio.get_running_loop().create_future())
         device.task = task
         device.notify()
