@@ -52,6 +52,8 @@ class CloudModel(ActorService):
         self._recipe, self._folder, self._run_id = recipe, folder, run
         self._turn = threading.Lock()
         self._attempts = itertools.count(1)
+        self._device_versions: dict[str, tuple[str, int]] = {}
+        """Process of each device and the version that it has; a new process gets all weights."""
         # No method of this class may be a coroutine: Ray would run all of them on one event loop, one at a time.
         super().__init__(lambda connection, principal, service: self._rounds.serve(connection, principal))
 
@@ -112,9 +114,12 @@ class CloudModel(ActorService):
             TrainingError: the device says that its training failed.
         """
         self._do(self._rounds.prepare(name))
-        state = self.deployment(None)
-        seen = self._exchange(name, 2 * number, state.tensors())
+        process, version = self._rounds.process(name), None
+        if (known := self._device_versions.get(name)) is not None and known[0] == process:
+            version = known[1]
+        seen = self._exchange(name, 2 * number, self.deployment(version).tensors())
         assert isinstance(seen.report, ObservedMessage)
+        self._device_versions[name] = process, seen.report.record.version
         record = present(seen.report.record) | {"edge": name, "window": number}
         if seen.report.report is None:
             return NodeWindow(record, None, None)

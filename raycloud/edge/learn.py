@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from raycloud.data.sources import path_of
 from raycloud.durable import check_folder
 from raycloud.edge.learn_distill import DistillDevice
+from raycloud.edge.learn_retrain import RetrainDevice
 from raycloud.edge.learn_session import Connect, JobSession, LearnOptions
 from raycloud.edge.learn_split_tune import SplitTuneDevice
 from raycloud.errors import LinkSetupError
@@ -59,7 +60,11 @@ class JobDevice(Protocol):
         ...
 
 
-DEVICES: dict[str, Callable[[JobSession], JobDevice]] = {"distill": DistillDevice, "split_tune": SplitTuneDevice}
+DEVICES: dict[str, Callable[[JobSession], JobDevice]] = {
+    "distill": DistillDevice,
+    "split_tune": SplitTuneDevice,
+    "retrain": RetrainDevice,
+}
 """Devices by the kind of job."""
 
 

@@ -12,6 +12,8 @@ from raycloud.distill.recipe import DistillEdgeRecipe, DistillRecipe
 from raycloud.distill.signals.layout import layout, max_payload_bytes
 from raycloud.errors import LinkSetupError, RecipeError
 from raycloud.link.codecs.floats import CODECS
+from raycloud.retrain.cloud import MOST_STEPS
+from raycloud.retrain.recipe import RetrainRecipe
 from raycloud.rounds.service.messages import RoundGrant
 from raycloud.split.finetune.recipe import SplitTuneRecipe, UplinkRecipe
 
@@ -197,6 +199,40 @@ def _most_row_bytes(cut: UplinkRecipe, width: int) -> int:
     """Most bytes of a token's hidden state at a cut: float32 of all numbers that are sent, with their scales."""
     numbers = width if cut.kind == "plain" else cut.rank + cut.num_outliers
     return 4 * numbers + 8
+
+
+def retrain_demands(job: str, granted: RoundGrant, recipe: RetrainRecipe, config: PretrainedConfig) -> JobDemands:
+    """Derive the demands of a block retraining from what the cloud says.
+
+    Args:
+        job: name of the job.
+        granted: grant of the cloud.
+        recipe: recipe of the job, with the device's edge alone.
+        config: configuration of the model.
+    """
+    blocks = config.get_text_config().num_hidden_layers if hasattr(config, "num_hidden_layers") else 0
+    means = recipe.statistics == "means"
+    told = "means of hidden states behind each block" if means else "distances of hidden states from the source"
+    length = recipe.data.max_length
+    activations = (
+        0
+        if not hasattr(config, "vocab_size")
+        else _activation_bytes(config, blocks, recipe.training.batch_size, length)
+    )
+    return JobDemands(
+        job=job,
+        model=f"{config.model_type} with {blocks} blocks",
+        trained="blocks",
+        rounds=len(recipe.edges[0].windows),
+        steps=MOST_STEPS,
+        leaves=f"{told}, and norms of gradients, of windows with {recipe.samples} samples",
+        tokens_leave=False,
+        hidden_leave=means,
+        bytes_up=granted.weights_bytes,
+        bytes_down=2 * granted.weights_bytes,
+        once_bytes=_file_bytes(granted),
+        memory_bytes=granted.weights_bytes // 4 * _TRAINED + activations,
+    )
 
 
 def _file_bytes(granted: RoundGrant) -> int:

@@ -152,6 +152,10 @@ class RoundServer(SessionServer[DeviceSession]):
             await device.changed.wait()
         return device.samples
 
+    def process(self, name: str) -> str:
+        """Return the id of the process that a device is."""
+        return self._devices[name].process
+
     def present(self, name: str) -> bool:
         """Return whether a device has a session."""
         return bool(self._devices[name].session)
