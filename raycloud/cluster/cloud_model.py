@@ -52,8 +52,8 @@ class CloudModel(ActorService):
         self._recipe, self._folder, self._run_id = recipe, folder, run
         self._turn = threading.Lock()
         self._attempts = itertools.count(1)
-        self._device_versions: dict[str, tuple[str, int]] = {}
-        """Process of each device and the version that it has; a new process gets all weights."""
+        self._device_weights: dict[tuple[str, str], tuple[int | None, frozenset[str]]] = {}
+        """Version that each device's process has, and parameters that it has changed; a new one gets all weights."""
         # No method of this class may be a coroutine: Ray would run all of them on one event loop, one at a time.
         super().__init__(lambda connection, principal, service: self._rounds.serve(connection, principal))
 
@@ -69,10 +69,10 @@ class CloudModel(ActorService):
             _ = self._rounds
         return facts
 
-    def deployment(self, version: int | None) -> Deployment:
+    def deployment(self, version: int | None, changed: Sequence[str] = ()) -> Deployment:
         """Return the current state for an edge; see :meth:`CloudRun.deployment`."""
         with self._turn:
-            return self._run.deployment(version)
+            return self._run.deployment(version, changed)
 
     def plan(self, report: DriftReport) -> WindowPlan:
         """Plan a window of an edge."""
@@ -114,12 +114,13 @@ class CloudModel(ActorService):
             TrainingError: the device says that its training failed.
         """
         self._do(self._rounds.prepare(name))
-        process, version = self._rounds.process(name), None
-        if (known := self._device_versions.get(name)) is not None and known[0] == process:
-            version = known[1]
-        seen = self._exchange(name, 2 * number, self.deployment(version).tensors())
+        process = self._rounds.process(name)
+        version, changed = self._device_weights.get((name, process), (None, frozenset[str]()))
+        seen = self._exchange(name, 2 * number, self.deployment(version, sorted(changed)).tensors())
         assert isinstance(seen.report, ObservedMessage)
-        self._device_versions[name] = process, seen.report.record.version
+        if seen.report.record.version != version:
+            changed = frozenset()
+        self._device_weights[name, process] = seen.report.record.version, changed
         record = present(seen.report.record) | {"edge": name, "window": number}
         if seen.report.report is None:
             return NodeWindow(record, None, None)
@@ -128,6 +129,9 @@ class CloudModel(ActorService):
         done = self._exchange(name, 2 * number + 1, plan_tensors(plan))
         assert isinstance(done.report, RetrainedMessage)
         told = done.report
+        if told.record.recalled or told.record.helped:
+            changed |= {*done.weights, *plan.deltas}
+            self._device_weights[name, process] = seen.report.record.version, changed
         update = None
         if done.weights:
             update = BlockUpdate(told.fingerprint, told.version, report.samples, done.weights)

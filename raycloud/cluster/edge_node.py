@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -49,9 +50,9 @@ class CloudActor:
     def __init__(self, name: str, namespace: str) -> None:
         self._name, self._namespace = name, namespace
 
-    def deployment(self, version: int | None) -> Deployment:
-        """Ask for the current state."""
-        found: Deployment = self._ask("deployment", version)
+    def deployment(self, version: int | None, changed: Iterable[str] = ()) -> Deployment:
+        """Ask for the current state; see :meth:`CloudRun.deployment`."""
+        found: Deployment = self._ask("deployment", version, list(changed))
         return found
 
     def plan(self, report: DriftReport) -> WindowPlan:
@@ -101,7 +102,7 @@ class EdgeNode:
         """
         with torch_threads(self._threads):
             run = self._run
-            seen = run.observe(number, self._cloud.deployment(run.version))
+            seen = run.observe(number, self._cloud.deployment(run.version, run.changed))
             if seen.report is None:
                 return NodeWindow(seen.record, None, None)
             done = run.retrain(self._cloud.plan(seen.report))
@@ -114,7 +115,7 @@ class EdgeNode:
             domain: domain of the last window.
         """
         with torch_threads(self._threads):
-            self._run.adopt(self._cloud.deployment(self._run.version))
+            self._run.adopt(self._cloud.deployment(self._run.version, self._run.changed))
             return self._run.version, self._run.test_error(domain)
 
     @property

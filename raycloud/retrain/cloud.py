@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from raycloud.errors import ModelError
-from raycloud.models.weights import Weights
+from raycloud.models.weights import Weights, nbytes
 from raycloud.retrain.domains import DomainMemory, StoredDomain, agreement
 from raycloud.retrain.drift import DomainSignature
 from raycloud.retrain.edge import DriftReport, WindowPlan
@@ -33,7 +34,8 @@ class RetrainCloud:
         fingerprint: fingerprint of the model's configuration.
         blocks: paths of the model's blocks.
         prior: what simulated drifts tell of gains; None prefers no block.
-        memory: domains that were met before.
+        memory: domains that were met before; their changes are those against ``source``.
+        source: weights of the source model, which is version 0, by name; None for ``weights``.
         version: version of the weights.
         least_gain: least predicted fall of the error for which a window is retrained.
     """
@@ -46,12 +48,15 @@ class RetrainCloud:
         prior: Prior | None,
         memory: DomainMemory,
         *,
+        source: Weights | None = None,
         version: int = 0,
         least_gain: float = 0.0,
     ) -> None:
         self._machine = RoundMachine(weights, version=version)
         self.fingerprint, self._blocks, self._prior, self._memory = fingerprint, list(blocks), prior, memory
         self._least_gain, self._changed = least_gain, dict.fromkeys(weights, version)
+        self._source = dict(weights if source is None else source)
+        self._edges: dict[str, _EdgeState] = {}
         self._updates: dict[str, tuple[BlockUpdate, DomainSignature]] = {}
 
     @property
@@ -85,17 +90,41 @@ class RetrainCloud:
             chosen = empty_plan(
                 report.cost, None, Terms(batch=report.batch, samples=report.samples, spent=report.spent)
             )
-        known = self._memory.find(report.signature)
-        deltas = {} if known is None else known.deltas
+        deltas = self._recalled(report)
+        if chosen.cost.bytes + nbytes(deltas) > report.budget.bytes:
+            deltas = {}
         return WindowPlan(chosen.trained, chosen.steps, chosen.predicted_error, chosen.cost, deltas)
+
+    def _recalled(self, report: DriftReport) -> dict[str, Tensor]:
+        """Changes that turn an edge's weights into those that fitted its domain; none if either is unknown."""
+        known = self._memory.find(report.signature)
+        own = self._own_weights(report)
+        if known is None or own is None:
+            return {}
+        found = {}
+        for name in {*known.deltas, *own.changed(self._source)}:
+            wanted = self._source[name] if (delta := known.deltas.get(name)) is None else self._source[name] + delta
+            if not torch.equal(wanted, own.weights[name]):
+                found[name] = wanted - own.weights[name]
+        return found
+
+    def _own_weights(self, report: DriftReport) -> _EdgeState | None:
+        """Weights of an edge, if all changes that it has made since its version are known."""
+        state = self._edges.get(report.edge)
+        if state is None or (state.version, state.updates) != (report.version, report.local_updates):
+            known = {0: self._source, self.version: self.weights}.get(report.version)
+            if known is None or report.local_updates:
+                return None
+            state = self._edges[report.edge] = _EdgeState(report.version, 0, known)
+        return state
 
     def _best_plan(self, report: DriftReport) -> Plan:
         terms = Terms(batch=report.batch, samples=report.samples, spent=report.spent)
-        grid = steps_grid(report.cost, report.budget, most=MOST_STEPS, **terms)
-        law = self._law(report)
+        budget, law = report.plannable, self._law(report)
+        grid = steps_grid(report.cost, budget, most=MOST_STEPS, **terms)
         return plan(
             report.cost,
-            report.budget,
+            budget,
             law,
             steps_grid=grid,
             batch=report.batch,
@@ -134,8 +163,11 @@ class RetrainCloud:
             return Refusal("different_tensors", str(error))
         samples = max(1, round(contribution.samples / (1 + age)))
         refused = self._machine.accept(edge, number, replace(contribution, samples=samples))
+        state = self._edges.pop(edge, None)
         if refused is None:
             self._updates[edge] = update, signature
+            if state is not None and state.version == update.version and not update.index:
+                self._edges[edge] = state.after(update)
         return refused
 
     def remove(self, edge: str) -> None:
@@ -150,8 +182,11 @@ class RetrainCloud:
         former = self.weights
         closed = self._machine.close(now, lambda contributions: self._merged(contributions, former))
         if closed is not None:
-            for update, signature in self._updates.values():
-                self._memory.store(signature, update.deltas)
+            for edge, (_, signature) in self._updates.items():
+                if (state := self._edges.get(edge)) is not None:
+                    changed = state.changed(self._source)
+                    deltas = {name: state.weights[name] - self._source[name] for name in changed}
+                    self._memory.store(signature, deltas)
             self._updates = {}
             for name, tensor in self.weights.items():
                 if tensor is not former.get(name):
@@ -175,6 +210,24 @@ class RetrainCloud:
             for other in updates[number + 1 :]
         )
         return any(cosine is not None and cosine < 0 for cosine in found)
+
+
+@dataclass(frozen=True)
+class _EdgeState:
+    """Weights of an edge: those of a version, with the edge's own updates since then."""
+
+    version: int
+    updates: int
+    weights: Weights
+
+    def after(self, update: BlockUpdate) -> _EdgeState:
+        """State after an update of the edge."""
+        added = {name: self.weights[name] + delta for name, delta in update.deltas.items()}
+        return _EdgeState(self.version, self.updates + 1, {**self.weights, **added})
+
+    def changed(self, source: Weights) -> list[str]:
+        """Names of the parameters that differ from the source's."""
+        return [name for name, one in self.weights.items() if not torch.equal(one, source[name])]
 
 
 def retrainable(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

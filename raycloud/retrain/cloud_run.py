@@ -6,11 +6,12 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -87,7 +88,8 @@ class CloudRun:
             fingerprint(self._store.weights(0)),
             list(block_list_of(self._model).blocks),
             None,
-            DomainMemory(self._detector.source, recipe.drift.radius, _domains_in(folder / DOMAINS)),
+            DomainMemory(self._detector.source, recipe.drift.radius, self._known_domains()),
+            source=retrainable(self._store.weights(0)),
             version=rounds,
             least_gain=recipe.least_gain,
         )
@@ -97,9 +99,18 @@ class CloudRun:
         blocks = tuple(block_list_of(self._model).blocks)
         return CloudFacts(self._model.num_parameters(), blocks, self._source_error, self._cloud.version)
 
-    def deployment(self, version: int | None) -> Deployment:
-        """Return the current state for an edge; see :class:`~raycloud.retrain.edge_run.CloudOfEdge`."""
-        weights = self._cloud.weights if version is None else self._cloud.changed_since(version)
+    def deployment(self, version: int | None, changed: Iterable[str] = ()) -> Deployment:
+        """Return the current state for an edge.
+
+        Args:
+            version: version that the edge has; None for a new edge, which gets all weights.
+            changed: names of the parameters that the edge has changed itself since then.
+        """
+        whole = self._cloud.weights
+        weights = whole
+        if version is not None:
+            names = {*self._cloud.changed_since(version), *changed}
+            weights = {name: one for name, one in whole.items() if name in names}
         replayed = self._clean.select(slice(0, _REPLAYED)) if self._recipe.training.replay else None
         return Deployment(self._cloud.version, self._cloud.fingerprint, weights, self._detector, self._usual, replayed)
 
@@ -196,6 +207,11 @@ class CloudRun:
         test = self._parts.data.samples(recipe.data.source_domain, "test")
         test = test.select(slice(0, recipe.test_samples)).to(device)
         self._source_error = mean_error(self._model, test, self._task.error)
+
+    def _known_domains(self) -> list[StoredDomain]:
+        """Domains that were met: those on disk, or at first the source, to which edges may come back."""
+        found = _domains_in(self._folder / DOMAINS)
+        return found or [StoredDomain(DomainSignature(torch.zeros_like(self._detector.centre)), {})]
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: one.cpu() for name, one in weights_of(self._model).items() if one.is_floating_point()}

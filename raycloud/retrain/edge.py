@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from raycloud.models.block_trace import without_cache
 from raycloud.models.chain import block_list_of
-from raycloud.models.weights import Weights, copy_weights, weights_of
+from raycloud.models.weights import Weights, copy_weights, nbytes, weights_of
 from raycloud.retrain.alarms import AlarmCause, DriftAlarm, ErrorReference
 from raycloud.retrain.budget import budget_of
 from raycloud.retrain.cost import Budget, Cost, ModelCost
@@ -67,6 +67,15 @@ class DriftReport:
     """Cost of the steps that train the head alone, before the planned ones."""
     head_steps: int
     """Number of these steps."""
+    reserved: float
+    """Bytes of memory that source samples against forgetting take in a training."""
+    local_updates: int
+    """Number of changes that the edge has made to the version's weights."""
+
+    @property
+    def plannable(self) -> Budget:
+        """Budget of the planned steps."""
+        return replace(self.budget, memory=max(0.0, self.budget.memory - self.reserved))
 
     @property
     def spent(self) -> Cost:
@@ -96,7 +105,7 @@ class WindowOutcome:
     result: WindowResult | None
     """None if the plan was empty."""
     update: BlockUpdate | None
-    """Changes for the cloud; None if retraining did not help."""
+    """Changes for the cloud; None if nothing helped."""
     recalled: bool
     """True if the changes of a domain that was met before were better than none."""
     cost: Cost
@@ -150,6 +159,8 @@ class RetrainEdge:
         # Without labels what is trained is all that can be judged.
         self._error = task.error if self._labelled else self._loss
         self._share_means, self._judged = share_means, judged
+        self.changes: list[frozenset[str]] = []
+        """Names of the parameters that each of its own changes since the version has changed."""
         self._parts: RetrainParts | None = None
         self._cost: ModelCost | None = None
 
@@ -172,9 +183,14 @@ class RetrainEdge:
         forward = cost.stem_forward + cost.head_forward + sum(menu[0].forward for menu in cost.blocks)
         batch, settings = min(self._settings.batch_size, len(train)), self._settings
         budget = budget_of(self._budget, cost, batch=batch, samples=len(train))
+        replayed = len(self._replayed) if self._replayed is not None and settings.replay else 0
+        reserved = replayed * max(cost.boundary)
+        plannable = replace(budget, memory=max(0.0, budget.memory - reserved))
         steps, head = head_phase(
-            cost, budget, most=settings.head_steps, share=settings.head_share, batch=batch, samples=len(train)
+            cost, plannable, most=settings.head_steps, share=settings.head_share, batch=batch, samples=len(train)
         )
+        # The frozen blocks run for the source samples too, once for the head's steps and once for the planned ones.
+        passes += 2 * replayed
         return DriftReport(
             self.name,
             self.version,
@@ -188,6 +204,8 @@ class RetrainEdge:
             Cost(gains.flops + passes * forward, gains.memory),
             head,
             steps,
+            reserved,
+            len(self.changes),
         )
 
     def retrain(
@@ -228,12 +246,13 @@ class RetrainEdge:
             for name, tensor in before.items():
                 own[name].copy_(tensor)
         update = None
-        if keep and result is not None and result.helped:
-            if recalled:  # the cloud's weights do not have them yet
-                deltas = {name: _sum(plan.deltas.get(name), deltas.get(name)) for name in {*plan.deltas, *deltas}}
+        if recalled:  # the cloud's weights do not have them
+            deltas = {name: _sum(plan.deltas.get(name), deltas.get(name)) for name in {*plan.deltas, *deltas}}
+        if keep and (recalled or (result is not None and result.helped)):
             update = BlockUpdate(self._fingerprint, self.version, len(train), deltas)
-        sent = len(update.to_bytes()) if update is not None else 0
-        done = Cost(result.flops, result.memory, sent) if result is not None else Cost()
+            self.changes.append(frozenset(deltas))
+        sent = nbytes(plan.deltas) + (len(update.to_bytes()) if update is not None else 0)
+        done = Cost(result.flops, result.memory, sent) if result is not None else Cost(bytes=sent)
         return WindowOutcome(result, update, recalled, done.after(report.estimated))
 
     def answer(self, samples: Samples) -> None:
@@ -262,6 +281,7 @@ class RetrainEdge:
         """
         own = weights_of(self.model)
         copy_weights({name: own[name] for name in weights if name in own}, weights)
+        self.changes = []
         self.version, self._detector = version, detector or self._detector
 
     def consider(self, weights: Weights, version: int, detector: DriftDetector, samples: Samples) -> bool:
@@ -278,13 +298,13 @@ class RetrainEdge:
         """
         own = weights_of(self.model)
         kept = {name: own[name].clone() for name in weights if name in own}
-        former, held_out = (self.version, self._detector), self._split(samples)[1]
+        former, held_out = (self.version, self._detector, self.changes), self._split(samples)[1]
         before = mean_error(self.model, held_out, self._error)
         self.load(weights, version, detector)
         if mean_error(self.model, held_out, self._error) <= before:
             return True
         copy_weights({name: own[name] for name in kept}, kept)
-        self.version, self._detector = former
+        self.version, self._detector, self.changes = former
         return False
 
     def error(self, samples: Samples) -> float:

@@ -114,6 +114,11 @@ class EdgeRun:
         """Version of the cloud's weights that the edge has."""
         return self._run.version
 
+    @property
+    def changed(self) -> frozenset[str]:
+        """Names of the parameters that the edge has changed itself since its version."""
+        return frozenset().union(*self._run.changes)
+
     def observe(self, number: int, state: Deployment) -> Observed:
         """Serve a window of the stream, and report to the cloud if it raises an alarm.
 

@@ -51,6 +51,8 @@ class ReportMessage(_Message):
     estimated: Cost
     head: Cost
     head_steps: _Count
+    reserved: Annotated[float, Field(ge=0)]
+    local_updates: _Count
 
     @classmethod
     def of(cls, report: DriftReport) -> ReportMessage:
@@ -69,6 +71,8 @@ class ReportMessage(_Message):
             estimated=report.estimated,
             head=report.head,
             head_steps=report.head_steps,
+            reserved=report.reserved,
+            local_updates=report.local_updates,
         )
 
     def report(self, edge: str) -> DriftReport:
@@ -87,6 +91,8 @@ class ReportMessage(_Message):
             self.estimated,
             self.head,
             self.head_steps,
+            self.reserved,
+            self.local_updates,
         )
 
 

@@ -39,7 +39,7 @@ def test_a_record_is_whole(name: str) -> None:
 
 def test_reports_name_what_can_be_loaded() -> None:
     pages = [report.render for report in REPORTS.values() if report.render is not None]
-    assert len(pages) == 5
+    assert len(pages) == 6
     assert all(isinstance(page, Lazy) and callable(page.load()) for page in pages)
 
 

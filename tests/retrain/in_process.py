@@ -54,14 +54,14 @@ def run_windows(recipe: RetrainRecipe, folder: Path) -> tuple[CloudRun, dict[str
         closed = cloud.close()
         assert closed is not None
         for run in edges.values():
-            run.adopt(over_tensors(cloud.deployment(run.version)))
+            run.adopt(over_tensors(cloud.deployment(run.version, run.changed)))
     json.dumps(records)  # they go to a file
     return cloud, edges, records
 
 
 def serve(cloud: CloudRun, edge: EdgeRun, name: str, number: int) -> Record:
     """Serve one window of an edge in the open round."""
-    seen = edge.observe(number, over_tensors(cloud.deployment(edge.version)))
+    seen = edge.observe(number, over_tensors(cloud.deployment(edge.version, edge.changed)))
     if seen.report is None:
         cloud.remove(name)
         return seen.record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,23 @@ from raycloud.rounds.versions import VERSIONS, VersionStore
 from tests.retrain.in_process import DIGITS, recipe_of, run_windows
 
 
-def test_alarms_are_raised_once_for_each_domain_and_windows_keep_to_the_budget(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the trained source model."""
+    folder = tmp_path_factory.mktemp("source")
+    CloudRun(recipe_of(DIGITS), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(source: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(source, tmp_path / "run"))
+
+
+def test_alarms_are_raised_once_for_each_domain_and_windows_keep_to_the_budget(folder: Path) -> None:
     windows = ["source", "invert", "invert", "noise", "source"]
     recipe = recipe_of(DIGITS, edges=[{"name": "a", "windows": windows}])
-    cloud, edges, records = run_windows(recipe, tmp_path)
+    cloud, edges, records = run_windows(recipe, folder)
     assert [record["cause"] for record in records] == [None, "hidden_states", None, "hidden_states", "hidden_states"]
     answered = [record for record in records if record["cause"]]
     for record in answered:
@@ -27,13 +41,15 @@ def test_alarms_are_raised_once_for_each_domain_and_windows_keep_to_the_budget(t
     inverted = records[1]
     assert inverted["helped"] and inverted["test_after"] < inverted["test_before"] - 0.1
     assert records[2]["test_before"] <= inverted["test_after"] + 0.01  # the version is what the only edge trained
-    store = VersionStore(tmp_path / VERSIONS)
-    helped = [record["window"] + 1 for record in answered if record["helped"]]
+    store = VersionStore(folder / VERSIONS)
+    helped = [record["window"] + 1 for record in answered if record["helped"] or record["recalled"]]
     assert [one.round for one in store.records()] == [None, *helped]
     own, newest = weights_of(edges["a"].model), store.weights(store.current)
     assert all(torch.allclose(own[name], one, atol=1e-6) for name, one in newest.items())
+    # The source is known from the beginning: coming back to it needs no training.
+    assert records[4]["recalled"] and records[4]["test_after"] <= records[0]["test_before"] + 0.02
     # Another process goes on with the newest version.
-    again = CloudRun(recipe, tmp_path)
+    again = CloudRun(recipe, folder)
     assert again.facts().rounds == helped[-1]
     assert again.facts().source_error == pytest.approx(cloud.facts().source_error)
     whole = again.deployment(None).weights
@@ -41,45 +57,45 @@ def test_alarms_are_raised_once_for_each_domain_and_windows_keep_to_the_budget(t
 
 
 @pytest.mark.parametrize("mode", ["suggest", "dry_run"])
-def test_without_keeping_nothing_changes(tmp_path: Path, mode: str) -> None:
+def test_without_keeping_nothing_changes(folder: Path, mode: str) -> None:
     recipe = recipe_of(DIGITS, mode=mode, edges=[{"name": "a", "windows": ["invert"]}])
-    cloud, edges, (record,) = run_windows(recipe, tmp_path)
+    _, edges, (record,) = run_windows(recipe, folder)
     assert record["cause"] == "hidden_states" and record["steps"] and record["predicted_error"] < record["error"]
     assert ("helped" in record) == (mode == "dry_run")
     assert record["test_after"] == record["test_before"]
-    start = VersionStore(tmp_path / VERSIONS)
+    start = VersionStore(folder / VERSIONS)
     assert start.current == 0
     own = weights_of(edges["a"].model)
     assert all(torch.equal(own[name], one) for name, one in start.weights(0).items())
 
 
-def test_changed_labels_are_noticed_by_errors_alone(tmp_path: Path) -> None:
+def test_changed_labels_are_noticed_by_errors_alone(folder: Path) -> None:
     recipe = recipe_of(DIGITS, edges=[{"name": "a", "windows": ["source", "relabel", "relabel"]}])
-    _, _, records = run_windows(recipe, tmp_path)
+    _, _, records = run_windows(recipe, folder)
     assert [record["cause"] for record in records] == [None, "errors", None]
     assert records[1]["test_after"] < records[1]["test_before"] - 0.1
 
 
-def test_a_schedule_and_a_cool_down(tmp_path: Path) -> None:
+def test_a_schedule_and_a_cool_down(folder: Path) -> None:
     windows = ["invert", "noise", "noise", "noise"]
     drift = {"every": 2, "cool_down": 1}
     recipe = recipe_of(DIGITS, drift=drift, edges=[{"name": "a", "windows": windows}])
-    _, _, records = run_windows(recipe, tmp_path)
+    _, _, records = run_windows(recipe, folder)
     assert [record["cause"] for record in records] == ["hidden_states", None, "hidden_states", None]
 
 
-def test_a_gain_that_is_too_small_trains_nothing(tmp_path: Path) -> None:
+def test_a_gain_that_is_too_small_trains_nothing(folder: Path) -> None:
     recipe = recipe_of(DIGITS, least_gain=0.99, edges=[{"name": "a", "windows": ["invert"]}])
-    _, _, (record,) = run_windows(recipe, tmp_path)
+    _, _, (record,) = run_windows(recipe, folder)
     assert record["cause"] and record["steps"] == 0 and record["trained"] == []
 
 
-def test_a_version_that_is_worse_in_the_edges_domain_is_not_taken(tmp_path: Path) -> None:
+def test_a_version_that_is_worse_in_the_edges_domain_is_not_taken(folder: Path) -> None:
     edges: list[dict[str, Any]] = [
         {"name": "a", "windows": ["source", "source"]},
         {"name": "b", "windows": ["invert", "invert"]},
     ]
-    cloud, runs, records = run_windows(recipe_of(DIGITS, edges=edges), tmp_path)
+    cloud, runs, records = run_windows(recipe_of(DIGITS, edges=edges), folder)
     assert cloud.facts().rounds == 1 and runs["b"].version == 1
     first, second = (record for record in records if record["edge"] == "a")
     assert second["test_before"] <= first["test_before"] + 0.01
