@@ -115,7 +115,7 @@ class ModelWatch:
         while not self._end.wait(self._every_s):
             now = folder_state(self._folder)
             at_rest, seen = now == seen, now
-            if at_rest and now != self._tried:
+            if at_rest and now and now != self._tried:  # a folder that is being replaced is away for a moment
                 self._swap(now)
                 _return_memory()
             self._free_replaced()

@@ -378,7 +378,6 @@ def other_template(folder: Path) -> None:
         (without(SINGLE, listed=False), "holds no safetensors checkpoint"),
         (without("tokenizer.json", listed=False), "holds no tokenizer"),
         (without(CONFIG, listed=False), "holds no config.json"),
-        (shutil.rmtree, "no model at"),
         (edited(CONFIG, hidden_size=32), "shape"),
         (edited(CONFIG, rms_norm_eps=1e-3), "config.json has rms_norm_eps 0.001, the served model 1e-06"),
         (edited(CONFIG, model_type="nothing"), "nothing"),
@@ -405,11 +404,8 @@ def test_a_version_that_does_not_fit_is_refused_in_one_line(
     change(bad)
     caplog.set_level(logging.INFO, "raycloud")
     with watch_on(folder) as model, running(create_app(model, NAME)) as url:
-        if bad.exists():
-            folder.rename(tmp_path / "away")
-            bad.rename(folder)
-        else:
-            shutil.rmtree(folder)
+        folder.rename(tmp_path / "away")
+        bad.rename(folder)
         wait_until(lambda: bool(caplog.records))
         assert ask(url).version == version_of(url) == first
         publish(kept[2], folder)  # and the next good version is taken
@@ -417,6 +413,31 @@ def test_a_version_that_does_not_fit_is_refused_in_one_line(
         check(ask(url), expected)
     [line] = [record.getMessage() for record in caplog.records]
     assert line.startswith(REFUSED) and reason in line and "\n" not in line
+
+
+def test_a_folder_that_is_away_is_no_version(
+    kept: list[Path],
+    expected: Expected,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    looks = Counter[bool]()
+
+    def counted(folder: Path) -> model_watch.FolderState:
+        state = folder_state(folder)
+        looks[bool(state)] += 1
+        return state
+
+    monkeypatch.setattr(model_watch, "folder_state", counted)
+    with watch_on(folder) as model:
+        folder.rename(tmp_path / "away")
+        wait_until(lambda: looks[False] > 4)
+        assert model.current.version == next(iter(expected))
+        publish(kept[2], folder)
+        wait_until(lambda: model.current.version == list(expected)[2])
+    assert not caplog.records
 
 
 def test_writes_into_the_files_of_a_served_version_do_not_change_it(
