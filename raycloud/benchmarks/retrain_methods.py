@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -12,15 +12,12 @@ from peft import inject_adapter_in_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from raycloud.benchmarks.retrain_prior import GAIN_SAMPLES
 from raycloud.models.roles import roles_of
 from raycloud.retrain.cost import BlockChoice, Budget, Cost, ModelCost, training_cost
 from raycloud.retrain.drawn import DrawnBlockTrainer
-from raycloud.retrain.gain import block_gains
-from raycloud.retrain.law_prior import Prior
+from raycloud.retrain.meter import measured
 from raycloud.retrain.parts import RetrainParts, parts_of
-from raycloud.retrain.planner import plan
-from raycloud.retrain.plans import Terms, affordable_steps, head_phase, steps_grid, training_choices
+from raycloud.retrain.plans import Terms, affordable_steps, head_phase, training_choices
 from raycloud.retrain.recipe import RetrainTraining
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import RetrainTask
@@ -32,6 +29,8 @@ from raycloud.training.seeding import derive_seed
 
 LORA_RANK = 4
 LORA_LR = 1e-2
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,13 @@ class MethodCase:
     """Settings of the training. Of the rivals block and head begin together."""
     most_steps: int
     seed: int
+    _known: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
+        """Result of a function that is called once for a key: methods that do the same share it."""
+        if key not in self._known:
+            self._known[key] = make()
+        return cast(_Made, self._known[key])
 
     @property
     def plain(self) -> RetrainTraining:
@@ -81,8 +87,7 @@ def blocks(*numbers: int, head_first: bool = False) -> Method:
     """Train some blocks, and the head with them; without numbers the head alone. -1 is the last block."""
 
     def method(task: MethodCase) -> MethodResult:
-        trained = [number % len(task.cost.blocks) for number in numbers]
-        return _train(task, trained, head_first=head_first)
+        return trained(task, [number % len(task.cost.blocks) for number in numbers], head_first=head_first)
 
     return method
 
@@ -100,7 +105,25 @@ def random_block(task: MethodCase) -> MethodResult:
 
 def lora(task: MethodCase) -> MethodResult:
     """Train low-rank adapters of the queries and values of all blocks, and the head."""
-    model, parts = _copy(task)
+    return _train_adapters(task, task.window, 0)
+
+
+def hard_samples(task: MethodCase) -> MethodResult:
+    """Train low-rank adapters on the samples of the highest perplexity (TLM, Hu et al. 2025, arXiv 2505.20633).
+
+    The published threshold is a perplexity of large models' tokens; here the harder half is kept. What it takes to tell
+    them is paid.
+    """
+    model = task.model()
+    with measured(model) as cost, torch.no_grad():
+        losses = [mean_error(model, one, task.task.loss) for one in task.window.batches(1)]
+    hardest = torch.tensor(losses).argsort(descending=True)[: -(-len(losses) // 2)]
+    return _train_adapters(task, task.window.select(hardest.sort().values), cost.flops)
+
+
+def _train_adapters(task: MethodCase, samples: Samples, spent: int) -> MethodResult:
+    """Train adapters and head on samples, after so many operations."""
+    model, parts = copied(task)
     head = dict(parts.head)
     recipe = LoraRecipe(
         r=LORA_RANK, alpha=2 * LORA_RANK, dropout=0.0, target_modules=_names_of_queries_and_values(model, parts)
@@ -115,18 +138,17 @@ def lora(task: MethodCase) -> MethodResult:
     settings = task.plain.model_copy(update={"lr": LORA_LR})
 
     def train(one: PreTrainedModel, groups: Mapping[str, Mapping[str, nn.Parameter]], steps: int) -> Retrained:
-        return BlockTrainer(
-            one, groups, task.window, task.task.loss, settings, start=0, steps=steps, seed=task.seed
-        ).run()
+        return BlockTrainer(one, groups, samples, task.task.loss, settings, start=0, steps=steps, seed=task.seed).run()
 
     before = {name: one.detach().clone() for group in groups.values() for name, one in group.items()}
-    steps = _steps_within(task, train(adapted, groups, 1).flops)
+    each = train(adapted, groups, 1).flops
+    steps = max(1, min(task.most_steps, int((task.budget.flops - spent) // each)))
     for group in groups.values():
         for name, one in group.items():
             one.data.copy_(before[name])
     done = train(adapted, groups, steps)
     sent = 4 * sum(one.numel() for group in groups.values() for one in group.values())
-    return MethodResult(adapted, done.flops, done.memory, sent, steps, tuple(range(len(parts.blocks))))
+    return MethodResult(adapted, spent + done.flops, done.memory, sent, steps, tuple(range(len(parts.blocks))))
 
 
 def drawn(temperature: float | None) -> Method:
@@ -134,7 +156,7 @@ def drawn(temperature: float | None) -> Method:
 
     def method(task: MethodCase) -> MethodResult:
         def train(steps: int) -> tuple[PreTrainedModel, Retrained]:
-            model, parts = _copy(task)
+            model, parts = copied(task)
             arguments = (model, parts, task.window, task.task.loss, task.plain)
             trainer = DrawnBlockTrainer(*arguments, temperature=temperature, steps=steps, seed=task.seed)
             return model, trainer.run()
@@ -155,51 +177,13 @@ def drawn(temperature: float | None) -> Method:
     return method
 
 
-def planned(prior: Prior) -> Method:
-    """Ours: estimate gains, let the planner choose within what is left of the budget, train the head first.
-
-    The prior is what simulated drifts tell of gains; everything that the edge computes is paid from the budget.
-    """
-
-    def method(task: MethodCase) -> MethodResult:
-        settings, head = _head_phase(task)
-        model, parts = _copy(task)
-        window = len(task.window)
-        gains = block_gains(model, parts, task.window.select(slice(0, GAIN_SAMPLES)), task.task.loss)
-        error = mean_error(model, task.window, task.task.error)
-        forward = task.cost.stem_forward + task.cost.head_forward + sum(menu[0].forward for menu in task.cost.blocks)
-        spent = Cost(gains.flops + window * forward, gains.memory).after(head)
-        law = prior.law([one.magnitude for one in gains.blocks], [one.snr for one in gains.blocks], error)
-        terms = Terms(batch=settings.batch_size, samples=window, spent=spent)
-        grid = steps_grid(task.cost, task.budget, most=task.most_steps, **terms)
-        chosen = plan(
-            task.cost,
-            task.budget,
-            law,
-            steps_grid=grid,
-            batch=settings.batch_size,
-            samples=window,
-            spent=spent,
-            stretch=True,
-        )
-        if not chosen.steps:
-            return untrained(task)
-        phases = retrain_blocks(
-            model, parts, chosen.trained, task.window, task.task.loss, settings, steps=chosen.steps, seed=task.seed
-        )
-        flops = gains.flops + window * forward + sum(one.flops for one in phases)
-        memory = max(gains.memory, *(one.memory for one in phases))
-        return MethodResult(model, flops, memory, chosen.cost.bytes, chosen.steps, chosen.trained)
-
-    return method
-
-
 def untrained(task: MethodCase) -> MethodResult:
     """Keep the source model."""
     return MethodResult(task.model(), 0, 0, 0, 0, ())
 
 
-def _copy(task: MethodCase) -> tuple[PreTrainedModel, RetrainParts]:
+def copied(task: MethodCase) -> tuple[PreTrainedModel, RetrainParts]:
+    """Copy of the source model, and its parts."""
     model = task.model()
     return model, parts_of(model, task.window.select(slice(0, 2)).inputs)
 
@@ -211,23 +195,30 @@ def _names_of_queries_and_values(model: PreTrainedModel, parts: RetrainParts) ->
     return sorted({path.rpartition(".")[2] for path in paths})
 
 
-def _steps_within(task: MethodCase, each: float) -> int:
-    return max(1, min(task.most_steps, int(task.budget.flops // each)))
-
-
-def _train(task: MethodCase, trained: Sequence[int], *, head_first: bool) -> MethodResult:
-    """Train blocks for as many steps as the budget allows."""
-    model, parts = _copy(task)
-    settings, spent = _head_phase(task) if trained and head_first else (task.plain, Cost())
-    terms = Terms(batch=settings.batch_size, samples=len(task.window), spent=spent)
-    choices = training_choices(task.cost, trained)
+def trained(
+    task: MethodCase, numbers: Sequence[int], *, head_first: bool = False, spent: Cost | None = None
+) -> MethodResult:
+    """Train blocks for as many steps as what is left of the budget allows."""
+    settings, before = task.plain, spent or Cost()
+    if numbers and head_first:
+        settings, before = _head_phase(task)
+    terms = Terms(batch=settings.batch_size, samples=len(task.window), spent=before)
+    choices = training_choices(task.cost, numbers)
     steps = affordable_steps(task.cost, choices, task.budget, most=task.most_steps, **terms)
     if not steps:
         return untrained(task)
-    phases = retrain_blocks(model, parts, trained, task.window, task.task.loss, settings, steps=steps, seed=task.seed)
-    sent = task.cost.fixed_bytes + sum(task.cost.blocks[index][0].up for index in trained)
-    flops, memory = sum(one.flops for one in phases), max(one.memory for one in phases)
-    return MethodResult(model, flops, memory, sent, steps, tuple(trained))
+
+    def train() -> MethodResult:
+        model, parts = copied(task)
+        phases = retrain_blocks(
+            model, parts, numbers, task.window, task.task.loss, settings, steps=steps, seed=task.seed
+        )
+        sent = task.cost.fixed_bytes + sum(task.cost.blocks[index][0].up for index in numbers)
+        flops, memory = sum(one.flops for one in phases), max(one.memory for one in phases)
+        return MethodResult(model, flops, memory, sent, steps, tuple(sorted(numbers)))
+
+    done, paid = task.once((settings.head_steps, frozenset(numbers), steps), train), spent or Cost()
+    return replace(done, flops=paid.flops + done.flops, memory=max(paid.memory, done.memory))
 
 
 def _head_phase(task: MethodCase) -> tuple[RetrainTraining, Cost]:

@@ -12,10 +12,16 @@ from transformers import PreTrainedModel
 
 from raycloud.errors import DataError, TrainingError
 from raycloud.models.frozen_prefix import FrozenPrefix
+from raycloud.retrain.cost import Budget, ModelCost
 from raycloud.retrain.meter import measured
 from raycloud.retrain.parts import RetrainParts, trainable_only
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import LossOf
+
+MICRO_BATCHES = 8
+"""Number of parts of the samples whose gradients are compared."""
+MOST_SAMPLES, SHARE = 64, 0.05
+"""Largest number of samples whose gradients are compared, and the largest share of a budget's operations for them."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ def block_gains(
     samples: Samples,
     loss: LossOf,
     *,
-    micro_batches: int = 8,
+    micro_batches: int = MICRO_BATCHES,
     together: int | None = None,
 ) -> Gains:
     """Estimate the gain of each block by one forward and backward over the samples.
@@ -87,6 +93,14 @@ def block_gains(
     held = sum(one.nbytes for one in model.parameters()) + max(one.memory for one in spent)
     head = found.pop(total)
     return Gains(tuple(found[index] for index in range(total)), head, spent[0].loss, sum(p.flops for p in spent), held)
+
+
+def gain_samples(cost: ModelCost, budget: Budget, samples: int) -> int:
+    """Number of samples whose gradients are compared: within their share of the budget, but one per micro-batch."""
+    blocks = sum(menu[0].forward + menu[0].input_gradient + menu[0].weight_gradient for menu in cost.blocks)
+    each = cost.stem_forward + cost.head_forward + cost.head_gradient + blocks
+    most = min(MOST_SAMPLES, samples, max(MICRO_BATCHES, SHARE * budget.flops / each))
+    return int(most) // MICRO_BATCHES * MICRO_BATCHES
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Law of retraining: the error left after training chosen blocks, as a curve in steps and in different samples.
 
-``err = e_∞ + (e_0 − e_∞)·exp(−Z)`` with ``Z = ω_h(1 − e^{−q/τ_h}) + Σ_b ω_b κ_b^γ (1 − e^{−q/τ_b})(1 − e^{−n/ν_b})``
+``err = e_∞ + (e_0 − e_∞)·exp(−Z^β)`` with ``Z = ω_h(1 − e^{−q/τ_h}) + Σ_b ω_b κ_b^γ (1 − e^{−q/τ_b})(1 − e^{−n/ν_b})``
 over the trained blocks ``b`` at widths ``κ_b``, after ``q`` steps on ``n`` different samples. The error falls with
 steps, samples, widths and blocks, and stays between ``e_∞`` and ``e_0``. Values ``z_b`` add up over blocks, so that
-the planner can choose blocks by them. Pilots fit a law (:mod:`raycloud.retrain.law_fit`), starting from the prior law
-that gradients give (:mod:`raycloud.retrain.law_prior`).
+the planner can choose blocks by them; with ``β`` below 1 a further block lowers the error less than alone. Pilots fit
+a law (:mod:`raycloud.retrain.law_fit`), starting from the prior law that gradients give
+(:mod:`raycloud.retrain.law_prior`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from raycloud.retrain.pilots import Floats, PilotTable
 
 SMALLEST = 1e-9
 """Smallest parameter whose logarithm is taken."""
+SINGLE = 5
+"""Number of a law's parameters that are of no block; three numbers of each block follow them."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Law:
     floor: float
     """Error that no training goes below, ``e_∞``."""
     head_omega: float
-    """Ceiling of the head's value; values are falls of the error's excess over the floor, in nats."""
+    """Ceiling of the head's value; values are falls of the error's excess over the floor, in nats if ``β`` is 1."""
     head_tau: float
     """Steps after which the head has 63 % of its ceiling."""
     omega: tuple[float, ...]
@@ -44,11 +47,15 @@ class Law:
     """Different samples that support 63 % of a block's ceiling."""
     gamma: float = 1.0
     """Exponent of a block's width."""
+    beta: float = 1.0
+    """Exponent of the sum of all values, at most 1."""
 
     def __post_init__(self) -> None:
         check_errors(self.start_error, self.floor)
         check_numbers("omega", (self.head_omega, *self.omega), above=False)
         check_numbers("tau", (self.head_tau, *self.tau))
+        if not 0 < self.beta <= 1:
+            raise TrainingError(f"beta must be above 0 and at most 1, got {self.beta}")
         check_numbers("nu", self.nu)
         check_numbers("gamma", (self.gamma,), above=False)
         if not len(self.omega) == len(self.tau) == len(self.nu):
@@ -84,18 +91,18 @@ class Law:
 
     def error(self, trained: Mapping[int, float], steps: int, samples: int) -> float:
         """Error after training blocks, given with their widths."""
-        return error_left(self, trained, steps, samples)
+        return error_left(self, total_value(self, trained, steps, samples) ** self.beta)
 
     def logs(self) -> Floats:
-        """Parameters as unbounded numbers: floor, head, gamma, and three numbers of each block."""
-        single = [floor_logit(self.start_error, self.floor)]
+        """Parameters as unbounded numbers: floor, beta, head, gamma, and three numbers of each block."""
+        single = [floor_logit(self.start_error, self.floor), floor_logit(1.0, self.beta)]
         single += [bounded_log(one) for one in (self.head_omega, self.head_tau, self.gamma)]
         return np.asarray([*single, *map(bounded_log, (*self.omega, *self.tau, *self.nu))])
 
     def with_logs(self, logs: Floats) -> Law:
         """Law of these parameters, for the same error before training."""
-        head_omega, head_tau, gamma = (float(one) for one in np.exp(logs[1:4]))
-        omega, tau, nu = (tuple(float(one) for one in row) for row in np.exp(logs[4:]).reshape(3, -1))
+        head_omega, head_tau, gamma = (float(one) for one in np.exp(logs[2:SINGLE]))
+        omega, tau, nu = (tuple(float(one) for one in row) for row in np.exp(logs[SINGLE:]).reshape(3, -1))
         return replace(
             self,
             floor=self.start_error * floor_share(float(logs[0])),
@@ -105,34 +112,39 @@ class Law:
             tau=tau,
             nu=nu,
             gamma=gamma,
+            beta=floor_share(float(logs[1])),
         )
 
     @staticmethod
     def free(table: PilotTable) -> npt.NDArray[np.bool_]:
-        """Parameters that pilots tell: ``ν`` of a block only by two sizes, ``γ`` only by two widths."""
+        """Parameters that pilots tell: ``ν`` of a block only by two sizes, ``γ`` by two widths, ``β`` by pairs."""
         trained = table.width > 0
         sizes = np.asarray([len(set(table.samples[used])) > 1 for used in trained.T])
-        return np.concatenate(([True] * 3, [len(set(table.width[trained])) > 1], np.ones(2 * len(sizes), bool), sizes))
+        single = [True, bool((trained.sum(1) > 1).any()), True, True, len(set(table.width[trained])) > 1]
+        return np.concatenate((single, np.ones(2 * len(sizes), bool), sizes))
 
     @staticmethod
     def total_values(logs: Floats, table: PilotTable) -> tuple[Floats, Floats]:
-        """Values of all that each pilot trained, shape ``[P]``, and their derivatives by ``logs``, ``[P, K]``."""
-        head_omega, head_tau, gamma = np.exp(logs[1:4])
-        omega, tau, nu = np.exp(logs[4:]).reshape(3, 1, -1)
+        """Exponents ``Z^β`` of each pilot, shape ``[P]``, and their derivatives by ``logs``, ``[P, K]``."""
+        beta, (head_omega, head_tau, gamma) = floor_share(float(logs[1])), np.exp(logs[2:SINGLE])
+        omega, tau, nu = np.exp(logs[SINGLE:]).reshape(3, 1, -1)
         steps, samples = table.steps[:, None], table.samples[:, None]
         width = width_power(table.width, gamma)
         by_steps, by_samples = _risen(steps, tau), _risen(samples, nu)
         value = omega * width * by_steps * by_samples
         head = head_omega * _risen(table.steps, head_tau)
+        total = np.maximum(head + value.sum(1), SMALLEST)
         slopes = [
             np.zeros_like(head),
+            total * np.log(total) * (1 - beta),
             head,
             head_omega * _risen_slope(table.steps, head_tau),
             (value * gamma * np.log(np.where(table.width > 0, table.width, 1.0))).sum(1),
         ]
         by_tau = omega * width * by_samples * _risen_slope(steps, tau)
         by_nu = omega * width * by_steps * _risen_slope(samples, nu)
-        return head + value.sum(1), np.concatenate((np.stack(slopes, axis=1), value, by_tau, by_nu), axis=1)
+        by_logs = np.concatenate((np.stack(slopes, axis=1), value, by_tau, by_nu), axis=1)
+        return total**beta, by_logs * (beta * total ** (beta - 1))[:, None]
 
 
 class _Curve(Protocol):
@@ -151,13 +163,16 @@ class _Curve(Protocol):
     def head_value(self, steps: npt.ArrayLike) -> Floats: ...
 
 
-def error_left(law: _Curve, trained: Mapping[int, float], steps: int, samples: int) -> float:
+def total_value(law: _Curve, trained: Mapping[int, float], steps: int, samples: int) -> float:
+    """Sum of the values of the head and of trained blocks, given with their widths."""
+    blocks = law.value(list(trained), list(trained.values()), steps, samples)
+    return float(law.head_value(steps)) + float(np.sum(blocks))
+
+
+def error_left(law: _Curve, exponent: float) -> float:
     """Error that a law predicts."""
-    total = float(law.head_value(steps)) + float(
-        np.sum(law.value(list(trained), list(trained.values()), steps, samples))
-    )
     # In this form the rounded error too stays between the floor and the error before training.
-    return max(law.floor, law.start_error + (law.start_error - law.floor) * math.expm1(-total))
+    return max(law.floor, law.start_error + (law.start_error - law.floor) * math.expm1(-exponent))
 
 
 def _risen(amount: npt.ArrayLike, constant: Floats | float) -> Floats:
@@ -178,7 +193,7 @@ def width_power(width: npt.ArrayLike, gamma: float) -> Floats:
 
 
 def floor_share(logit: float) -> float:
-    """Share of the error before training that is the floor."""
+    """Share of the error before training that is the floor, or another share, from its logit."""
     return 1 / (1 + math.exp(-logit))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypedDict, Unpack
 
 import numpy as np
@@ -100,7 +100,7 @@ def steps_grid(model: ModelCost, budget: Budget, *, most: int, **terms: Unpack[T
 
 
 def head_phase(
-    model: ModelCost, budget: Budget, *, most: int, share: float, batch: int, samples: int
+    model: ModelCost, budget: Budget, *, most: int, share: float, batch: int, samples: int, times: int = 1
 ) -> tuple[int, Cost]:
     """Steps that train the head alone before a plan, and their cost; the head's changes are sent once, with the plan's.
 
@@ -111,11 +111,12 @@ def head_phase(
         share: share of the budget's FLOPs that they may take.
         batch: samples of each step.
         samples: different samples of the window.
+        times: number of times that the steps are taken, as in cross-validation.
     """
     allowed = Budget(share * budget.flops, budget.memory)
     choices = frozen_choices(model)
-    steps = affordable_steps(model, choices, allowed, most=most, batch=batch, samples=samples)
-    cost = training_cost(model, choices, steps=steps, batch=batch, samples=samples)
+    steps = affordable_steps(model, choices, allowed, most=times * most, batch=batch, samples=samples) // times
+    cost = training_cost(model, choices, steps=times * steps, batch=batch, samples=samples)
     return steps, Cost(cost.flops, cost.memory)
 
 
@@ -140,6 +141,30 @@ def set_plan(
     penalty = width_penalties(model, None, 0.0)
     priced = priced_plan(model, budget, law, choices, steps, penalty, terms) if steps else None
     return priced or empty_plan(model, law, terms)
+
+
+def corrected(plans: Sequence[Plan], misses: Mapping[tuple[int, ...], float]) -> Plan:
+    """Plan of the lowest predicted error, after adding what predictions for its blocks miss in the mean.
+
+    For blocks without a known miss the largest one is added: they are taken only if they are better by that.
+    """
+    worst = max(misses.values(), default=0.0)
+    named = [
+        replace(one, predicted_error=one.predicted_error + misses.get(one.trained, worst))
+        for one in plans
+        if one.predicted_error is not None
+    ]
+    return min(named, key=lambda one: one.predicted_error or 0.0)
+
+
+def worthwhile(chosen: Plan, without: Plan, least: float) -> Plan:
+    """Plan, if its predicted error is lower by ``least`` than that of a plan without blocks, which is taken otherwise.
+
+    A law never tells that training harms, but blocks that have nothing to gain fit the noise of few samples.
+    """
+    if chosen.predicted_error is None or without.predicted_error is None:
+        return chosen
+    return chosen if without.predicted_error - chosen.predicted_error >= least else without
 
 
 def priced_plan(

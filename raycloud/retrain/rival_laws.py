@@ -17,9 +17,13 @@ from raycloud.retrain.law import (
     error_left,
     floor_logit,
     floor_share,
+    total_value,
     width_power,
 )
 from raycloud.retrain.pilots import Floats, PilotTable
+
+_FARTHEST = 50.0
+"""Largest logarithm of a power of the steps while a law is fitted."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,12 @@ class PowerLaw:
 
     def error(self, trained: Mapping[int, float], steps: int, samples: int) -> float:
         """Error after training blocks, given with their widths."""
-        return error_left(self, trained, steps, samples)
+        return error_left(self, total_value(self, trained, steps, samples))
+
+    def scaled(self, start_error: float) -> PowerLaw:
+        """Law of another error before training, with the same share of it as the floor."""
+        share = self.floor / self.start_error if self.start_error else 0.0
+        return replace(self, start_error=start_error, floor=share * start_error)
 
     def logs(self) -> Floats:
         """Parameters as unbounded numbers; the unit of steps is left out."""
@@ -97,7 +106,7 @@ class PowerLaw:
         """Values of all that each pilot trained, shape ``[P]``, and their derivatives by ``logs``, ``[P, K]``."""
         head_omega, beta, gamma = np.exp(logs[1:4])
         ratio = np.log(np.maximum(table.steps, SMALLEST)) - logs[-1]
-        grown = np.exp(beta * ratio)
+        grown = np.exp(np.clip(beta * ratio, -_FARTHEST, _FARTHEST))
         value = np.exp(logs[4:-1]) * width_power(table.width, gamma) * grown[:, None]
         head = head_omega * grown
         total = head + value.sum(1)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raycloud.data.batches import SampleOrder
@@ -32,6 +32,42 @@ class Retrained:
     memory: int
     """Largest number of bytes held: parameters, gradients and moments, kept outputs of frozen blocks, and what autograd
     kept for a backward."""
+
+
+@dataclass(frozen=True)
+class RecordedSamples:
+    """Samples whose frozen blocks have run, so that several trainings share that."""
+
+    samples: Samples
+    prefix: FrozenPrefix
+    boundary: Boundary
+    flops: int
+    """Metered operations of the frozen blocks."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, start: int, samples: Samples, batch_size: int) -> RecordedSamples:
+        """Run the blocks of a model before block ``start``."""
+        prefix = FrozenPrefix(model.eval(), start)
+        boundary, flops = _recorded(model, prefix, samples, batch_size)
+        return cls(samples, prefix, boundary, flops)
+
+    def select(self, rows: Tensor) -> RecordedSamples:
+        """Samples with some of the numbers."""
+        return RecordedSamples(self.samples.select(rows), self.prefix, self.boundary.select(rows), self.flops)
+
+
+def _recorded(model: PreTrainedModel, prefix: FrozenPrefix, samples: Samples, batch_size: int) -> tuple[Boundary, int]:
+    """What a prefix hands on for samples, and the operations of it."""
+    parts, flops, each = [], 0, dict[int, int]()
+    for batch in samples.batches(batch_size):
+        if len(batch) in each:
+            parts.append(prefix.record(batch.inputs))
+        else:
+            with measured(model) as cost:
+                parts.append(prefix.record(batch.inputs))
+            each[len(batch)] = cost.flops
+        flops += each[len(batch)]
+    return Boundary.cat(parts), flops
 
 
 @dataclass(frozen=True)
@@ -63,7 +99,7 @@ class BlockTrainer:
         model: the edge's model.
         groups: parameters to train: ``head``, which has a learning rate of its own, and ``blocks``; see
             :meth:`~raycloud.retrain.parts.RetrainParts.groups`.
-        samples: samples of the window.
+        samples: samples of the window; if the blocks before ``start`` have run for them, they do not run again.
         loss: loss of logits and labels.
         settings: settings of the training.
         start: number of the first block that runs in every step, not above the lowest one with trained parameters.
@@ -76,7 +112,7 @@ class BlockTrainer:
         self,
         model: PreTrainedModel,
         groups: Mapping[str, Mapping[str, nn.Parameter]],
-        samples: Samples,
+        samples: Samples | RecordedSamples,
         loss: LossOf,
         settings: RetrainTraining,
         *,
@@ -86,7 +122,9 @@ class BlockTrainer:
         replayed: Samples | None = None,
     ) -> None:
         self._model, self._loss, self._settings, self._steps = model.eval(), loss, settings, steps
-        self._prefix = FrozenPrefix(model, start)
+        self._known = samples if isinstance(samples, RecordedSamples) else None
+        self._prefix = FrozenPrefix(model, start) if self._known is None else self._known.prefix
+        samples = samples.samples if isinstance(samples, RecordedSamples) else samples
         self._trainable: Sequence[nn.Parameter] = [one for group in groups.values() for one in group.values()]
         replay = round(settings.replay * settings.batch_size) if replayed is not None else 0
         self._sources = [(samples, SampleOrder([1] * len(samples), settings.batch_size - replay, seed))]
@@ -145,19 +183,14 @@ class BlockTrainer:
 
     def _record(self) -> int:
         """Record what the frozen blocks hand on, and return the operations of it."""
-        size, flops, each = self._settings.batch_size, 0, dict[int, int]()
-        self._boundaries = []
+        flops, self._boundaries = 0, []
         for samples, _ in self._sources:
-            parts = []
-            for batch in samples.batches(size):
-                if len(batch) in each:
-                    parts.append(self._prefix.record(batch.inputs))
-                else:
-                    with measured(self._model) as cost:
-                        parts.append(self._prefix.record(batch.inputs))
-                    each[len(batch)] = cost.flops
-                flops += each[len(batch)]
-            self._boundaries.append(Boundary.cat(parts))
+            if self._known is not None and not self._boundaries:
+                self._boundaries.append(self._known.boundary)
+                continue
+            boundary, spent = _recorded(self._model, self._prefix, samples, self._settings.batch_size)
+            self._boundaries.append(boundary)
+            flops += spent
         return flops
 
     def _batch(self, step: int) -> _Batch:

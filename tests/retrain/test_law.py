@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 
@@ -23,7 +24,15 @@ def laws(draw: st.DrawFn) -> Law:
     blocks = draw(st.integers(1, 5))
     numbers = [tuple(draw(positive) for _ in range(blocks)) for _ in range(3)]
     floor = start * draw(st.floats(0, 1))
-    return Law(start, floor, draw(positive), draw(positive), *numbers, gamma=draw(st.floats(0, 3)))
+    return Law(
+        start,
+        floor,
+        draw(positive),
+        draw(positive),
+        *numbers,
+        gamma=draw(st.floats(0, 3)),
+        beta=draw(st.floats(0.1, 1)),
+    )
 
 
 @settings(deadline=None)
@@ -46,12 +55,22 @@ def test_the_law_is_the_formula() -> None:
     value += 0.7 * (1 - math.exp(-60 / 12)) * (1 - math.exp(-100 / 25))
     value += 0.4 * (1 - math.exp(-60 / 20))
     assert TRUE.error({0: 0.25, 5: 1.0}, 60, 100) == pytest.approx(0.1 + 0.65 * math.exp(-value))
+    assert dataclasses.replace(TRUE, beta=0.6).error({0: 0.25, 5: 1.0}, 60, 100) == pytest.approx(
+        0.1 + 0.65 * math.exp(-(value**0.6))
+    )
     table = TRUE.value(np.arange(BLOCKS)[:, None], 1.0, np.asarray([[10, 60]]), 100)
     assert table.shape == (BLOCKS, 2)
     assert table[5, 1] == pytest.approx(0.7 * (1 - math.exp(-5)) * (1 - math.exp(-4)))
 
 
-@pytest.mark.parametrize("law", [TRUE, PowerLaw(0.75, 0.1, 0.4, (0.5, 0.4, 0.3, 0.3, 0.2, 0.2), 0.6, 40.0, 0.5)])
+@pytest.mark.parametrize(
+    "law",
+    [
+        TRUE,
+        dataclasses.replace(TRUE, beta=0.6),
+        PowerLaw(0.75, 0.1, 0.4, (0.5, 0.4, 0.3, 0.3, 0.2, 0.2), 0.6, 40.0, 0.5),
+    ],
+)
 def test_derivatives_are_those_of_the_values(law: Law | PowerLaw) -> None:
     source = random.Random(3)
     some = [
@@ -81,3 +100,5 @@ def test_wrong_numbers_are_refused_in_one_line() -> None:
         Law(0.5, 0.1, 1, 1, (1.0,), (math.inf,), (1.0,))
     with pytest.raises(TrainingError, match="omega, tau and nu must have one number per block, got 1, 2 and 1"):
         Law(0.5, 0.1, 1, 1, (1.0,), (1.0, 1.0), (1.0,))
+    with pytest.raises(TrainingError, match="beta must be above 0 and at most 1, got 2"):
+        Law(0.5, 0.1, 1, 1, (1.0,), (1.0,), (1.0,), beta=2)

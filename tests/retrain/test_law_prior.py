@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 
@@ -11,7 +12,8 @@ import pytest
 from raycloud.errors import TrainingError
 from raycloud.retrain.law import Law
 from raycloud.retrain.law_fit import fit, mean_miss
-from raycloud.retrain.law_prior import SimulatedDrift, fit_prior, leave_one_kind_out
+from raycloud.retrain.law_prior import SimulatedDrift, fit_prior, leave_one_kind_out, mean_misses
+from raycloud.retrain.pilots import Pilot
 from tests.retrain.laws import BLOCKS, SETS, TRUE, pilots
 
 KINDS = ["invert", "noise", "blur", "shift"]
@@ -96,3 +98,25 @@ def test_wrong_numbers_are_refused_in_one_line() -> None:
         fit_prior([])
     with pytest.raises(TrainingError, match="drifts must be of 2 or more kinds"):
         leave_one_kind_out(drifts(0, 1))
+
+
+def test_a_prior_without_gradients_is_the_same_law_for_all_drifts() -> None:
+    prior = fit_prior(drifts(0, 8), gradients=False)
+    one, other = drifts(7, 2)
+    assert prior.law(one.magnitude, one.snr, 0.6) == prior.law(other.magnitude, other.snr, 0.6)
+    assert prior.law(one.magnitude, one.snr, 0.6).logs() == pytest.approx(prior.typical_law(0.6).logs())
+    assert (prior.rho, prior.tau_power, prior.nu_power) == (0, 0, 0)
+    assert 0 < prior.typical.beta < 1
+
+
+def test_mean_misses_are_of_each_set_of_blocks() -> None:
+    def law(start: float) -> Law:
+        return dataclasses.replace(TRUE, start_error=start)
+
+    expected = [law(0.5).error({0: 1.0}, 30, 100), law(0.7).error({0: 1.0}, 30, 100), law(0.7).error({}, 30, 100)]
+    gains = TRUE.omega, TRUE.omega
+    first = SimulatedDrift("blur", 0.5, *gains, (Pilot((0,), 30, 100, expected[0] + 0.02),))
+    second = SimulatedDrift(
+        "shift", 0.7, *gains, (Pilot((0,), 30, 100, expected[1] + 0.04), Pilot((), 30, 100, expected[2] - 0.01))
+    )
+    assert mean_misses(law, [first, second]) == pytest.approx({(0,): 0.03, (): -0.01})

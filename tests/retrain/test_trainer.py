@@ -17,7 +17,7 @@ from raycloud.retrain.parts import parts_of
 from raycloud.retrain.recipe import RetrainTraining
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import cross_entropy, entropy, wrong
-from raycloud.retrain.trainer import BlockTrainer, Retrained
+from raycloud.retrain.trainer import BlockTrainer, RecordedSamples, Retrained
 from raycloud.retrain.window import train_window
 from raycloud.training.schedule import lr_factor
 from tests.retrain.models import TASK_MODELS, task_model, task_samples
@@ -177,3 +177,19 @@ def test_the_loss_without_labels_reads_none() -> None:
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)) * 4
     found = [entropy(logits, labels).sum for labels in (torch.zeros(5).long(), torch.full((5,), 3))]
     assert torch.equal(*found)
+
+
+def test_recorded_samples_train_alike_and_are_paid_once() -> None:
+    source = task_model("vit")
+    samples = task_samples(source)
+    rows = torch.tensor([0, 2, 3, 5, 7, 8, 11])
+    plainly, shared = copy.deepcopy(source), copy.deepcopy(source)
+    expected = train(plainly, [2], samples.select(rows))
+    recorded = RecordedSamples.of(shared, 2, samples, SETTINGS.batch_size)
+    groups = parts_of(shared, samples.select(slice(0, 2)).inputs).groups([2])
+    trainer = BlockTrainer(shared, groups, recorded.select(rows), cross_entropy, SETTINGS, start=2, steps=STEPS, seed=7)
+    done = trainer.run()
+    assert done.losses == pytest.approx(expected.losses, rel=1e-6)
+    for (name, one), other in zip(shared.named_parameters(), plainly.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6), name
+    assert recorded.flops / 12 * 7 == pytest.approx(expected.flops - done.flops)
