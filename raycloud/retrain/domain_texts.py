@@ -15,8 +15,11 @@ from raycloud.data.labelled import classes_of, collate_labelled, encode_labelled
 from raycloud.data.splits import Row
 from raycloud.errors import DataError
 from raycloud.retrain.domain_data import DataPart, part_of
-from raycloud.retrain.recipe import RetrainRecipe
+from raycloud.retrain.recipe import RetrainRecipe, Supervision
 from raycloud.retrain.samples import IGNORE, Samples
+
+_PROMPT = 0.75
+"""Largest share of a sample's tokens that a prompt takes; a longer one is shortened in its body."""
 
 
 def text_classes(rows: Sequence[Row], recipe: RetrainRecipe) -> list[Any]:
@@ -67,31 +70,33 @@ class TextDomains:
         if not rows:
             raise DataError(f"domain '{domain}' has no rows in its part '{part}'")
         if (domain, part) not in self._made:
-            self._made[domain, part] = self._encoded(rows)
+            self._made[domain, part] = self._encoded(rows, part)
         return self._made[domain, part]
 
-    def _encoded(self, rows: Sequence[Row]) -> Samples:
+    def _encoded(self, rows: Sequence[Row], part: DataPart) -> Samples:
         match self._recipe.task:
             case "language_modelling":
-                return self._language(rows)
+                # The cloud has answers, and models are evaluated on them, whatever edges may read.
+                known = part in ("source", "test")
+                return self._language(rows, "labels" if known else self._recipe.supervision)
             case "classification":
                 return self._labelled(rows)
             case "token_tagging":
                 return self._tagged(rows)
 
-    def _language(self, rows: Sequence[Row]) -> Samples:
+    def _language(self, rows: Sequence[Row], supervision: Supervision) -> Samples:
         data = self._recipe.data
         coded = encode(
             rows,
             self._tokenizer,
             data.format,
             max_length=data.max_length if data.format != "plain" else 2**20,
-            max_prompt_length=data.max_length // 2 if data.format != "plain" else 1,
+            max_prompt_length=max(1, int(_PROMPT * data.max_length)) if data.format != "plain" else 1,
             bos=data.bos,
         )
         if data.format == "plain":
             return packed([one.ids for one in coded], data.max_length, self._tokenizer.eos_token_id)
-        return prompted(coded, data.max_length, self._tokenizer.pad_token_id, self._recipe.supervision)
+        return prompted(coded, data.max_length, _pad_of(self._tokenizer), supervision)
 
     def _labelled(self, rows: Sequence[Row]) -> Samples:
         data = self._recipe.data
@@ -153,12 +158,12 @@ def packed(texts: Sequence[Sequence[int]], length: int, end: int | None) -> Samp
     return Samples({"input_ids": ids}, labels)
 
 
-def prompted(samples: Sequence[Sample], length: int, pad: int, supervision: str) -> Samples:
-    """Prompts with answers, padded to one length; labels are the tokens of answers, or of prompts."""
-    ids, mask = _rectangle([one.ids for one in samples], length, pad)
-    prompt = torch.tensor([one.prompt for one in samples])[:, None]
-    follows = torch.arange(1, length)
-    wanted = mask[:, 1:].bool() & (follows >= prompt if supervision == "labels" else follows < prompt)
+def prompted(samples: Sequence[Sample], length: int, pad: int, supervision: Supervision) -> Samples:
+    """Prompts padded to one length: with answers, whose tokens are the labels, or alone, with their own as labels."""
+    labelled = supervision == "labels"
+    ids, mask = _rectangle([one.ids if labelled else one.ids[: one.prompt] for one in samples], length, pad)
+    answers_from = torch.tensor([one.prompt if labelled else 0 for one in samples])[:, None]
+    wanted = mask[:, 1:].bool() & (torch.arange(1, length) >= answers_from)
     labels = torch.full_like(ids, IGNORE)
     labels[:, :-1] = torch.where(wanted, ids[:, 1:], IGNORE)
     return Samples({"input_ids": ids, "attention_mask": mask}, labels)
