@@ -91,6 +91,9 @@ class EdgeNode:
         self._recipe, self._edge = recipe, recipe.edges[index]
         self._cloud = CloudActor(cloud, namespace)
 
+    def ping(self) -> None:
+        """Return at once: the process is there."""
+
     def window(self, number: int) -> NodeWindow:
         """Serve a window, and retrain where the cloud plans it.
 

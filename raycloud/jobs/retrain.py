@@ -117,6 +117,8 @@ class _EdgeHandle:
     name: str
     actor: Any
     windows: tuple[str, ...]
+    died: bool = False
+    """True from the death of its process until the restarted one answers."""
 
 
 @dataclass
@@ -192,17 +194,36 @@ class _RetrainJob:
         """Run one round: a window of every edge, the merge of their updates, and the new version."""
         begun = time.monotonic()
         get_result(self.cloud.open_round.remote(number + 1, [edge.name for edge in edges]), "cloud")
-        calls = {edge.actor.window.remote(number): edge for edge in edges}
+        calls = {self._call(edge, number): edge for edge in edges}
         done, closed = _Window(number), None
         while closed is None:
             ready, _ = ray.wait(list(calls), num_returns=1, timeout=_POLL_S) if calls else ([], [])
             for ref in ready:
-                self._take(ref, calls.pop(ref), done)
+                edge = calls.pop(ref)
+                if edge.died:
+                    self._meet(ref, edge)
+                    calls[self._call(edge, number)] = edge
+                else:
+                    self._take(ref, edge, done)
             closed = get_result(self.cloud.close_round.remote(), "cloud")
         for edge in calls.values():
             done.missed[edge.name] = "late"
             print_and_log(_LOG, f"window {number + 1}: went on without '{edge.name}', which is late", logging.WARNING)
         self._record(done, *closed, seconds=time.monotonic() - begun, edges=edges)
+
+    @staticmethod
+    def _call(edge: _EdgeHandle, number: int) -> ray.ObjectRef:
+        """Have an edge serve a window, or first ask whether it is there again."""
+        return edge.actor.ping.remote() if edge.died else edge.actor.window.remote(number)
+
+    @staticmethod
+    def _meet(ref: ray.ObjectRef, edge: _EdgeHandle) -> None:
+        """Take the answer of an edge that had died."""
+        try:
+            ray.get(ref)
+            edge.died = False
+        except RayError:
+            time.sleep(_POLL_S)
 
     def _take(self, ref: ray.ObjectRef, edge: _EdgeHandle, done: _Window) -> None:
         """Take the result of an edge's window, and pass its update on."""
@@ -215,6 +236,7 @@ class _RetrainJob:
             self._miss(edge, done, "failed", (str(cause) or type(cause).__name__).splitlines()[0])
             return
         except RayError as error:
+            edge.died = True
             self._miss(edge, done, "died", str(error).splitlines()[0])
             return
         done.records.append(found.record)

@@ -13,11 +13,13 @@ def print_learnt(summary: dict[str, Any]) -> None:
     """Print what a device did in a job, what it sent and received, and where its model is."""
     if "phases" in summary:
         _print_phases(summary)
+    elif "windows" in summary:
+        _print_windows(summary)
     else:
         _print_rounds(summary)
     up, down = summary["bytes_up"] / 1e6, summary["bytes_down"] / 1e6
     console.print(f"{up:,.1f} MB sent, {down:,.1f} MB received in {summary['seconds']:.0f} s")
-    if (model := summary.get("student") or summary.get("weights")) is not None:
+    if (model := summary.get("student") or summary.get("weights") or summary.get("model")) is not None:
         console.print(f"model: {model}")
 
 
@@ -38,6 +40,26 @@ def _print_rounds(summary: dict[str, Any]) -> None:
         for one in summary["rounds"]
     ]
     header = ["round", "contribution", "tokens", "last loss", "seconds"]
+    print_table(header, rows, title=_title(summary), texts=2)
+
+
+def _print_windows(summary: dict[str, Any]) -> None:
+    """Print the windows of a block retraining."""
+    rows = [
+        [
+            str(one["window"] + 1),
+            one["domain"],
+            f"{one['score']:.1f}",
+            (one["cause"] or "").replace("_", " "),
+            ", ".join(map(str, one.get("trained", []))),
+            str(one.get("steps", "")),
+            {True: "helped", False: "restored", None: ""}[one.get("helped")],
+            shown(one["test_before"], ".3f"),
+            shown(one["test_after"], ".3f"),
+        ]
+        for one in summary["windows"]
+    ]
+    header = ["window", "domain", "drift", "alarm", "blocks", "steps", "result", "test error before", "after"]
     print_table(header, rows, title=_title(summary), texts=2)
 
 

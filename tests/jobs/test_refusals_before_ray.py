@@ -42,7 +42,10 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the job joins a cluster")
 
     monkeypatch.setattr("raycloud.jobs.runner.ray_connection", joined)
-    monkeypatch.setattr(tune_teacher.importlib.util, "find_spec", lambda name: object())
+    found = tune_teacher.importlib.util.find_spec
+    monkeypatch.setattr(
+        tune_teacher.importlib.util, "find_spec", lambda name: object() if name == "deepspeed" else found(name)
+    )
 
 
 @pytest.fixture(params=JOBS)
