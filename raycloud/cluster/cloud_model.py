@@ -7,7 +7,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Coroutine, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +51,7 @@ class CloudModel(ActorService):
             log.attach()
         self._recipe, self._folder, self._run_id = recipe, folder, run
         self._turn = threading.Lock()
+        self._news = ""
         self._attempts = itertools.count(1)
         self._device_weights: dict[tuple[str, str], tuple[int | None, frozenset[str]]] = {}
         """Version that each device's process has, and parameters that it has changed; a new one gets all weights."""
@@ -68,6 +69,10 @@ class CloudModel(ActorService):
         if self._recipe.devices:
             _ = self._rounds
         return facts
+
+    def news(self) -> str:
+        """Return what was done last while the model is prepared."""
+        return self._news
 
     def deployment(self, version: int | None, changed: Sequence[str] = ()) -> Deployment:
         """Return the current state for an edge; see :meth:`CloudRun.deployment`."""
@@ -173,7 +178,11 @@ class CloudModel(ActorService):
     @cached_property
     def _run(self) -> CloudRun:
         with torch_threads(self._threads):
-            return CloudRun(self._recipe, self._folder, partial(_LOG.info, "%s"))
+            return CloudRun(self._recipe, self._folder, self._notify)
+
+    def _notify(self, line: str) -> None:
+        self._news = line
+        _LOG.info("%s", line)
 
 
 class DeviceNode:

@@ -220,6 +220,7 @@ _JOBS = (
             ("accuracy_before", "accuracy_after", "perplexity_before", "perplexity_after", "over_budget"),
             Lazy("raycloud.report.retrain:render"),
         ),
+        restore=Lazy("raycloud.retrain.cloud_run:restore_model"),
         # The driver waits for its actors.
         search=SearchSupport({"CPU": 0.1}, Lazy("raycloud.jobs.retrain:check")),
     ),

@@ -37,6 +37,7 @@ from raycloud.rounds.machine import ClosedRound
 
 _LOG = logging.getLogger(__name__)
 _POLL_S = 0.5
+_NEWS_S = 5.0
 _GRACE_S = 60.0
 """Seconds beyond a round's deadline in which an edge may take the new version."""
 
@@ -170,7 +171,12 @@ class _RetrainJob:
             raise ClusterSetupError(
                 f"a job '{job}' with devices runs already; choose another last part of output"
             ) from None
-        facts: CloudFacts = get_result(self.cloud.prepare.remote(), "cloud")
+        preparing, told = self.cloud.prepare.remote(), ""
+        while not ray.wait([preparing], timeout=_NEWS_S)[0]:
+            if (news := get_result(self.cloud.news.remote(), "cloud")) != told:
+                console.print(f"  {news}")
+                told = news
+        facts: CloudFacts = get_result(preparing, "cloud")
         if recipe.devices:
             console.print(f"devices take part by: raycloud edge learn --job {job} --cloud wss://…/v1/rounds")
         return facts

@@ -15,14 +15,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raycloud.durable import write_atomically, write_folder
-from raycloud.errors import ChecksumError
+from raycloud.errors import ChecksumError, ModelError
 from raycloud.models.chain import block_list_of
-from raycloud.models.configuration import quiet_transformers
-from raycloud.models.loading import pick_device
+from raycloud.models.configuration import load_config, quiet_transformers
+from raycloud.models.loading import load_tokenizer, pick_device
 from raycloud.models.texts import save_end_ids
-from raycloud.models.weights import fingerprint, load_weights, nbytes, weights_of
+from raycloud.models.weights import Weights, fingerprint, load_weights, nbytes, weights_of
+from raycloud.results import RECIPE
 from raycloud.retrain.alarms import ErrorReference
 from raycloud.retrain.cloud import RetrainCloud, retrainable
 from raycloud.retrain.deployment import Deployment
@@ -31,7 +33,15 @@ from raycloud.retrain.drift import DomainSignature, DriftDetector
 from raycloud.retrain.edge import DriftReport, WindowPlan
 from raycloud.retrain.messages import parse_message
 from raycloud.retrain.recipe import RetrainRecipe
-from raycloud.retrain.source import calibrated_detector, error_reference, source_model, source_parts, train_source
+from raycloud.retrain.source import (
+    auto_class_of,
+    calibrated_detector,
+    error_reference,
+    is_images,
+    source_model,
+    source_parts,
+    train_source,
+)
 from raycloud.retrain.tasks import TASKS
 from raycloud.retrain.trainer import mean_error
 from raycloud.retrain.update import BlockUpdate
@@ -42,6 +52,7 @@ from raycloud.rounds.versions import VERSIONS, VersionStore
 _LOG = logging.getLogger(__name__)
 _REPLAYED = 256
 """Largest number of source samples that edges get against forgetting."""
+_MODEL = "model"
 DOMAINS = "domains"
 """Folder of a result directory with the domains that were met."""
 
@@ -177,15 +188,7 @@ class CloudRun:
 
     def save(self) -> None:
         """Write the model of the current version, which ``transformers`` loads."""
-
-        def fill(folder: Path) -> None:
-            if self._parts.tokenizer is not None:
-                save_end_ids(self._model, self._parts.tokenizer)
-                self._parts.tokenizer.save_pretrained(folder)
-            with quiet_transformers():
-                self._model.save_pretrained(folder)
-
-        write_folder(self._folder / "model", fill)
+        _write(self._folder, self._model, self._parts.tokenizer)
 
     def _train(self) -> None:
         recipe = self._recipe
@@ -215,6 +218,40 @@ class CloudRun:
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: one.cpu() for name, one in weights_of(self._model).items() if one.is_floating_point()}
+
+
+def restore_model(results: Path, name: str, weights: Weights) -> None:
+    """Write the model of a finished run again, from the weights of one of its versions.
+
+    Args:
+        results: result directory.
+        name: name of the history; a run has one, without a name.
+        weights: weights of the version.
+
+    Raises:
+        ModelError: the model's folder is missing or cannot be read.
+    """
+    folder = results / _MODEL
+    if not folder.is_dir():
+        raise ModelError(f"'{folder}' is missing, whose configuration every version has")
+    recipe = RetrainRecipe.load(results / RECIPE)
+    config = load_config(str(folder))
+    tokenizer = None if is_images(recipe) else load_tokenizer(str(folder))
+    with quiet_transformers():
+        model = auto_class_of(recipe).from_config(config, dtype=torch.float32)
+    load_weights(model, {**weights_of(model), **weights})
+    _write(results, model, tokenizer)
+
+
+def _write(results: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def fill(folder: Path) -> None:
+        if tokenizer is not None:
+            save_end_ids(model, tokenizer)
+            tokenizer.save_pretrained(folder)
+        with quiet_transformers():
+            model.save_pretrained(folder)
+
+    write_folder(results / _MODEL, fill)
 
 
 def _domains_in(folder: Path) -> list[StoredDomain]:

@@ -66,6 +66,17 @@ def is_images(recipe: RetrainRecipe) -> bool:
     return recipe.data.source == DIGITS or Path(recipe.data.source).expanduser().is_dir()
 
 
+def auto_class_of(recipe: RetrainRecipe) -> Any:
+    """Class of ``transformers`` that makes and loads the models of a recipe."""
+    if is_images(recipe):
+        return AutoModelForImageClassification
+    return {
+        "language_modelling": AutoModelForCausalLM,
+        "classification": AutoModelForSequenceClassification,
+        "token_tagging": AutoModelForTokenClassification,
+    }[recipe.task]
+
+
 def source_parts(recipe: RetrainRecipe, source: str | None = None, notify: Notify = lambda line: None) -> SourceParts:
     """Read configuration, tokenizer and data of a recipe.
 
@@ -90,11 +101,9 @@ def source_parts(recipe: RetrainRecipe, source: str | None = None, notify: Notif
     if images != (hasattr(config, "num_channels") and hasattr(config, "image_size")):
         kind = "images" if images else "texts"
         raise RecipeError(f"data.source={recipe.data.source} has {kind}, and the model '{config.model_type}' does not")
-    auto: Any
     tokenizer, classes = None, list[Any]()
     data: DomainData
     if images:
-        auto = AutoModelForImageClassification
         if (given := source or recipe.data.source) == DIGITS:
             classes = DigitsDomains.classes
             data = DigitsDomains(config, recipe.seed)
@@ -111,11 +120,6 @@ def source_parts(recipe: RetrainRecipe, source: str | None = None, notify: Notif
         rows = load_rows(source or recipe.data.source, "all", notify)
         classes = [] if recipe.task == "language_modelling" else text_classes(rows, recipe)
         data = TextDomains(rows, recipe, tokenizer, classes)
-        auto = {
-            "language_modelling": AutoModelForCausalLM,
-            "classification": AutoModelForSequenceClassification,
-            "token_tagging": AutoModelForTokenClassification,
-        }[recipe.task]
         if getattr(config, "vocab_size", len(tokenizer)) < len(tokenizer):
             raise RecipeError(
                 f"the tokenizer has {len(tokenizer)} tokens, and the model's vocab_size is {config.vocab_size}; "
@@ -127,7 +131,7 @@ def source_parts(recipe: RetrainRecipe, source: str | None = None, notify: Notif
         config.num_labels = len(classes)
         config.id2label = {index: str(value) for index, value in enumerate(classes)}
         config.label2id = {str(value): index for index, value in enumerate(classes)}
-    return SourceParts(config, data, tokenizer, where, auto, classes)
+    return SourceParts(config, data, tokenizer, where, auto_class_of(recipe), classes)
 
 
 def source_model(parts: SourceParts, recipe: RetrainRecipe, device: torch.device) -> PreTrainedModel:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import ViTForImageClassification
 
+from raycloud.jobs.versions import rollback
 from raycloud.rounds.versions import VERSIONS, VersionStore
 from tests.cluster.one_machine import in_a_process
 from tests.retrain.in_process import DIGITS, recipe_of
@@ -47,3 +48,7 @@ def test_the_version_advances_by_the_others_and_edges_catch_up(tmp_path: Path) -
     newest, model = store.weights(store.current), ViTForImageClassification.from_pretrained(tmp_path / "run" / "model")
     assert all(torch.equal(newest[name], one) for name, one in model.state_dict().items() if name in newest)
     assert (tmp_path / "run" / "report.html").is_file()
+    # Rolled back, it is what the first round made.
+    rollback(tmp_path / "run", 1)
+    first, model = store.weights(1), ViTForImageClassification.from_pretrained(tmp_path / "run" / "model")
+    assert all(torch.equal(first[name], one) for name, one in model.state_dict().items() if name in first)
