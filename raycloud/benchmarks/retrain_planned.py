@@ -10,18 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from raycloud.benchmarks.retrain_methods import Method, MethodCase, MethodResult, copied, trained
+from raycloud.retrain.best_plan import LEAST_GAIN, best_plan
 from raycloud.retrain.cost import Cost
 from raycloud.retrain.estimate import Estimate, estimate
 from raycloud.retrain.gain import Gains, block_gains, gain_samples
 from raycloud.retrain.parts import RetrainParts
 from raycloud.retrain.plan_rivals import greedy, taylor
-from raycloud.retrain.planner import plan
-from raycloud.retrain.plans import Plan, Terms, Value, corrected, full_terms, set_plan, steps_grid, worthwhile
+from raycloud.retrain.plans import Plan, Terms, Value, set_plan, steps_grid, worthwhile
 from raycloud.retrain.rival_laws import PowerLaw, Score
 from raycloud.retrain.window import retrain_blocks
 
-LEAST_GAIN = 0.02
-"""Least fall of the error for which blocks are trained at all."""
 RATIO = 0.5
 """FLOPs of GreenTrainer's steps, as a share of full training's; the middle of its published range."""
 
@@ -35,11 +33,7 @@ def exact(misses: Mapping[tuple[int, ...], float]) -> Solver:
     """
 
     def solve(case: MethodCase, law: Value, terms: Terms) -> Plan:
-        grid = steps_grid(case.cost, case.budget, most=case.most_steps, **terms)
-        chosen = plan(case.cost, case.budget, law, steps_grid=grid, stretch=True, **full_terms(terms))
-        known = [set_plan(case.cost, case.budget, one, most=case.most_steps, law=law, **terms) for one in misses]
-        head = head_alone(case, law, terms)
-        return worthwhile(corrected([chosen, *known], misses), corrected([head], misses), LEAST_GAIN)
+        return best_plan(case.cost, case.budget, law, misses, most_steps=case.most_steps, **terms)
 
     return solve
 

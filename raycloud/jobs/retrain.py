@@ -79,10 +79,9 @@ def check(recipe: RetrainRecipe) -> None:
     source = recipe.data.source_domain
     for part in ("clean", "test", *(("source",) if recipe.source.steps else ())):
         parts.data.samples(source, part)
-    for edge in recipe.edges:
-        if edge.source is not None or edge.device:
-            continue
-        for domain in sorted(set(edge.windows)):
+    edges = [edge.windows for edge in recipe.edges if edge.source is None and not edge.device]
+    for windows in (*edges, recipe.prior.domains):
+        for domain in sorted(set(windows)):
             parts.data.samples(domain, "test")
             found = len(parts.data.samples(domain, "window"))
             if found < recipe.samples:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from raycloud.errors import ModelError
 from raycloud.models.weights import Weights, nbytes
+from raycloud.retrain.best_plan import best_plan
 from raycloud.retrain.domains import DomainMemory, StoredDomain, agreement
 from raycloud.retrain.drift import DomainSignature
 from raycloud.retrain.edge import DriftReport, WindowPlan
 from raycloud.retrain.law import Law
-from raycloud.retrain.law_prior import Prior
-from raycloud.retrain.planner import plan
-from raycloud.retrain.plans import Plan, Terms, empty_plan, steps_grid
+from raycloud.retrain.law_prior import Prior, SimulatedDrift, fit_prior, mean_misses
+from raycloud.retrain.plans import Plan, Terms, empty_plan
 from raycloud.retrain.update import BlockUpdate
 from raycloud.rounds.aggregators import coverage_mean
 from raycloud.rounds.contribution import Contribution, form_of
@@ -26,6 +26,25 @@ MOST_STEPS = 400
 """Largest number of steps of a window."""
 
 
+@dataclass(frozen=True)
+class PlanPrior:
+    """What simulated drifts tell of plans, all within the budget of the windows to come."""
+
+    prior: Prior
+    misses: Mapping[tuple[int, ...], float]
+    """What the prior's law misses for sets of blocks in the mean."""
+
+    @staticmethod
+    def of(drifts: Sequence[SimulatedDrift]) -> PlanPrior:
+        """Prior of simulated drifts.
+
+        Raises:
+            TrainingError: there is none with an error before training.
+        """
+        prior = fit_prior(drifts, gradients=False)
+        return PlanPrior(prior, mean_misses(prior.typical_law, drifts))
+
+
 class RetrainCloud:
     """Cloud's weights and their versions.
 
@@ -33,7 +52,7 @@ class RetrainCloud:
         weights: parameters that edges may retrain, by name.
         fingerprint: fingerprint of the model's configuration.
         blocks: paths of the model's blocks.
-        prior: what simulated drifts tell of gains; None prefers no block.
+        prior: what simulated drifts tell of plans; None prefers no block.
         memory: domains that were met before; their changes are those against ``source``.
         source: weights of the source model, which is version 0, by name; None for ``weights``.
         version: version of the weights.
@@ -45,7 +64,7 @@ class RetrainCloud:
         weights: Weights,
         fingerprint: str,
         blocks: Sequence[str],
-        prior: Prior | None,
+        prior: PlanPrior | None,
         memory: DomainMemory,
         *,
         source: Weights | None = None,
@@ -86,9 +105,9 @@ class RetrainCloud:
     def plan(self, report: DriftReport) -> WindowPlan:
         """Plan a window: the best blocks and number of steps within the edge's budget."""
         chosen = self._best_plan(report)
-        if chosen.predicted_error is not None and report.start_error - chosen.predicted_error < self._least_gain:
+        if chosen.predicted_error is not None and report.error - chosen.predicted_error < self._least_gain:
             chosen = empty_plan(
-                report.cost, None, Terms(batch=report.batch, samples=report.samples, spent=report.spent)
+                report.cost, None, Terms(batch=report.batch, samples=report.samples, spent=report.estimated)
             )
         deltas = self._recalled(report)
         if chosen.cost.bytes + nbytes(deltas) > report.budget.bytes:
@@ -119,25 +138,12 @@ class RetrainCloud:
         return state
 
     def _best_plan(self, report: DriftReport) -> Plan:
-        terms = Terms(batch=report.batch, samples=report.samples, spent=report.spent)
-        budget, law = report.plannable, self._law(report)
-        grid = steps_grid(report.cost, budget, most=MOST_STEPS, **terms)
-        return plan(
-            report.cost,
-            budget,
-            law,
-            steps_grid=grid,
-            batch=report.batch,
-            samples=report.samples,
-            spent=report.spent,
-            stretch=True,
-        )
-
-    def _law(self, report: DriftReport) -> Law:
-        if self._prior is None:
-            return Law.neutral(report.start_error, len(report.gains), MOST_STEPS / 4, report.samples)
-        magnitudes, ratios = [one.magnitude for one in report.gains], [one.snr for one in report.gains]
-        return self._prior.law(magnitudes, ratios, report.start_error)
+        prior, terms = self._prior, Terms(batch=report.batch, samples=report.samples, spent=report.estimated)
+        if prior is None:
+            law = Law.neutral(report.start_error, len(report.gains), MOST_STEPS / 4, report.samples)
+            return best_plan(report.cost, report.plannable, law, {}, most_steps=MOST_STEPS, least_gain=0.0, **terms)
+        law = prior.prior.typical_law(report.start_error)
+        return best_plan(report.cost, report.plannable, law, prior.misses, most_steps=MOST_STEPS, **terms)
 
     def open(self, edges: Iterable[str], deadline: float, quorum: int = 1, number: int | None = None) -> int:
         """Open a round for edges, and return its number: the one given, or the next one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import tempfile
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from raycloud.checksums import verify_file
 from raycloud.durable import write_atomically, write_folder
 from raycloud.errors import ChecksumError, ModelError
 from raycloud.models.chain import block_list_of
@@ -26,13 +29,18 @@ from raycloud.models.texts import save_end_ids
 from raycloud.models.weights import Weights, fingerprint, load_weights, nbytes, weights_of
 from raycloud.results import RECIPE
 from raycloud.retrain.alarms import ErrorReference
-from raycloud.retrain.cloud import RetrainCloud, retrainable
+from raycloud.retrain.budget import budget_of
+from raycloud.retrain.cloud import MOST_STEPS, PlanPrior, RetrainCloud, retrainable
 from raycloud.retrain.deployment import Deployment
 from raycloud.retrain.domains import DomainMemory, StoredDomain
 from raycloud.retrain.drift import DomainSignature, DriftDetector
-from raycloud.retrain.edge import DriftReport, WindowPlan
+from raycloud.retrain.edge import DriftReport, RetrainEdge, WindowPlan
+from raycloud.retrain.law_prior import SimulatedDrift
+from raycloud.retrain.measure import model_cost
 from raycloud.retrain.messages import parse_message
+from raycloud.retrain.parts import parts_of
 from raycloud.retrain.recipe import RetrainRecipe
+from raycloud.retrain.simulation import simulated_drift
 from raycloud.retrain.source import (
     auto_class_of,
     calibrated_detector,
@@ -52,7 +60,8 @@ from raycloud.rounds.versions import VERSIONS, VersionStore
 _LOG = logging.getLogger(__name__)
 _REPLAYED = 256
 """Largest number of source samples that edges get against forgetting."""
-_MODEL = "model"
+_MODEL, _PRIOR = "model", "prior.json"
+_DRIFTS = TypeAdapter(list[SimulatedDrift])
 DOMAINS = "domains"
 """Folder of a result directory with the domains that were met."""
 
@@ -98,7 +107,7 @@ class CloudRun:
             retrainable(self._weights()),
             fingerprint(self._store.weights(0)),
             list(block_list_of(self._model).blocks),
-            None,
+            self._prior(),
             DomainMemory(self._detector.source, recipe.drift.radius, self._known_domains()),
             source=retrainable(self._store.weights(0)),
             version=rounds,
@@ -210,6 +219,46 @@ class CloudRun:
         test = self._parts.data.samples(recipe.data.source_domain, "test")
         test = test.select(slice(0, recipe.test_samples)).to(device)
         self._source_error = mean_error(self._model, test, self._task.error)
+
+    def _prior(self) -> PlanPrior | None:
+        """Prior of the recipe's domains, from the file of an earlier process or by training copies of the source."""
+        recipe, path = self._recipe, self._folder / _PRIOR
+        if not recipe.prior.domains:
+            return None
+        if not path.is_file():
+            drifts = []
+            for number, domain in enumerate(recipe.prior.domains, 1):
+                drifts.append(self._simulated(domain))
+                self._notify(f"prior: {number} of {len(recipe.prior.domains)} domains")
+            write_atomically(path, _DRIFTS.dump_json(drifts), checksum=True)
+        verify_file(path)
+        return PlanPrior.of(_DRIFTS.validate_json(path.read_bytes()))
+
+    def _simulated(self, domain: str) -> SimulatedDrift:
+        """Train sets of blocks of a copy of the source model on a domain."""
+        recipe, task = self._recipe, self._task
+        model = copy.deepcopy(self._model)
+        load_weights(model, {**weights_of(model), **self._store.weights(0)})
+        count = recipe.samples - round(RetrainEdge.HELD_OUT * recipe.samples)
+        window = self._parts.data.samples(domain, "window").select(slice(0, count)).to(model.device)
+        test = self._parts.data.samples(domain, "test").select(slice(0, recipe.test_samples)).to(model.device)
+        loss = task.loss_of(recipe.supervision)
+        some = window.select(slice(0, 4))
+        cost = model_cost(model, parts_of(model, some.inputs), some, loss)
+        budget = budget_of(recipe.budget, cost, batch=recipe.training.batch_size, samples=len(window))
+        return simulated_drift(
+            domain,
+            model,
+            window,
+            test,
+            loss,
+            task.error,
+            recipe.training,
+            cost,
+            budget,
+            most_steps=MOST_STEPS,
+            seed=recipe.seed,
+        )
 
     def _known_domains(self) -> list[StoredDomain]:
         """Domains that were met: those on disk, or at first the source, to which edges may come back."""

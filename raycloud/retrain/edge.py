@@ -17,10 +17,10 @@ from raycloud.retrain.alarms import AlarmCause, DriftAlarm, ErrorReference
 from raycloud.retrain.budget import budget_of
 from raycloud.retrain.cost import Budget, Cost, ModelCost
 from raycloud.retrain.drift import DomainSignature, DriftDetector, DriftVerdict, TapMeans, tapped
-from raycloud.retrain.gain import BlockGain, block_gains
+from raycloud.retrain.estimate import estimate
+from raycloud.retrain.gain import BlockGain, block_gains, gain_samples
 from raycloud.retrain.measure import model_cost
 from raycloud.retrain.parts import RetrainParts, parts_of
-from raycloud.retrain.plans import head_phase
 from raycloud.retrain.recipe import BudgetRecipe, RetrainTraining, Supervision
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import RetrainTask
@@ -54,19 +54,19 @@ class DriftReport:
     """Version of the cloud's weights that the edge has."""
     signature: DomainSignature
     gains: tuple[BlockGain, ...]
-    start_error: float
+    error: float
     """Error on the current samples."""
+    start_error: float
+    """Error on the current samples once the head fits them, cross-validated."""
     samples: int
     """Number of samples to train on."""
     batch: int
     cost: ModelCost
     budget: Budget
     estimated: Cost
-    """Cost of gains, the judgement of the result, and the new signature."""
-    head: Cost
-    """Cost of the steps that train the head alone, before the planned ones."""
+    """Cost of the head's first steps, of gains, the judgement of the result, and the new signature."""
     head_steps: int
-    """Number of these steps."""
+    """Number of steps that have trained the head alone, before the planned ones."""
     reserved: float
     """Bytes of memory that source samples against forgetting take in a training."""
     local_updates: int
@@ -76,11 +76,6 @@ class DriftReport:
     def plannable(self) -> Budget:
         """Budget of the planned steps."""
         return replace(self.budget, memory=max(0.0, self.budget.memory - self.reserved))
-
-    @property
-    def spent(self) -> Cost:
-        """Cost of the window beside the planned steps."""
-        return self.head.after(self.estimated)
 
 
 @dataclass(frozen=True)
@@ -161,6 +156,8 @@ class RetrainEdge:
         self._share_means, self._judged = share_means, judged
         self.changes: list[frozenset[str]] = []
         """Names of the parameters that each of its own changes since the version has changed."""
+        self._head: dict[str, Tensor] = {}
+        """Head that the last report has trained; empty for none."""
         self._parts: RetrainParts | None = None
         self._cost: ModelCost | None = None
 
@@ -172,11 +169,18 @@ class RetrainEdge:
         cause, self.alarm = self.alarm.after(verdict, signature, self._detector.source, labelled, len(samples))
         return Observation(verdict, signature, cause, error)
 
-    def report(self, samples: Samples, seen: Observation) -> DriftReport:
-        """Estimate the gains of a window of samples, paid from its budget."""
+    def report(self, samples: Samples, seen: Observation, seed: int) -> DriftReport:
+        """Train the head of a window and estimate the gains of its blocks, paid from its budget.
+
+        The model does not change: :meth:`retrain` begins with the trained head.
+
+        Args:
+            samples: the window's samples.
+            seen: what serving them has shown.
+            seed: seed of the order of samples.
+        """
         parts, cost = self._measured(samples)
         train, held_out = self._split(samples)
-        gains = block_gains(self.model, parts, train, self._loss)
         # The held-out samples are judged twice for the changes that are tried first, twice for the result, and twice
         # each for the cloud's weights before and after; all once more with these. The last ones give the signature.
         passes = 8 * len(held_out) + len(samples) + (self._judged or len(samples))
@@ -186,24 +190,29 @@ class RetrainEdge:
         replayed = len(self._replayed) if self._replayed is not None and settings.replay else 0
         reserved = replayed * max(cost.boundary)
         plannable = replace(budget, memory=max(0.0, budget.memory - reserved))
-        steps, head = head_phase(
-            cost, plannable, most=settings.head_steps, share=settings.head_share, batch=batch, samples=len(train)
-        )
-        # The frozen blocks run for the source samples too, once for the head's steps and once for the planned ones.
-        passes += 2 * replayed
+        before = {name: one.detach().clone() for name, one in parts.head.items()}
+        found = estimate(self.model, parts, train, self._loss, self._error, settings, cost, plannable, seed)
+        some = train.select(slice(0, gain_samples(cost, budget, len(train))))
+        gains = block_gains(self.model, parts, some, self._loss)
+        self._head = {name: one.detach().clone() for name, one in parts.head.items()} if found.head_steps else {}
+        with torch.no_grad():
+            for name, one in parts.head.items():
+                one.copy_(before[name])
+        # The frozen blocks run for the source samples, too.
+        passes += replayed
         return DriftReport(
             self.name,
             self.version,
             seen.signature if self._share_means else replace(seen.signature, means=None),
             gains.blocks,
             seen.error,
+            found.error,
             len(train),
             batch,
             cost,
             budget,
-            Cost(gains.flops + passes * forward, gains.memory),
-            head,
-            steps,
+            Cost(gains.flops + passes * forward, gains.memory).after(found.cost),
+            found.head_steps,
             reserved,
             len(self.changes),
         )
@@ -228,6 +237,7 @@ class RetrainEdge:
         recalled = bool(plan.deltas) and self._recall(plan.deltas, held_out)
         result, deltas = None, dict[str, Tensor]()
         if plan.steps:
+            late = {"head_lr": self._settings.late_head_lr} if self._head or recalled else {}
             result = train_window(
                 self.model,
                 parts,
@@ -236,10 +246,11 @@ class RetrainEdge:
                 held_out,
                 self._loss,
                 self._error,
-                self._settings.model_copy(update={"head_steps": report.head_steps}),
+                self._settings.model_copy(update={"head_steps": 0, **late}),
                 steps=plan.steps,
                 seed=seed,
                 replayed=self._replayed,
+                head=None if recalled else self._head,  # it was trained on other blocks
             )
             deltas = result.deltas
         with torch.no_grad():

@@ -145,7 +145,7 @@ class EdgeRun:
         if self._consider(state):
             seen = replace(seen, error=self._run.error(samples))
             record |= {"version": self.version, "error": seen.error}
-        report = self._run.report(samples, seen)
+        report = self._run.report(samples, seen, self._seed(number))
         self._current = _Alarmed(number, samples, report)
         return Observed(record | _reported(report) | {"seconds": time.monotonic() - begun}, report)
 
@@ -160,7 +160,7 @@ class EdgeRun:
             raise ValueError("no window awaits a plan")
         mode, outcome = self._recipe.mode, None
         if mode != "suggest":
-            seed = derive_seed("retrain", self._recipe.seed, self._edge.name, current.number)
+            seed = self._seed(current.number)
             outcome = self._run.retrain(current.samples, current.report, plan, seed, keep=mode == "retrain")
         self._answered, self._current = True, None
         record = _planned(current.report, plan, outcome)
@@ -194,6 +194,9 @@ class EdgeRun:
         if recipe.supervision == "none" and recipe.task != "language_modelling":
             found = Samples(found.inputs, torch.full_like(found.labels, IGNORE))  # labels are not even at hand
         return found.to(self.model.device)
+
+    def _seed(self, number: int) -> int:
+        return derive_seed("retrain", self._recipe.seed, self._edge.name, number)
 
     def _test(self, domain: str) -> Samples:
         found = self._data.samples(domain, "test")

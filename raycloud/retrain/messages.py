@@ -43,13 +43,13 @@ class ReportMessage(_Message):
     distances: list[float] = Field(max_length=_BLOCKS)
     means: list[list[float]] | None = Field(max_length=_BLOCKS)
     gains: list[BlockGain] = Field(max_length=_BLOCKS)
+    error: float
     start_error: float
     samples: Annotated[int, Field(ge=1, lt=2**31)]
     batch: Annotated[int, Field(ge=1, lt=2**31)]
     cost: ModelCost
     budget: Budget
     estimated: Cost
-    head: Cost
     head_steps: _Count
     reserved: Annotated[float, Field(ge=0)]
     local_updates: _Count
@@ -63,13 +63,13 @@ class ReportMessage(_Message):
             distances=report.signature.distances.tolist(),
             means=None if means is None else [one.tolist() for one in means],
             gains=list(report.gains),
+            error=report.error,
             start_error=report.start_error,
             samples=report.samples,
             batch=report.batch,
             cost=report.cost,
             budget=report.budget,
             estimated=report.estimated,
-            head=report.head,
             head_steps=report.head_steps,
             reserved=report.reserved,
             local_updates=report.local_updates,
@@ -83,13 +83,13 @@ class ReportMessage(_Message):
             self.version,
             DomainSignature(torch.tensor(self.distances), means),
             tuple(self.gains),
+            self.error,
             self.start_error,
             self.samples,
             self.batch,
             self.cost,
             self.budget,
             self.estimated,
-            self.head,
             self.head_steps,
             self.reserved,
             self.local_updates,

@@ -122,6 +122,14 @@ class RetrainTraining(Recipe):
         )
 
 
+class PriorRecipe(Recipe):
+    """What the cloud learns of retraining before edges ask, from domains that it has itself."""
+
+    domains: list[str] = []
+    """Domains that the cloud adapts copies of its model to, each time with other blocks, within the budget of a window.
+    None of them needs to be a domain that edges meet. Empty for a plan that prefers no block."""
+
+
 class RetrainRoundsRecipe(Recipe):
     """Rounds: one for each window, in which the updates of all edges are merged."""
 
@@ -160,6 +168,7 @@ class RetrainRecipe(Recipe):
     """Largest number of held-out samples of a domain that models are evaluated on; a window does not pay for it."""
     budget: BudgetRecipe = BudgetRecipe()
     training: RetrainTraining = RetrainTraining()
+    prior: PriorRecipe = PriorRecipe()
     drift: DriftRecipe = DriftRecipe()
     rounds: RetrainRoundsRecipe = RetrainRoundsRecipe()
     mode: Literal["retrain", "suggest", "dry_run"] = "retrain"

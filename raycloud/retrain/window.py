@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +98,7 @@ def train_window(
     steps: int,
     seed: int,
     replayed: Samples | None = None,
+    head: Mapping[str, Tensor] | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> WindowResult:
     """Retrain as planned, and roll back if it does not help.
@@ -114,12 +115,14 @@ def train_window(
         steps: planned number of steps.
         seed: seed of the order of samples.
         replayed: source samples against forgetting.
+        head: weights of a head that was trained before, to begin with; None for the model's own.
         on_step: called after every step.
     """
     parameters = {name: one for group in parts.groups(trained).values() for name, one in group.items()}
     kept = {name: one.detach().clone() for name, one in parameters.items()}
     before = mean_error(model, held_out, error)
     try:
+        _restore(parameters, head or {})
         done = retrain_blocks(
             model, parts, trained, samples, loss, settings, steps=steps, seed=seed, replayed=replayed, on_step=on_step
         )
@@ -133,7 +136,7 @@ def train_window(
     return WindowResult(before, after, helped, changes(parameters, kept), done)
 
 
-def _restore(parameters: dict[str, nn.Parameter], kept: dict[str, Tensor]) -> None:
+def _restore(parameters: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(kept[name])
+        for name, tensor in kept.items():
+            parameters[name].copy_(tensor)

@@ -82,7 +82,7 @@ def test_a_drift_is_noticed_retrained_within_budget_and_merged(source: tuple[Pre
     window = samples(96, 11, mirrored)
     seen = edge.observe(window)
     assert seen.cause == "hidden_states"
-    report = edge.report(window, seen)
+    report = edge.report(window, seen, seed=0)
     plan = cloud.plan(report)
     assert plan.trained and plan.steps and not plan.deltas
     assert plan.predicted_error is not None and plan.predicted_error < report.start_error
@@ -104,7 +104,7 @@ def test_a_drift_is_noticed_retrained_within_budget_and_merged(source: tuple[Pre
     assert late is not None and late.reason == "closed"
     fresh = edge_of(source, "c")
     again = samples(96, 13, mirrored)
-    report = fresh.report(again, fresh.observe(again))
+    report = fresh.report(again, fresh.observe(again), seed=0)
     plan = cloud.plan(report)
     assert plan.deltas
     assert fresh.retrain(again, report, plan, seed=1).recalled
@@ -114,7 +114,7 @@ def test_a_window_without_budget_changes_nothing(source: tuple[PreTrainedModel, 
     edge, cloud = edge_of(source, flops=1e6), cloud_of(source)
     before = {name: one.clone() for name, one in weights_of(edge.model).items()}
     window = samples(96, 11, mirrored)
-    report = edge.report(window, edge.observe(window))
+    report = edge.report(window, edge.observe(window), seed=0)
     plan = cloud.plan(report)
     assert (plan.trained, plan.steps) == ((), 0)
     outcome = edge.retrain(window, report, plan, seed=0)
@@ -131,7 +131,7 @@ def test_without_labels_none_is_read(source: tuple[PreTrainedModel, DriftDetecto
             "a", copy.deepcopy(model), "vit", TASK, detector, ALARM, budget_up_to(3e9), SETTINGS, supervision="none"
         )
         given = Samples(window.inputs, labels)
-        report = edge.report(given, edge.observe(given))
+        report = edge.report(given, edge.observe(given), seed=0)
         outcome = edge.retrain(given, report, cloud_of(source).plan(report), seed=0)
         assert outcome.result is not None
         deltas.append(outcome.result.deltas)
