@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from raycloud.benchmarks.retrain import ABLATIONS, OURS, RIVALS, RetrainRow, comparisons
-from raycloud.benchmarks.retrain_prior import RegimeDrift, best_run, fit_power_law, sets_of_blocks
+from raycloud.benchmarks.retrain_prior import RegimeDrift, best_run, fit_power_law
 from raycloud.data.image_shifts import DIGITS_SHIFTS, SIMULATED_SHIFTS, blurred, moved, occluded, rotated
 from raycloud.retrain.law_prior import SimulatedDrift
 from raycloud.retrain.pilots import Pilot
+from raycloud.retrain.simulation import sets_of_blocks
 
 
 def rows(seed: int, domain: str, accuracies: dict[str, float]) -> list[RetrainRow]:
