@@ -21,6 +21,8 @@ from raycloud.edge.learn_session import JobSession, Pulse
 from raycloud.edge.learn_terms import retrain_demands
 from raycloud.errors import LinkError, LinkSetupError, TrainingError
 from raycloud.models.configuration import CONFIG, load_config, quiet_transformers
+from raycloud.models.loading import load_tokenizer
+from raycloud.models.texts import save_end_ids
 from raycloud.origin import cores
 from raycloud.retrain.deployment import Deployment
 from raycloud.retrain.edge_run import EdgeRun
@@ -33,7 +35,7 @@ from raycloud.retrain.messages import (
     plan_of_tensors,
 )
 from raycloud.retrain.recipe import RetrainRecipe
-from raycloud.rounds.service.messages import Blob, TaskReply
+from raycloud.rounds.service.messages import Blob
 
 _TOKENIZER_FILE = re.compile(r"\w[\w-]*(\.[\w-]+)*\.(json|txt|model|jinja)")
 
@@ -71,6 +73,9 @@ class RetrainDevice:
         self._run: EdgeRun | None = None
         self._windows: list[dict[str, Any]] = []
         self._model: Path | None = None
+        self._published: tuple[int, int] | None = None
+        """Version, and number of own changes, of the model that was written last."""
+        self._tokenizer = None if model == folder else load_tokenizer(str(model))
 
     def run(self) -> None:
         """Serve every window that the cloud asks for."""
@@ -79,7 +84,7 @@ class RetrainDevice:
         while True:
             task = client.task(self._recipe.samples)
             if task.state == "finished":
-                return self._finish(task)
+                return
             if task.state == "train" and task.weights is not None:
                 self._answer(task.round, task.weights)
 
@@ -136,6 +141,8 @@ class RetrainDevice:
         reply = client.push(number, blob.digest, samples, content, packed)
         if not reply.accepted:
             session.notify(f"window {number // 2 + 1}: refused: {reply.detail}")
+        if self._run is not None:
+            self._publish(self._run)
 
     def _done(
         self, number: int, tensors: dict[str, Tensor], outdated: threading.Event
@@ -169,18 +176,22 @@ class RetrainDevice:
         deltas = {} if update is None else dict(update.deltas)
         return message.pack(), deltas, self._recipe.samples
 
-    def _finish(self, task: TaskReply) -> None:
-        """Save the device's own model: it fits its last domain best."""
-        if self._run is None:
+    def _publish(self, run: EdgeRun) -> None:
+        """Write the device's model if it has changed; ``raycloud edge serve --watch`` then answers with it."""
+        state = run.version, run.updates
+        if state == self._published:
             return
-        model = self._run.model
 
         def fill(folder: Path) -> None:
+            if self._tokenizer is not None:
+                save_end_ids(run.model, self._tokenizer)
+                self._tokenizer.save_pretrained(folder)
             with quiet_transformers():
-                model.save_pretrained(folder)
+                run.model.save_pretrained(folder)
 
         self._model = self._session.options.folder / "model"
         write_folder(self._model, fill)
+        self._published = state
 
 
 def _tensors(content: bytes) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from raycloud.retrain.budget import budget_of
 from raycloud.retrain.cost import Budget, Cost, ModelCost
 from raycloud.retrain.drift import DomainSignature, DriftDetector, DriftVerdict, TapMeans, tapped
 from raycloud.retrain.estimate import estimate
-from raycloud.retrain.gain import BlockGain, block_gains, gain_samples
+from raycloud.retrain.gain import BlockGain, block_gains, blocks_together, gain_samples
 from raycloud.retrain.measure import model_cost
 from raycloud.retrain.parts import RetrainParts, parts_of
 from raycloud.retrain.recipe import BudgetRecipe, RetrainTraining, Supervision
@@ -192,8 +192,7 @@ class RetrainEdge:
         plannable = replace(budget, memory=max(0.0, budget.memory - reserved))
         before = {name: one.detach().clone() for name, one in parts.head.items()}
         found = estimate(self.model, parts, train, self._loss, self._error, settings, cost, plannable, seed)
-        some = train.select(slice(0, gain_samples(cost, budget, len(train))))
-        gains = block_gains(self.model, parts, some, self._loss)
+        gains, paid = self._gains(parts, cost, plannable, train)
         self._head = {name: one.detach().clone() for name, one in parts.head.items()} if found.head_steps else {}
         with torch.no_grad():
             for name, one in parts.head.items():
@@ -204,14 +203,14 @@ class RetrainEdge:
             self.name,
             self.version,
             seen.signature if self._share_means else replace(seen.signature, means=None),
-            gains.blocks,
+            gains,
             seen.error,
             found.error,
             len(train),
             batch,
             cost,
             budget,
-            Cost(gains.flops + passes * forward, gains.memory).after(found.cost),
+            Cost(passes * forward).after(paid).after(found.cost),
             found.head_steps,
             reserved,
             len(self.changes),
@@ -321,6 +320,17 @@ class RetrainEdge:
     def error(self, samples: Samples) -> float:
         """Error of samples, or without labels the loss that needs none."""
         return mean_error(self.model, samples, self._error)
+
+    def _gains(
+        self, parts: RetrainParts, cost: ModelCost, budget: Budget, samples: Samples
+    ) -> tuple[tuple[BlockGain, ...], Cost]:
+        """Gains of the blocks, as many at a time as the memory allows, and their cost; zeros if it allows none."""
+        some = samples.select(slice(0, gain_samples(cost, budget, len(samples))))
+        together = blocks_together(cost, budget, len(some))
+        if not together:
+            return (BlockGain(0.0, 0.0, 0.0),) * len(cost.blocks), Cost()
+        gains = block_gains(self.model, parts, some, self._loss, together=together)
+        return gains.blocks, Cost(gains.flops, gains.memory)
 
     def _served(self, samples: Samples) -> tuple[TapMeans, float]:
         """Mean hidden states of samples, and their mean error."""

@@ -115,6 +115,11 @@ class EdgeRun:
         return self._run.version
 
     @property
+    def updates(self) -> int:
+        """Number of changes that the edge has made itself since its version."""
+        return len(self._run.changes)
+
+    @property
     def changed(self) -> frozenset[str]:
         """Names of the parameters that the edge has changed itself since its version."""
         return frozenset().union(*self._run.changes)

@@ -6,7 +6,7 @@ is large, and no block is worth training. The error is cross-validated, as a hea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -67,9 +67,11 @@ def estimate(
     """
     if len(samples) < FOLDS:
         raise DataError(f"{len(samples)} samples are given for {FOLDS} parts; allowed: one each or more")
+    # What the blocks hand on is held for all samples, and once more for those of a part's training.
+    held = len(samples) * cost.boundary[-1]
     steps, _ = head_phase(
         cost,
-        budget,
+        replace(budget, memory=max(0.0, budget.memory - held)),
         most=settings.head_steps,
         share=settings.head_share,
         batch=settings.batch_size,

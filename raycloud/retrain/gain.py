@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from raycloud.errors import DataError, TrainingError
 from raycloud.models.frozen_prefix import FrozenPrefix
-from raycloud.retrain.cost import Budget, ModelCost
+from raycloud.retrain.cost import Budget, ModelCost, training_cost
 from raycloud.retrain.meter import measured
 from raycloud.retrain.parts import RetrainParts, trainable_only
+from raycloud.retrain.plans import training_choices
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import LossOf
 
@@ -101,6 +102,26 @@ def gain_samples(cost: ModelCost, budget: Budget, samples: int) -> int:
     each = cost.stem_forward + cost.head_forward + cost.head_gradient + blocks
     most = min(MOST_SAMPLES, samples, max(MICRO_BATCHES, SHARE * budget.flops / each))
     return int(most) // MICRO_BATCHES * MICRO_BATCHES
+
+
+def blocks_together(cost: ModelCost, budget: Budget, samples: int) -> int:
+    """Number of blocks whose gradients may be held at a time within a budget's memory; 0 if not even one's may.
+
+    Args:
+        cost: costs of the model's parts.
+        budget: budget of the window.
+        samples: number of samples whose gradients are compared.
+    """
+    total = len(cost.blocks)
+
+    def held(first: int, size: int) -> float:
+        choices = training_choices(cost, range(first, min(first + size, total)))
+        return training_cost(cost, choices, steps=1, batch=max(1, samples // MICRO_BATCHES), samples=1).memory
+
+    size = total
+    while size and max(held(first, size) for first in range(0, total, size)) > budget.memory:
+        size //= 2
+    return size
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ def test_the_version_advances_by_the_others_and_edges_catch_up(tmp_path: Path) -
     assert not any(one.get("over_budget") for one in windows)
     assert sum(bool(one.get("helped")) for one in windows if one["edge"] == "shop") >= 1
     assert seen["device"]["device"] == "shop" and len(seen["device"]["windows"]) == 4
+    assert ViTForImageClassification.from_pretrained(seen["device"]["model"]).config.num_labels == 10
     # The model that the run writes is the newest version.
     store = VersionStore(tmp_path / "run" / VERSIONS)
     newest, model = store.weights(store.current), ViTForImageClassification.from_pretrained(tmp_path / "run" / "model")

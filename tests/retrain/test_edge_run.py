@@ -76,6 +76,15 @@ def test_changed_labels_are_noticed_by_errors_alone(folder: Path) -> None:
     assert records[1]["test_after"] < records[1]["test_before"] - 0.1
 
 
+@pytest.mark.parametrize("share", [0.7, 0.45, 0.2])
+def test_estimates_and_training_fit_into_little_memory(folder: Path, share: float) -> None:
+    budget = {"full_steps": 30, "memory_share": share}
+    recipe = recipe_of(DIGITS, budget=budget, edges=[{"name": "a", "windows": ["invert"]}])
+    _, _, (record,) = run_windows(recipe, folder)
+    assert not record["over_budget"] and record["paid"]["memory"] <= record["budget"]["memory"]
+    assert record["steps"] > 0 or share == 0.2
+
+
 def test_a_schedule_and_a_cool_down(folder: Path) -> None:
     windows = ["invert", "noise", "noise", "noise"]
     drift = {"every": 2, "cool_down": 1}
