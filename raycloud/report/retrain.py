@@ -97,8 +97,9 @@ def line_of(record: Record, metric: str) -> str:
         error = shown(figure_of(record["predicted_error"], metric), ".4g")
         return f"{told} would give {metric} {error} on the window (now {_now(record, metric)}); {_costs(record)}"
     after = shown(figure_of(record["test_after"], metric), ".4g")
-    kept = "" if record["helped"] else ", restored: it did not help"
-    return f"{told}: {metric} {before} to {after}{kept}"
+    recalled = ", on what fitted this domain before" if record["recalled"] else ""
+    kept = "" if record["helped"] else ", which did not help and was restored"
+    return f"{told}{recalled}{kept}: {metric} {before} to {after}"
 
 
 def _now(record: Record, metric: str) -> str:

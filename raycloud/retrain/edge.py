@@ -197,8 +197,8 @@ class RetrainEdge:
         with torch.no_grad():
             for name, one in parts.head.items():
                 one.copy_(before[name])
-        # The frozen blocks run for the source samples, too.
-        passes += replayed
+        # The frozen blocks run for the source samples, too, and all blocks once more to calibrate the detector.
+        passes += 2 * replayed
         return DriftReport(
             self.name,
             self.version,
@@ -266,7 +266,13 @@ class RetrainEdge:
         return WindowOutcome(result, update, recalled, done.after(report.estimated))
 
     def answer(self, samples: Samples) -> None:
-        """Take the domain of a window as the edge's own, with the weights that it has now: no further alarm for it."""
+        """Take the domain of a window as the edge's own, with the weights that it has now: no further alarm for it.
+
+        With source samples at hand, the detector is calibrated for these weights.
+        """
+        if self.changes and self._replayed is not None and len(self._replayed) >= 2 * (self._judged or len(samples)):
+            means, _ = self._served(self._replayed)
+            self._detector = DriftDetector.calibrated(means, self._judged or len(samples))
         recent = samples.select(slice(-(self._judged or len(samples)), None))
         _, signature = self._signed(self._served(recent)[0])
         usual = None
