@@ -135,7 +135,7 @@ class CloudModel(ActorService):
         assert isinstance(done.report, RetrainedMessage)
         told = done.report
         if told.record.recalled or told.record.helped:
-            changed |= {*done.weights, *plan.deltas}
+            changed |= {*done.weights, *(key for one in plan.candidates for key in one)}
             self._device_weights[name, process] = seen.report.record.version, changed
         update = None
         if done.weights:

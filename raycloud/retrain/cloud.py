@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from raycloud.models.weights import Weights, nbytes
 from raycloud.retrain.best_plan import best_plan
 from raycloud.retrain.domains import DomainMemory, StoredDomain, agreement
 from raycloud.retrain.drift import DomainSignature
-from raycloud.retrain.edge import DriftReport, WindowPlan
+from raycloud.retrain.edge import MOST_CANDIDATES, DriftReport, WindowPlan
 from raycloud.retrain.law import Law
 from raycloud.retrain.law_prior import Prior, SimulatedDrift, fit_prior, mean_misses
 from raycloud.retrain.plans import Plan, Terms, empty_plan
@@ -109,23 +109,27 @@ class RetrainCloud:
             chosen = empty_plan(
                 report.cost, None, Terms(batch=report.batch, samples=report.samples, spent=report.estimated)
             )
-        deltas = self._recalled(report)
-        if chosen.cost.bytes + nbytes(deltas) > report.budget.bytes:
-            deltas = {}
-        return WindowPlan(chosen.trained, chosen.steps, chosen.predicted_error, chosen.cost, deltas)
+        candidates, left = [], report.budget.bytes - chosen.cost.bytes
+        for deltas in self._recalled(report):
+            left -= nbytes(deltas)
+            if left >= 0:
+                candidates.append(deltas)
+        return WindowPlan(chosen.trained, chosen.steps, chosen.predicted_error, chosen.cost, tuple(candidates))
 
-    def _recalled(self, report: DriftReport) -> dict[str, Tensor]:
-        """Changes that turn an edge's weights into those that fitted its domain; none if either is unknown."""
-        known = self._memory.find(report.signature)
+    def _recalled(self, report: DriftReport) -> Iterator[dict[str, Tensor]]:
+        """Changes that turn an edge's weights, if they are known, into those that fitted domains like its own."""
         own = self._own_weights(report)
-        if known is None or own is None:
-            return {}
-        found = {}
-        for name in {*known.deltas, *own.changed(self._source)}:
-            wanted = self._source[name] if (delta := known.deltas.get(name)) is None else self._source[name] + delta
-            if not torch.equal(wanted, own.weights[name]):
-                found[name] = wanted - own.weights[name]
-        return found
+        if own is None:
+            return
+        for known in self._memory.nearest(report.signature, MOST_CANDIDATES):
+            found = {}
+            for name in {*known.deltas, *own.changed(self._source)}:
+                delta, wanted = known.deltas.get(name), self._source[name]
+                wanted = wanted if delta is None else wanted + delta
+                if not torch.equal(wanted, own.weights[name]):
+                    found[name] = wanted - own.weights[name]
+            if found:
+                yield found
 
     def _own_weights(self, report: DriftReport) -> _EdgeState | None:
         """Weights of an edge, if all changes that it has made since its version are known."""

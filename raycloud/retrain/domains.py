@@ -57,6 +57,14 @@ class DomainMemory:
         number = self._nearest(signature)
         return None if number is None else self.domains[number]
 
+    def nearest(self, signature: DomainSignature, count: int) -> list[StoredDomain]:
+        """Return up to so many domains within twice the radius, nearest first: an edge tells which one fits it.
+
+        Signatures are measured with the weights that an edge has, which change; one domain may look like two.
+        """
+        apart = [(signature.distance(one.signature, self._source), number) for number, one in enumerate(self.domains)]
+        return [self.domains[number] for distance, number in sorted(apart)[:count] if distance <= 2 * self._radius]
+
     def store(self, signature: DomainSignature, deltas: Mapping[str, Tensor]) -> None:
         """Remember a domain; it takes the place of the one that it was recognised as."""
         number, met = self._nearest(signature), StoredDomain(signature, dict(deltas))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +28,8 @@ from raycloud.retrain.trainer import mean_error
 from raycloud.retrain.update import BlockUpdate
 from raycloud.retrain.window import WindowResult, train_window
 
+MOST_CANDIDATES = 3
+"""Largest number of changes that an edge tries."""
 _COSTED = 4
 """Number of samples on which costs are measured."""
 
@@ -67,15 +69,15 @@ class DriftReport:
     """Cost of the head's first steps, of gains, the judgement of the result, and the new signature."""
     head_steps: int
     """Number of steps that have trained the head alone, before the planned ones."""
-    reserved: float
-    """Bytes of memory that source samples against forgetting take in a training."""
+    reserved: Cost
+    """Most that source samples against forgetting cost in a training, which plans do not know of."""
     local_updates: int
     """Number of changes that the edge has made to the version's weights."""
 
     @property
     def plannable(self) -> Budget:
         """Budget of the planned steps."""
-        return replace(self.budget, memory=max(0.0, self.budget.memory - self.reserved))
+        return _without(self.budget, self.reserved)
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ class WindowPlan:
     predicted_error: float | None
     cost: Cost
     """Predicted cost of the window."""
-    deltas: Mapping[str, Tensor]
-    """Changes that fitted the domain when it was met before, by name of the parameter; they are tried first."""
+    candidates: tuple[Mapping[str, Tensor], ...]
+    """Changes that fitted domains like this one, by name of the parameter; each is tried, and the best is kept."""
 
 
 @dataclass(frozen=True)
@@ -181,15 +183,16 @@ class RetrainEdge:
         """
         parts, cost = self._measured(samples)
         train, held_out = self._split(samples)
-        # The held-out samples are judged twice for the changes that are tried first, twice for the result, and twice
-        # each for the cloud's weights before and after; all once more with these. The last ones give the signature.
-        passes = 8 * len(held_out) + len(samples) + (self._judged or len(samples))
+        # The held-out samples are judged for each of the changes that are tried first and without them, twice for the
+        # result, and twice each for the cloud's weights before and after; all once more with these. The last ones give
+        # the signature.
+        passes = (7 + MOST_CANDIDATES) * len(held_out) + len(samples) + (self._judged or len(samples))
         forward = cost.stem_forward + cost.head_forward + sum(menu[0].forward for menu in cost.blocks)
         batch, settings = min(self._settings.batch_size, len(train)), self._settings
         budget = budget_of(self._budget, cost, batch=batch, samples=len(train))
         replayed = len(self._replayed) if self._replayed is not None and settings.replay else 0
-        reserved = replayed * max(cost.boundary)
-        plannable = replace(budget, memory=max(0.0, budget.memory - reserved))
+        reserved = Cost(replayed * forward, replayed * max(cost.boundary))
+        plannable = _without(budget, reserved)
         before = {name: one.detach().clone() for name, one in parts.head.items()}
         found = estimate(self.model, parts, train, self._loss, self._error, settings, cost, plannable, seed)
         gains, paid = self._gains(parts, cost, plannable, train)
@@ -197,8 +200,8 @@ class RetrainEdge:
         with torch.no_grad():
             for name, one in parts.head.items():
                 one.copy_(before[name])
-        # The frozen blocks run for the source samples, too, and all blocks once more to calibrate the detector.
-        passes += 2 * replayed
+        # All blocks run for the source samples to calibrate the detector.
+        passes += replayed
         return DriftReport(
             self.name,
             self.version,
@@ -231,9 +234,12 @@ class RetrainEdge:
         train, held_out = self._split(samples)
         parts, _ = self._measured(samples)
         own = dict(self.model.named_parameters())
-        names = {*plan.deltas, *(name for group in parts.groups(plan.trained).values() for name in group)}
+        names = {
+            *(name for one in plan.candidates for name in one),
+            *(name for group in parts.groups(plan.trained).values() for name in group),
+        }
         before = {} if keep else {name: own[name].detach().clone() for name in names}
-        recalled = bool(plan.deltas) and self._recall(plan.deltas, held_out)
+        recalled = self._recall(plan.candidates, held_out)
         result, deltas = None, dict[str, Tensor]()
         if plan.steps:
             late = {"head_lr": self._settings.late_head_lr} if self._head or recalled else {}
@@ -257,13 +263,13 @@ class RetrainEdge:
                 own[name].copy_(tensor)
         update = None
         if recalled:  # the cloud's weights do not have them
-            deltas = {name: _sum(plan.deltas.get(name), deltas.get(name)) for name in {*plan.deltas, *deltas}}
+            deltas = {name: _sum(recalled.get(name), deltas.get(name)) for name in {*recalled, *deltas}}
         if keep and (recalled or (result is not None and result.helped)):
             update = BlockUpdate(self._fingerprint, self.version, len(train), deltas)
             self.changes.append(frozenset(deltas))
-        sent = nbytes(plan.deltas) + (len(update.to_bytes()) if update is not None else 0)
+        sent = sum(map(nbytes, plan.candidates)) + (len(update.to_bytes()) if update is not None else 0)
         done = Cost(result.flops, result.memory, sent) if result is not None else Cost(bytes=sent)
-        return WindowOutcome(result, update, recalled, done.after(report.estimated))
+        return WindowOutcome(result, update, bool(recalled), done.after(report.estimated))
 
     def answer(self, samples: Samples) -> None:
         """Take the domain of a window as the edge's own, with the weights that it has now: no further alarm for it.
@@ -371,20 +377,35 @@ class RetrainEdge:
         held = max(1, round(self.HELD_OUT * len(samples)))
         return samples.select(order[held:]), samples.select(order[:held])
 
-    def _recall(self, deltas: Mapping[str, Tensor], held_out: Samples) -> bool:
-        """Add the changes of a domain that was met before; undo them if they do not help."""
+    def _recall(self, candidates: Sequence[Mapping[str, Tensor]], held_out: Samples) -> Mapping[str, Tensor]:
+        """Add the changes that help most, and return them; none if all are worse than the present weights."""
+        if not candidates:
+            return {}
         own = dict(self.model.named_parameters())
-        before = {name: own[name].detach().clone() for name in deltas}
-        error = mean_error(self.model, held_out, self._error)
-        with torch.no_grad():
-            for name, delta in deltas.items():
-                own[name].add_(delta.to(own[name]))
-        if mean_error(self.model, held_out, self._error) < error:
-            return True
+        before = {name: own[name].detach().clone() for one in candidates for name in one}
+        best, chosen = mean_error(self.model, held_out, self._error), dict[str, Tensor]()
+        for deltas in candidates[:MOST_CANDIDATES]:
+            self._add(before, deltas)
+            if (error := mean_error(self.model, held_out, self._error)) < best:
+                best, chosen = error, dict(deltas)
+        self._add(before, chosen)
+        return chosen
+
+    def _add(self, before: Mapping[str, Tensor], deltas: Mapping[str, Tensor]) -> None:
+        """Set parameters to former values with changes."""
+        own = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, tensor in before.items():
                 own[name].copy_(tensor)
-        return False
+            for name, delta in deltas.items():
+                own[name].add_(delta.to(own[name]))
+
+
+def _without(budget: Budget, reserved: Cost) -> Budget:
+    """Budget without what is reserved."""
+    return replace(
+        budget, flops=max(0.0, budget.flops - reserved.flops), memory=max(0.0, budget.memory - reserved.memory)
+    )
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor:

@@ -51,7 +51,7 @@ class ReportMessage(_Message):
     budget: Budget
     estimated: Cost
     head_steps: _Count
-    reserved: Annotated[float, Field(ge=0)]
+    reserved: Cost
     local_updates: _Count
 
     @classmethod
@@ -175,7 +175,9 @@ def plan_tensors(plan: WindowPlan) -> dict[str, Tensor]:
         "trained": torch.tensor(plan.trained, dtype=torch.int64),
         "numbers": torch.tensor([*numbers, cost.flops, cost.memory, cost.bytes], dtype=torch.float64),
     }
-    return found | {f"delta/{name}": one for name, one in plan.deltas.items()}
+    for number, deltas in enumerate(plan.candidates):
+        found |= {f"delta/{number}/{name}": one for name, one in deltas.items()}
+    return found
 
 
 def plan_of_tensors(tensors: Weights) -> WindowPlan:
@@ -187,8 +189,13 @@ def plan_of_tensors(tensors: Weights) -> WindowPlan:
     try:
         steps, error, *cost = tensors["numbers"].tolist()
         trained = tuple(int(one) for one in tensors["trained"].tolist())
-        deltas = {name.removeprefix("delta/"): one for name, one in tensors.items() if name.startswith("delta/")}
-        return WindowPlan(trained, int(steps), None if error != error else error, Cost(*cost), deltas)
+        candidates: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            if key.startswith("delta/"):
+                number, name = key.removeprefix("delta/").split("/", 1)
+                candidates.setdefault(int(number), {})[name] = tensor
+        found = tuple(candidates[number] for number in sorted(candidates))
+        return WindowPlan(trained, int(steps), None if error != error else error, Cost(*cost), found)
     except (KeyError, ValueError, TypeError) as error:
         raise LinkError(f"the cloud's plan cannot be read: {str(error).splitlines()[0]}") from None
 

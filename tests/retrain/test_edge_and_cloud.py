@@ -84,7 +84,7 @@ def test_a_drift_is_noticed_retrained_within_budget_and_merged(source: tuple[Pre
     assert seen.cause == "hidden_states"
     report = edge.report(window, seen, seed=0)
     plan = cloud.plan(report)
-    assert plan.trained and plan.steps and not plan.deltas
+    assert plan.trained and plan.steps and not plan.candidates
     assert plan.predicted_error is not None and plan.predicted_error < report.start_error
     number = cloud.open(["a", "b"], deadline=10.0)
     outcome = edge.retrain(window, report, plan, seed=0)
@@ -106,7 +106,7 @@ def test_a_drift_is_noticed_retrained_within_budget_and_merged(source: tuple[Pre
     again = samples(96, 13, mirrored)
     report = fresh.report(again, fresh.observe(again), seed=0)
     plan = cloud.plan(report)
-    assert plan.deltas
+    assert plan.candidates
     assert fresh.retrain(again, report, plan, seed=1).recalled
 
 

@@ -76,12 +76,13 @@ def test_changed_labels_are_noticed_by_errors_alone(folder: Path) -> None:
     assert records[1]["test_after"] < records[1]["test_before"] - 0.1
 
 
-@pytest.mark.parametrize("share", [0.7, 0.45, 0.2])
-def test_estimates_and_training_fit_into_little_memory(folder: Path, share: float) -> None:
-    budget = {"full_steps": 30, "memory_share": share}
-    recipe = recipe_of(DIGITS, budget=budget, edges=[{"name": "a", "windows": ["invert"]}])
+@pytest.mark.parametrize(("share", "replay"), [(0.7, 0.0), (0.45, 0.0), (0.2, 0.0), (0.7, 0.25)])
+def test_estimates_and_training_fit_into_little_memory(folder: Path, share: float, replay: float) -> None:
+    budget, training = {"full_steps": 30, "memory_share": share}, {"replay": replay}
+    recipe = recipe_of(DIGITS, budget=budget, training=training, edges=[{"name": "a", "windows": ["invert"]}])
     _, _, (record,) = run_windows(recipe, folder)
     assert not record["over_budget"] and record["paid"]["memory"] <= record["budget"]["memory"]
+    assert record["paid"]["flops"] <= record["budget"]["flops"]
     assert record["steps"] > 0 or share == 0.2
 
 

@@ -48,7 +48,8 @@ def report(means: bool) -> DriftReport:
     gains = (BlockGain(0.5, math.inf, 0.25), BlockGain(1e-30, 2.0, 0.0))
     cost = instance(random.Random(1), 2, (1.0,))
     budget = Budget(1e9, 1e6)
-    return DriftReport("shop", 3, signature, gains, 0.8, 0.7, 80, 32, cost, budget, Cost(5.0, 6.0), 17, 3.5, 2)
+    spent, reserved = Cost(5.0, 6.0), Cost(3.5, 4.5)
+    return DriftReport("shop", 3, signature, gains, 0.8, 0.7, 80, 32, cost, budget, spent, 17, reserved, 2)
 
 
 @pytest.mark.parametrize("means", [False, True])
@@ -63,7 +64,7 @@ def test_a_report_comes_back_as_it_was(means: bool) -> None:
         sent.gains,
         sent.estimated,
     )
-    assert back.budget.bytes == math.inf and back.local_updates == 2 and back.reserved == 3.5
+    assert back.budget.bytes == math.inf and back.local_updates == 2 and back.reserved == Cost(3.5, 4.5)
     assert torch.allclose(back.signature.distances, sent.signature.distances)
     assert (back.signature.means is None) == (not means)
 
@@ -91,10 +92,11 @@ def test_costs_below_zero_are_refused() -> None:
 
 @pytest.mark.parametrize("error", [0.25, None])
 def test_a_plan_comes_back_as_it_was(error: float | None) -> None:
-    plan = WindowPlan((0, 4), 55, error, Cost(1e15, 2.0, 3.0), {"a.weight": torch.rand(2, 3)})
+    plan = WindowPlan((0, 4), 55, error, Cost(1e15, 2.0, 3.0), ({"a.weight": torch.rand(2, 3)}, {"b": torch.rand(1)}))
     back = plan_of_tensors(plan_tensors(plan))
     assert (back.trained, back.steps, back.predicted_error, back.cost) == ((0, 4), 55, error, plan.cost)
-    assert torch.equal(back.deltas["a.weight"], plan.deltas["a.weight"])
+    assert [list(one) for one in back.candidates] == [["a.weight"], ["b"]]
+    assert torch.equal(back.candidates[0]["a.weight"], plan.candidates[0]["a.weight"])
     with pytest.raises(LinkError, match="the cloud's plan cannot be read"):
         plan_of_tensors({"numbers": torch.zeros(5)})
 
