@@ -41,6 +41,10 @@ class RetrainDataRecipe(Recipe):
     max_length: int = Field(64, gt=1)
     """Number of tokens of a sample: plain texts of language modelling are packed to it, others are shortened."""
 
+    @property
+    def validation(self) -> None:
+        """No other source: parts of each domain are held out."""
+
 
 class SourceRecipe(Recipe):
     """Training of the whole model on its source domain in the cloud, before edges get it."""

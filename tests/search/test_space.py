@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from raycloud.data.fingerprint import data_sources
 from raycloud.errors import RecipeError
 from raycloud.search.rows import TrialRow, latest
 from raycloud.search.space import Metric, Space, Variant, example_trial, load_space, point_of, trials
@@ -124,10 +125,11 @@ def test_the_spaces_that_come_with_the_package_are_valid(name: str) -> None:
     assert len(latest(rows, wanted)) == len({(row.variant, row.seed) for row in rows})
 
 
-@pytest.mark.parametrize("name", ["split", "cuts", "blocks"])
+@pytest.mark.parametrize("name", ["split", "cuts", "blocks", "retrain"])
 def test_the_spaces_that_sample_are_valid(name: str) -> None:
     found = load_space(ROOT / "tune_spaces" / f"{name}.py")
     one = example_trial(found)
     point = point_of(found, one.recipe.model_dump(mode="json"))
     assert point is not None and point.keys() == found.sample.keys()
     assert found.stop_by is None or (one.support.rungs and one.recipe.rungs)
+    assert data_sources(one.recipe.data)  # type: ignore[attr-defined]
