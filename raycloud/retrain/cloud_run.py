@@ -131,7 +131,7 @@ class CloudRun:
         if version is not None:
             names = {*self._cloud.changed_since(version), *changed}
             weights = {name: one for name, one in whole.items() if name in names}
-        replayed = self._clean.select(slice(0, _REPLAYED)) if self._recipe.training.replay else None
+        replayed = self._clean.at_most(_REPLAYED) if self._recipe.training.replay else None
         return Deployment(self._cloud.version, self._cloud.fingerprint, weights, self._detector, self._usual, replayed)
 
     def plan(self, report: DriftReport) -> WindowPlan:
@@ -217,7 +217,7 @@ class CloudRun:
         self._detector: DriftDetector = calibrated_detector(self._model, clean, recipe)
         self._usual: ErrorReference = error_reference(self._model, clean, self._task.error)
         test = self._parts.data.samples(recipe.data.source_domain, "test")
-        test = test.select(slice(0, recipe.test_samples)).to(device)
+        test = test.at_most(recipe.test_samples).to(device)
         self._source_error = mean_error(self._model, test, self._task.error)
 
     def _prior(self) -> PlanPrior | None:
@@ -240,8 +240,8 @@ class CloudRun:
         model = copy.deepcopy(self._model)
         load_weights(model, {**weights_of(model), **self._store.weights(0)})
         count = recipe.samples - round(RetrainEdge.HELD_OUT * recipe.samples)
-        window = self._parts.data.samples(domain, "window").select(slice(0, count)).to(model.device)
-        test = self._parts.data.samples(domain, "test").select(slice(0, recipe.test_samples)).to(model.device)
+        window = self._parts.data.samples(domain, "window").at_most(count).to(model.device)
+        test = self._parts.data.samples(domain, "test").at_most(recipe.test_samples).to(model.device)
         loss = task.loss_of(recipe.supervision)
         some = window.select(slice(0, 4))
         cost = model_cost(model, parts_of(model, some.inputs), some, loss)

@@ -205,7 +205,7 @@ class EdgeRun:
 
     def _test(self, domain: str) -> Samples:
         found = self._data.samples(domain, "test")
-        return found.select(slice(0, self._recipe.test_samples)).to(self.model.device)
+        return found.at_most(self._recipe.test_samples).to(self.model.device)
 
     def _error(self, samples: Samples) -> float:
         return mean_error(self.model, samples, TASKS[self._recipe.task].error)

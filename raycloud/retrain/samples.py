@@ -34,6 +34,13 @@ class Samples:
         """Samples with some of the numbers."""
         return Samples({name: one[rows] for name, one in self.inputs.items()}, self.labels[rows])
 
+    def at_most(self, count: int) -> Samples:
+        """At most so many of the samples in a random order, since files are often sorted by class.
+
+        Which ones is a function of the numbers alone.
+        """
+        return self.select(torch.randperm(len(self), generator=torch.Generator().manual_seed(len(self)))[:count])
+
     def to(self, device: torch.device) -> Samples:
         """Copy on a device."""
         return Samples({name: one.to(device) for name, one in self.inputs.items()}, self.labels.to(device))

@@ -242,7 +242,7 @@ def calibrated_detector(model: PreTrainedModel, clean: Samples, recipe: RetrainR
     Raises:
         ModelError: there are too few samples.
     """
-    drift, clean = recipe.drift, clean.select(slice(0, _MOST_CLEAN))
+    drift, clean = recipe.drift, clean.at_most(_MOST_CLEAN)
     if len(clean) < 2 * drift.window:
         raise ModelError(
             f"the source domain has {len(clean)} clean samples; allowed: twice drift.window={drift.window} or more"
@@ -260,7 +260,7 @@ def error_reference(model: PreTrainedModel, clean: Samples, error: LossOf, chunk
         error: error of the task.
         chunk: number of samples of a chunk.
     """
-    clean = clean.select(slice(0, _MOST_CLEAN))
+    clean = clean.at_most(_MOST_CLEAN)
     means = [mean_error(model, one, error) for one in clean.batches(chunk) if len(one) == chunk]
     deviation = float(torch.tensor(means).std()) * chunk**0.5 if len(means) > 1 else 1.0
     return ErrorReference(mean_error(model, clean, error), max(deviation, 1e-3), len(clean))
