@@ -94,6 +94,11 @@ class CloudModel(ActorService):
         with self._turn:
             return self._run.accept(edge, number, update, signature)
 
+    def settle(self, edge: str, recalled: int | None) -> None:
+        """Take note of which candidate of its plan an edge has taken, before its update is accepted."""
+        with self._turn:
+            self._run.settle(edge, recalled)
+
     def remove(self, edge: str) -> None:
         """Stop waiting for an edge in the open round."""
         with self._turn:
@@ -134,6 +139,7 @@ class CloudModel(ActorService):
         done = self._exchange(name, 2 * number + 1, plan_tensors(plan))
         assert isinstance(done.report, RetrainedMessage)
         told = done.report
+        self.settle(name, told.recalled)
         if told.record.recalled or told.record.helped:
             changed |= {*done.weights, *(key for one in plan.candidates for key in one)}
             self._device_weights[name, process] = seen.report.record.version, changed

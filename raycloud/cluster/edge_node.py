@@ -60,6 +60,10 @@ class CloudActor:
         found: WindowPlan = self._ask("plan", report)
         return found
 
+    def settle(self, edge: str, recalled: int | None) -> None:
+        """Tell which candidate of its plan an edge has taken."""
+        self._ask("settle", edge, recalled)
+
     def _ask(self, method: str, *arguments: Any) -> Any:
         try:
             actor = ray.get_actor(self._name, namespace=self._namespace)
@@ -109,6 +113,7 @@ class EdgeNode:
             if seen.report is None:
                 return NodeWindow(seen.record, None, None)
             done = run.retrain(self._cloud.plan(seen.report))
+            self._cloud.settle(self._edge.name, done.recalled)
             return NodeWindow(seen.record | done.record, done.update, seen.report.signature)
 
     def adopt(self, domain: str) -> tuple[int, float]:

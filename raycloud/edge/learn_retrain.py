@@ -171,7 +171,10 @@ class RetrainDevice:
         self._session.notify(f"window {window + 1}: blocks {trained.trained}, {trained.steps} steps, {helped}")
         update = done.update
         message = RetrainedMessage(
-            record=trained, version=self._run.version, fingerprint="none" if update is None else update.model
+            record=trained,
+            recalled=done.recalled,
+            version=self._run.version,
+            fingerprint="none" if update is None else update.model,
         )
         deltas = {} if update is None else dict(update.deltas)
         return message.pack(), deltas, self._recipe.samples

@@ -76,6 +76,8 @@ class RetrainCloud:
         self._least_gain, self._changed = least_gain, dict.fromkeys(weights, version)
         self._source = dict(weights if source is None else source)
         self._edges: dict[str, _EdgeState] = {}
+        self._sent: dict[str, tuple[dict[str, Tensor], ...]] = {}
+        """Candidates of the plan that each edge got last."""
         self._updates: dict[str, tuple[BlockUpdate, DomainSignature]] = {}
 
     @property
@@ -114,6 +116,7 @@ class RetrainCloud:
             left -= nbytes(deltas)
             if left >= 0:
                 candidates.append(deltas)
+        self._sent[report.edge] = tuple(candidates)
         return WindowPlan(chosen.trained, chosen.steps, chosen.predicted_error, chosen.cost, tuple(candidates))
 
     def _recalled(self, report: DriftReport) -> Iterator[dict[str, Tensor]]:
@@ -149,6 +152,16 @@ class RetrainCloud:
         law = prior.prior.typical_law(report.start_error)
         return best_plan(report.cost, report.plannable, law, prior.misses, most_steps=MOST_STEPS, **terms)
 
+    def settle(self, edge: str, recalled: int | None) -> None:
+        """Take note of which candidate of its plan an edge has taken, before its update is accepted."""
+        candidates, state = self._sent.pop(edge, ()), self._edges.get(edge)
+        if recalled is None or state is None:
+            return
+        if recalled < len(candidates):
+            self._edges[edge] = state.after(candidates[recalled])
+        else:  # a device may tell anything
+            del self._edges[edge]
+
     def open(self, edges: Iterable[str], deadline: float, quorum: int = 1, number: int | None = None) -> int:
         """Open a round for edges, and return its number: the one given, or the next one."""
         number = self._machine.ended + 1 if number is None else number
@@ -177,7 +190,7 @@ class RetrainCloud:
         if refused is None:
             self._updates[edge] = update, signature
             if state is not None and state.version == update.version and not update.index:
-                self._edges[edge] = state.after(update)
+                self._edges[edge] = state.after(update.deltas)
         return refused
 
     def remove(self, edge: str) -> None:
@@ -230,9 +243,9 @@ class _EdgeState:
     updates: int
     weights: Weights
 
-    def after(self, update: BlockUpdate) -> _EdgeState:
-        """State after an update of the edge."""
-        added = {name: self.weights[name] + delta for name, delta in update.deltas.items()}
+    def after(self, deltas: Weights) -> _EdgeState:
+        """State after changes of the edge."""
+        added = {name: self.weights[name] + delta for name, delta in deltas.items()}
         return _EdgeState(self.version, self.updates + 1, {**self.weights, **added})
 
     def changed(self, source: Weights) -> list[str]:

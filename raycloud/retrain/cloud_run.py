@@ -147,6 +147,10 @@ class CloudRun:
         """Accept an edge's update of a round, or return why it is refused."""
         return self._cloud.accept(edge, number, update, signature)
 
+    def settle(self, edge: str, recalled: int | None) -> None:
+        """Take note of which candidate of its plan an edge has taken, before its update is accepted."""
+        self._cloud.settle(edge, recalled)
+
     def remove(self, edge: str) -> None:
         """Stop waiting for an edge in the open round."""
         self._cloud.remove(edge)

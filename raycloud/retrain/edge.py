@@ -103,8 +103,8 @@ class WindowOutcome:
     """None if the plan was empty."""
     update: BlockUpdate | None
     """Changes for the cloud; None if nothing helped."""
-    recalled: bool
-    """True if the changes of a domain that was met before were better than none."""
+    recalled: int | None
+    """Number of the candidate whose changes were better than none; None if none were."""
     cost: Cost
     """Metered cost of the window."""
 
@@ -242,7 +242,7 @@ class RetrainEdge:
         recalled = self._recall(plan.candidates, held_out)
         result, deltas = None, dict[str, Tensor]()
         if plan.steps:
-            late = {"head_lr": self._settings.late_head_lr} if self._head or recalled else {}
+            late = {"head_lr": self._settings.late_head_lr} if self._head or recalled is not None else {}
             result = train_window(
                 self.model,
                 parts,
@@ -255,21 +255,21 @@ class RetrainEdge:
                 steps=plan.steps,
                 seed=seed,
                 replayed=self._replayed,
-                head=None if recalled else self._head,  # it was trained on other blocks
+                head=self._head if recalled is None else None,  # it was trained on other blocks
             )
             deltas = result.deltas
         with torch.no_grad():
             for name, tensor in before.items():
                 own[name].copy_(tensor)
         update = None
-        if recalled:  # the cloud's weights do not have them
-            deltas = {name: _sum(recalled.get(name), deltas.get(name)) for name in {*recalled, *deltas}}
-        if keep and (recalled or (result is not None and result.helped)):
+        if keep and recalled is not None:  # the cloud knows these changes, and is told that they were taken
+            self.changes.append(frozenset(plan.candidates[recalled]))
+        if keep and result is not None and result.helped:
             update = BlockUpdate(self._fingerprint, self.version, len(train), deltas)
             self.changes.append(frozenset(deltas))
         sent = sum(map(nbytes, plan.candidates)) + (len(update.to_bytes()) if update is not None else 0)
         done = Cost(result.flops, result.memory, sent) if result is not None else Cost(bytes=sent)
-        return WindowOutcome(result, update, bool(recalled), done.after(report.estimated))
+        return WindowOutcome(result, update, recalled, done.after(report.estimated))
 
     def answer(self, samples: Samples) -> None:
         """Take the domain of a window as the edge's own, with the weights that it has now: no further alarm for it.
@@ -377,18 +377,18 @@ class RetrainEdge:
         held = max(1, round(self.HELD_OUT * len(samples)))
         return samples.select(order[held:]), samples.select(order[:held])
 
-    def _recall(self, candidates: Sequence[Mapping[str, Tensor]], held_out: Samples) -> Mapping[str, Tensor]:
-        """Add the changes that help most, and return them; none if all are worse than the present weights."""
+    def _recall(self, candidates: Sequence[Mapping[str, Tensor]], held_out: Samples) -> int | None:
+        """Add the changes that help most, and return their number; None if all are worse than the present weights."""
         if not candidates:
-            return {}
+            return None
         own = dict(self.model.named_parameters())
         before = {name: own[name].detach().clone() for one in candidates for name in one}
-        best, chosen = mean_error(self.model, held_out, self._error), dict[str, Tensor]()
-        for deltas in candidates[:MOST_CANDIDATES]:
+        best, chosen = mean_error(self.model, held_out, self._error), None
+        for number, deltas in enumerate(candidates[:MOST_CANDIDATES]):
             self._add(before, deltas)
             if (error := mean_error(self.model, held_out, self._error)) < best:
-                best, chosen = error, dict(deltas)
-        self._add(before, chosen)
+                best, chosen = error, number
+        self._add(before, {} if chosen is None else candidates[chosen])
         return chosen
 
     def _add(self, before: Mapping[str, Tensor], deltas: Mapping[str, Tensor]) -> None:
@@ -406,12 +406,3 @@ def _without(budget: Budget, reserved: Cost) -> Budget:
     return replace(
         budget, flops=max(0.0, budget.flops - reserved.flops), memory=max(0.0, budget.memory - reserved.memory)
     )
-
-
-def _sum(one: Tensor | None, other: Tensor | None) -> Tensor:
-    """Sum of two changes of a parameter, of which one may be absent."""
-    if one is None or other is None:
-        found = one if other is None else other
-        assert found is not None
-        return found
-    return one + other

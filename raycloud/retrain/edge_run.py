@@ -37,6 +37,8 @@ class EdgeWindow:
     record: Record
     update: BlockUpdate | None
     """Changes for the cloud; None if there are none."""
+    recalled: int | None
+    """Number of the plan's candidate that the edge has taken; None for none."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,10 @@ class EdgeRun:
         self._answered, self._current = True, None
         record = _planned(current.report, plan, outcome)
         record |= {"test_after": self.test_error(self._edge.windows[current.number])}
-        update = None if outcome is None else outcome.update
-        return EdgeWindow(record | {"train_seconds": time.monotonic() - begun}, update)
+        record |= {"train_seconds": time.monotonic() - begun}
+        if outcome is None or mode != "retrain":
+            return EdgeWindow(record, None, None)
+        return EdgeWindow(record, outcome.update, outcome.recalled)
 
     def adopt(self, state: Deployment) -> None:
         """End a window: take the cloud's version if it is as good in this domain; sign a domain that was answered."""
@@ -233,7 +237,7 @@ def _planned(report: DriftReport, plan: WindowPlan, outcome: WindowOutcome | Non
     if outcome is not None:
         cost, result = outcome.cost, outcome.result
         told |= {
-            "recalled": outcome.recalled,
+            "recalled": outcome.recalled is not None,
             "helped": result is not None and result.helped,
             "held_out_before": None if result is None else result.before,
             "held_out_after": None if result is None else result.after,

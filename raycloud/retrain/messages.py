@@ -16,7 +16,7 @@ from raycloud.errors import LinkError, RaycloudError
 from raycloud.models.weights import Weights
 from raycloud.retrain.cost import Budget, Cost, ModelCost
 from raycloud.retrain.drift import DomainSignature
-from raycloud.retrain.edge import DriftReport, WindowPlan
+from raycloud.retrain.edge import MOST_CANDIDATES, DriftReport, WindowPlan
 from raycloud.retrain.gain import BlockGain
 
 _Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -145,6 +145,7 @@ class RetrainedMessage(_Message):
     """What a device trained in a window; the changes follow as tensors."""
 
     record: RetrainedRecord
+    recalled: Annotated[int, Field(ge=0, lt=MOST_CANDIDATES)] | None
     version: _Count
     fingerprint: Annotated[str, Field(pattern=r"^\w{1,64}$")]
 

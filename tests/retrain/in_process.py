@@ -66,6 +66,7 @@ def serve(cloud: CloudRun, edge: EdgeRun, name: str, number: int) -> Record:
         cloud.remove(name)
         return seen.record
     done = edge.retrain(cloud.plan(seen.report))
+    cloud.settle(name, done.recalled)
     if done.update is None:
         cloud.remove(name)
     else:
