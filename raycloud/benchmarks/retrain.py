@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,7 @@ QUICK = {
     "domains": ("invert", "code"),
     "source_steps": {"digits": 100, "text": 40},
     "kinds": ("names_and_tone", "letters"),
+    "full_steps": 4,
 }
 
 
@@ -103,8 +104,18 @@ def run(
     domains: Sequence[str] | None = None,
     source_steps: Mapping[str, int] = SOURCE_STEPS,
     kinds: Sequence[str] | None = None,
+    full_steps: int | None = None,
 ) -> Measured:
-    """Run all methods in all windows of all scenarios."""
+    """Run all methods in all windows of all scenarios.
+
+    Args:
+        seeds: number of source models.
+        regimes: regimes to run.
+        domains: domains to run; None for all.
+        source_steps: steps of the source models' training, by scenario.
+        kinds: kinds of simulated drifts; None for all.
+        full_steps: steps of full fine-tuning whose operations are the budget; None for those of each regime.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # models so small are slower with more
     rows, law_error = list[RetrainRow](), dict[str, dict[str, float]]()
@@ -116,6 +127,12 @@ def run(
                 continue
             with timed(f"{name}: source models of {seeds} seeds"):
                 scenarios = [new(seed, source_steps[name]) for seed in range(seeds)]
+            if full_steps is not None:
+                for one in (simulated, *scenarios):
+                    one.regimes = {
+                        regime: replace(sizes, full_steps=full_steps, most_steps=5 * full_steps)
+                        for regime, sizes in one.regimes.items()
+                    }
             chosen = [kind for kind in simulated.simulated if kinds is None or kind in kinds]
             drifts = simulated_drifts(simulated, wanted, chosen)
             law_error[name] = (

@@ -142,7 +142,9 @@ def _train_adapters(task: MethodCase, samples: Samples, spent: int) -> MethodRes
 
     before = {name: one.detach().clone() for group in groups.values() for name, one in group.items()}
     each = train(adapted, groups, 1).flops
-    steps = max(1, min(task.most_steps, int((task.budget.flops - spent) // each)))
+    steps = min(task.most_steps, int((task.budget.flops - spent) // each))
+    if steps < 1:
+        return untrained(task)
     for group in groups.values():
         for name, one in group.items():
             one.data.copy_(before[name])
