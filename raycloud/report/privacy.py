@@ -50,8 +50,27 @@ def _rows(summary: Summary) -> list[list[str]]:
     ]
 
 
+_REPORT_HEADER = ["texts with the word", "word", "distances", "with means", "by chance"]
+
+
+def _report_rows(summary: Summary) -> list[list[str]]:
+    """Rows of an attack on reports of drift."""
+    return [
+        [f"{count} of {summary['window']}", word, *(f"{one[key]:.3f}" for key in ("distances", "means", "chance"))]
+        for count, words in summary["areas"].items()
+        for word, one in {**words, "mean": summary["mean_areas"][count]}.items()
+    ]
+
+
 def verdict(summary: Summary) -> str:
     """State the result of the strongest attack in one sentence."""
+    if "areas" in summary:
+        most = max(summary["mean_areas"], key=int)
+        shown = [f"{summary['mean_areas'][most][key]:.2f}" for key in ("distances", "means", "chance")]
+        return (
+            f"a word in {most} of {summary['window']} texts is told with an area under the curve of {shown[0]} "
+            f"from distances and {shown[1]} from means (by chance {shown[2]})"
+        )
     return (
         f"the cloud recovers {_share(summary['max_input'])} of the prompt's tokens "
         f"and {_share(summary['max_output'])} of the answer's"
@@ -60,20 +79,17 @@ def verdict(summary: Summary) -> str:
 
 def print_privacy(summary: Summary) -> None:
     """Print the table of all attacks and the verdict."""
+    if "areas" in summary:
+        print_table(_REPORT_HEADER, _report_rows(summary), title="reports of drift, area under the curve", texts=2)
+        console.print(verdict(summary))
+        return
     title = f"blocks {summary['start_block']} to {summary['end_block']} in the cloud, codec {summary['codec']}"
     print_table(_HEADER, _rows(summary), title=title, texts=2)
     console.print(verdict(summary))
 
 
-def write_privacy(folder: Path, summary: Summary, origin: Origin | None = None) -> None:
-    """Write ``privacy.json``, ``privacy.png``, ``origin.json`` and ``report.html`` as a new folder, atomically.
-
-    Args:
-        folder: folder to write or to replace.
-        summary: numbers of the evaluation.
-        origin: origin of the numbers; by default the one that the folder holds.
-    """
-    origin = origin or Origin.read(folder)
+def _split_page(summary: Summary, origin: Origin | None) -> tuple[bytes, Page]:
+    """Plot and page of attacks on a split."""
     shares = {
         label: [100 * summary[side][name]["top1"] if name in summary[side] else math.nan for name in _ATTACKS]
         for side, label in _SIDES.items()
@@ -86,6 +102,32 @@ def write_privacy(folder: Path, summary: Summary, origin: Origin | None = None) 
     )
     page.picture(plot, "tokens recovered by attack")
     page.table(_HEADER, _rows(summary))
+    return plot, page
+
+
+def _report_page(summary: Summary, origin: Origin | None) -> tuple[bytes, Page]:
+    """Plot and page of attacks on reports of drift."""
+    counts = list(summary["mean_areas"])
+    labels = {"distances": "distances", "means": "with means", "chance": "by chance"}
+    shares = {label: [summary["mean_areas"][count][key] for count in counts] for key, label in labels.items()}
+    plot = grouped_bars([f"{count} of {summary['window']} texts" for count in counts], shares, "area under the curve")
+    page = Page("Privacy of reports of drift", f"{verdict(summary).capitalize()}.", origin)
+    page.text(f"{summary['model']}, words planted in texts of {summary['data']}; 0.5 is guessing")
+    page.picture(plot, "area under the curve by number of texts with the word, mean over the words")
+    page.table(_REPORT_HEADER, _report_rows(summary))
+    return plot, page
+
+
+def write_privacy(folder: Path, summary: Summary, origin: Origin | None = None) -> None:
+    """Write ``privacy.json``, ``privacy.png``, ``origin.json`` and ``report.html`` as a new folder, atomically.
+
+    Args:
+        folder: folder to write or to replace.
+        summary: numbers of the evaluation.
+        origin: origin of the numbers; by default the one that the folder holds.
+    """
+    origin = origin or Origin.read(folder)
+    plot, page = (_report_page if "areas" in summary else _split_page)(summary, origin)
 
     def fill(scratch: Path) -> None:
         (scratch / "privacy.json").write_text(plain_json(summary, indent=2) + "\n", encoding="utf-8")

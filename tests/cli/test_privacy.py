@@ -83,6 +83,22 @@ def test_calibrated_codecs_take_their_file(tiny_llama: Path, tmp_path: Path, mon
         call(*words, "--start-block", "1")
 
 
+def test_reports_of_drift_are_attacked(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raycloud.retrain.report_privacy.WINDOWS", 40)
+    out, data = tmp_path / "seen", tmp_path / "texts.jsonl"
+    rows = [{"text": f"The {number} ships of port {7 * number % 31} sail at dawn"} for number in range(1600)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model", str(tiny_llama), "--retrain", "--data", str(data), "--out", str(out), "--json"]
+    summary = json.loads(call(*words).splitlines()[-1])
+    assert set(summary["mean_areas"]) == {"1", "8"} and summary["mean_areas"]["8"]["means"] > 0.6
+    assert json.loads((out / "privacy.json").read_text()) == summary
+    assert "with means" in (out / "report.html").read_text()
+    with pytest.raises(RecipeError, match="attacks no split"):
+        call(*words, "--start-block", "1")
+    with pytest.raises(RecipeError, match="start-block and end-block are missing"):
+        call("--model", str(tiny_llama))
+
+
 @pytest.mark.parametrize(
     ("words", "kind", "message"),
     [
