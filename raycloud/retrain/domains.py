@@ -52,11 +52,6 @@ class DomainMemory:
     def __init__(self, source: TapStatistics, radius: float, domains: Iterable[StoredDomain] = ()) -> None:
         self._source, self._radius, self.domains = source, radius, list(domains)
 
-    def find(self, signature: DomainSignature) -> StoredDomain | None:
-        """Return the nearest known domain; None if none is within the radius."""
-        number = self._nearest(signature)
-        return None if number is None else self.domains[number]
-
     def nearest(self, signature: DomainSignature, count: int) -> list[StoredDomain]:
         """Return up to so many domains within twice the radius, nearest first: an edge tells which one fits it.
 

@@ -30,6 +30,8 @@ from raycloud.retrain.window import WindowResult, train_window
 
 MOST_CANDIDATES = 3
 """Largest number of changes that an edge tries."""
+_HEADER, _ENTRY = 1024, 128
+"""Most bytes of an update's header, and of each tensor's entry in it beside its name."""
 _COSTED = 4
 """Number of samples on which costs are measured."""
 
@@ -70,7 +72,7 @@ class DriftReport:
     head_steps: int
     """Number of steps that have trained the head alone, before the planned ones."""
     reserved: Cost
-    """Most that source samples against forgetting cost in a training, which plans do not know of."""
+    """Most that plans do not know of: source samples against forgetting, and the header of an update."""
     local_updates: int
     """Number of changes that the edge has made to the version's weights."""
 
@@ -191,7 +193,8 @@ class RetrainEdge:
         batch, settings = min(self._settings.batch_size, len(train)), self._settings
         budget = budget_of(self._budget, cost, batch=batch, samples=len(train))
         replayed = len(self._replayed) if self._replayed is not None and settings.replay else 0
-        reserved = Cost(replayed * forward, replayed * max(cost.boundary))
+        header = _HEADER + sum(len(name) + _ENTRY for name, _ in self.model.named_parameters())
+        reserved = Cost(replayed * forward, replayed * max(cost.boundary), header)
         plannable = _without(budget, reserved)
         before = {name: one.detach().clone() for name, one in parts.head.items()}
         found = estimate(self.model, parts, train, self._loss, self._error, settings, cost, plannable, seed)
@@ -403,6 +406,4 @@ class RetrainEdge:
 
 def _without(budget: Budget, reserved: Cost) -> Budget:
     """Budget without what is reserved."""
-    return replace(
-        budget, flops=max(0.0, budget.flops - reserved.flops), memory=max(0.0, budget.memory - reserved.memory)
-    )
+    return Budget(*(max(0.0, getattr(budget, name) - getattr(reserved, name)) for name in ("flops", "memory", "bytes")))

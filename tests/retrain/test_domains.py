@@ -27,15 +27,16 @@ def signature(shift: float, seed: int) -> DomainSignature:
 
 def test_a_domain_that_comes_back_has_its_own_changes() -> None:
     memory = DomainMemory(SOURCE, radius=0.6)
-    assert memory.find(signature(1.0, 1)) is None
+    assert not memory.nearest(signature(1.0, 1), 3)
     memory.store(signature(1.0, 1), {"a": torch.ones(2)})
     memory.store(signature(-1.0, 2), {"a": -torch.ones(2)})
-    found = memory.find(signature(1.0, 3))
-    assert found is not None and found.deltas["a"].tolist() == [1, 1]
-    assert memory.find(signature(4.0, 4)) is None
+    first, *others = memory.nearest(signature(1.0, 3), 3)
+    assert first.deltas["a"].tolist() == [1, 1] and len(others) <= 1
+    assert len(memory.nearest(signature(1.0, 3), 1)) == 1
+    assert not memory.nearest(signature(9.0, 4), 3)
     memory.store(signature(1.0, 5), {"a": 2 * torch.ones(2)})
-    again = memory.find(signature(1.0, 6))
-    assert len(memory.domains) == 2 and again is not None and again.deltas["a"].tolist() == [2, 2]
+    again, *_ = memory.nearest(signature(1.0, 6), 3)
+    assert len(memory.domains) == 2 and again.deltas["a"].tolist() == [2, 2]
 
 
 def test_a_domain_is_the_same_after_its_file() -> None:
