@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tests.cluster.recipes import small, split_edges
 from tests.endings import of_a_submitted_job, report_of
 from tests.ports import free_port
+from tests.retrain.in_process import DIGITS, recipe_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -84,7 +85,7 @@ def submit(env: dict[str, str], name: str, *words: str) -> subprocess.CompletedP
 
 def test_every_job_is_submitted_in_a_test_here() -> None:
     """Every job has such a test."""
-    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == {"distill", "split_tune", "tune_teacher"}
+    assert {path.stem for path in (ROOT / "jobs").glob("*.py")} == {"distill", "retrain", "split_tune", "tune_teacher"}
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,18 @@ def test_edges_are_split_tuned_by_a_submitted_job(
     assert report_of(of_a_submitted_job(done.stdout)) is None
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [one["members"] for one in summary["rounds"]] == [["store", "newsroom"]] * 3
+
+
+def test_blocks_are_retrained_by_a_submitted_job(head: tuple[dict[str, str], int], tmp_path: Path) -> None:
+    env, _ = head
+    path, least = tmp_path / "retrain.yaml", {"num_cpus": 0.1}
+    recipe = recipe_of(DIGITS, output=str(tmp_path / "run"), cloud_placement=least, edge_placement=least)
+    path.write_text(recipe.dump())
+    done = submit(env, "retrain", "--", "python", "jobs/retrain.py", "--recipe", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "window 2, a: invert" in done.stdout and "Traceback" not in done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["windows"], summary["alarms"], summary["over_budget"]) == (2, 1, 0)
 
 
 def test_the_doctor_knows_token_ports_and_room(head: tuple[dict[str, str], int], recipe: Path) -> None:
