@@ -29,7 +29,7 @@ from raycloud.rounds.machine import ClosedRound, Refusal
 from raycloud.rounds.service import DeviceGone, DeviceUpdate, RoundServer
 
 _LOG = logging.getLogger(__name__)
-
+_POLL_S = 2.0
 
 T = TypeVar("T")
 
@@ -53,6 +53,8 @@ class CloudModel(ActorService):
         self._turn = threading.Lock()
         self._news = ""
         self._attempts = itertools.count(1)
+        self._newest: dict[str, int] = {}
+        """Latest window that each device was asked for."""
         self._device_weights: dict[tuple[str, str], tuple[int | None, frozenset[str]]] = {}
         """Version that each device's process has, and parameters that it has changed; a new one gets all weights."""
         # No method of this class may be a coroutine: Ray would run all of them on one event loop, one at a time.
@@ -123,7 +125,8 @@ class CloudModel(ActorService):
             DeviceGone: the device goes.
             TrainingError: the device says that its training failed.
         """
-        self._do(self._rounds.prepare(name))
+        self._newest[name] = number
+        self._await(name, number)
         process = self._rounds.process(name)
         version, changed = self._device_weights.get((name, process), (None, frozenset[str]()))
         seen = self._exchange(name, 2 * number, self.deployment(version, sorted(changed)).tensors())
@@ -157,6 +160,18 @@ class CloudModel(ActorService):
         if self._recipe.devices:
             state = self.deployment(None).tensors()
             self._do(self._rounds.finish({edge.name: state for edge in self._recipe.devices}, FAREWELL_S))
+
+    def _await(self, name: str, number: int) -> None:
+        """Wait until a device is there, or is asked for a later window; each wait occupies a thread."""
+        while True:
+            try:
+                self._do(asyncio.wait_for(self._rounds.prepare(name), _POLL_S))
+            except TimeoutError:
+                if self._newest[name] == number:
+                    continue
+            if self._newest[name] != number:
+                raise DeviceGone(f"the device '{name}' was asked for something newer")
+            return
 
     def _exchange(self, name: str, number: int, tensors: Weights) -> DeviceUpdate:
         found = self._do(self._rounds.train(name, next(self._attempts), number, tensors, any_form=True))

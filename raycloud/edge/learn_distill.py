@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
+from safetensors.torch import save
 from transformers import PretrainedConfig
 
 from raycloud.distill.learner import Heartbeat, StudentLearner
@@ -19,7 +17,7 @@ from raycloud.distill.recipe import DistillEdgeRecipe, DistillRecipe
 from raycloud.distill.round_report import RoundReport
 from raycloud.distill.student import build_student
 from raycloud.durable import remove, write_atomically, write_folder
-from raycloud.edge.learn_session import JobSession, Pulse, read_json
+from raycloud.edge.learn_session import JobSession, Pulse, read_json, read_tensors
 from raycloud.edge.learn_teacher import LinkTeacher
 from raycloud.edge.learn_terms import distill_demands
 from raycloud.errors import LinkError, LinkSetupError, TrainingError
@@ -64,7 +62,7 @@ class DistillDevice:
             raise LinkSetupError(f"the cloud sent no tokenizer for job '{self._job}'")
         self._tokenizer, self._own = load_tokenizer(str(tokenizer)), None if own is None else load_tokenizer(str(own))
         frozen = granted.blobs.get("frozen")
-        self._frozen: Weights = {} if frozen is None else _tensors(session.blob(frozen, "frozen.safetensors"))
+        self._frozen: Weights = {} if frozen is None else read_tensors(session.blob(frozen, "frozen.safetensors"))
         self._teacher = LinkTeacher(
             granted.facts.get("teacher", ""),
             self._tokenizer,
@@ -137,7 +135,7 @@ class DistillDevice:
         kept = read_json(outbox / "about.json")
         if {key: kept.get(key) for key in about} != about:
             try:
-                weights = _tensors(self._session.blob(start, "weights.safetensors"))
+                weights = read_tensors(self._session.blob(start, "weights.safetensors"))
             except LinkError as error:
                 self._notify(f"round {number + 1}: {error}")
                 return
@@ -203,7 +201,7 @@ class DistillDevice:
         """Save the final student."""
         if task.weights is None:
             return
-        weights = _tensors(self._session.blob(task.weights, "weights.safetensors"))
+        weights = read_tensors(self._session.blob(task.weights, "weights.safetensors"))
         student = self._recipe.cohort_of(self._edge).student
         model = build_student(self._config, weights, self._frozen, student, torch.device("cpu"))
         self._student = self._session.options.folder / "student"
@@ -220,10 +218,3 @@ def _with_tokenizer(
     own = edge.model_copy(update={"student": student})
     edges = [own if one.name == edge.name else one for one in recipe.edges]
     return recipe.model_copy(update={"edges": edges}), own
-
-
-def _tensors(content: bytes) -> dict[str, Tensor]:
-    try:
-        return load(content)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise LinkError(f"the cloud's weights cannot be read: {str(error).splitlines()[0]}") from None

@@ -5,24 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
-import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from raycloud.distill.learner import Heartbeat
 from raycloud.durable import write_atomically, write_folder
-from raycloud.edge.learn_session import JobSession, Pulse
+from raycloud.edge.learn_session import JobSession, Pulse, read_tensors
 from raycloud.edge.learn_terms import retrain_demands
-from raycloud.errors import LinkError, LinkSetupError, TrainingError
-from raycloud.models.configuration import CONFIG, load_config, quiet_transformers
+from raycloud.errors import LinkSetupError, TrainingError
+from raycloud.models.configuration import CONFIG, load_config
 from raycloud.models.loading import load_tokenizer
-from raycloud.models.texts import save_end_ids
 from raycloud.origin import cores
 from raycloud.retrain.deployment import Deployment
 from raycloud.retrain.edge_run import EdgeRun
@@ -36,6 +33,7 @@ from raycloud.retrain.messages import (
 )
 from raycloud.retrain.recipe import RetrainRecipe
 from raycloud.rounds.service.messages import Blob
+from raycloud.training.lora import save_model
 
 _TOKENIZER_FILE = re.compile(r"\w[\w-]*(\.[\w-]+)*\.(json|txt|model|jinja)")
 
@@ -131,7 +129,7 @@ class RetrainDevice:
         with Pulse(client, number, blob.digest) as pulse:
             pulse.latest = Heartbeat(number, 1, 0.0, 0.0, os.getpid())
             try:
-                content, tensors, samples = self._done(number, _tensors(raw), pulse.outdated)
+                content, tensors, samples = self._done(number, read_tensors(raw))
             except TrainingError as error:
                 client.give_up(number, blob.digest, str(error))
                 session.notify(f"window {number // 2 + 1}: {error}")
@@ -144,9 +142,7 @@ class RetrainDevice:
         if self._run is not None:
             self._publish(self._run)
 
-    def _done(
-        self, number: int, tensors: dict[str, Tensor], outdated: threading.Event
-    ) -> tuple[bytes, dict[str, Tensor], int]:
+    def _done(self, number: int, tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, Tensor], int]:
         """Result of a task: report, tensors and number of samples."""
         edge, window = self._recipe.edges[0], number // 2
         if number % 2 == 0:
@@ -185,20 +181,6 @@ class RetrainDevice:
         if state == self._published:
             return
 
-        def fill(folder: Path) -> None:
-            if self._tokenizer is not None:
-                save_end_ids(run.model, self._tokenizer)
-                self._tokenizer.save_pretrained(folder)
-            with quiet_transformers():
-                run.model.save_pretrained(folder)
-
         self._model = self._session.options.folder / "model"
-        write_folder(self._model, fill)
+        write_folder(self._model, lambda to: save_model(run.model, self._tokenizer, to))
         self._published = state
-
-
-def _tensors(content: bytes) -> dict[str, Tensor]:
-    try:
-        return load(content)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise LinkError(f"what the cloud sent cannot be read: {str(error).splitlines()[0]}") from None

@@ -14,6 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
 from raycloud.distill.learner import Heartbeat
 from raycloud.durable import write_atomically
 from raycloud.edge.learn_terms import Allowance
@@ -191,3 +195,15 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def read_tensors(content: bytes) -> dict[str, Tensor]:
+    """Read tensors that the cloud sent.
+
+    Raises:
+        LinkError: the bytes are none.
+    """
+    try:
+        return load(content)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise LinkError(f"the cloud's tensors cannot be read: {str(error).splitlines()[0]}") from None

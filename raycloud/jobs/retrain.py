@@ -23,7 +23,7 @@ from raycloud.cluster.device_rounds import NAMESPACE, actor_name, job_name
 from raycloud.cluster.edge_node import EdgeNode, NodeWindow
 from raycloud.cluster.run_log import RunLog
 from raycloud.data.sources import path_of
-from raycloud.errors import ClusterError, ClusterSetupError, LinkError, RaycloudError, TrainingError
+from raycloud.errors import ClusterError, ClusterSetupError, LinkError, RaycloudError, RecipeError, TrainingError
 from raycloud.jobs.runner import Summary, actor_options, cluster_run, finished_summary, get_result
 from raycloud.models.chain import block_list_of
 from raycloud.report.console import console, print_and_log, timed
@@ -85,7 +85,7 @@ def check(recipe: RetrainRecipe) -> None:
             parts.data.samples(domain, "test")
             found = len(parts.data.samples(domain, "window"))
             if found < recipe.samples:
-                raise RaycloudError(
+                raise RecipeError(
                     f"samples={recipe.samples}, and domain '{domain}' has {found} for windows; allowed: at most these"
                 )
 
@@ -123,7 +123,7 @@ class _EdgeHandle:
 
 @dataclass
 class _Window:
-    """What a round has so far."""
+    """Results of a round so far."""
 
     number: int
     records: list[dict[str, Any]] = field(default_factory=list)

@@ -28,11 +28,11 @@ MOST_STEPS = 400
 
 @dataclass(frozen=True)
 class PlanPrior:
-    """What simulated drifts tell of plans, all within the budget of the windows to come."""
+    """Knowledge of plans from simulated drifts, all within the budget of the windows to come."""
 
     prior: Prior
     misses: Mapping[tuple[int, ...], float]
-    """What the prior's law misses for sets of blocks in the mean."""
+    """Mean of measured less predicted errors, by set of blocks."""
 
     @staticmethod
     def of(drifts: Sequence[SimulatedDrift]) -> PlanPrior:

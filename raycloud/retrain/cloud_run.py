@@ -17,7 +17,6 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raycloud.checksums import verify_file
 from raycloud.durable import write_atomically, write_folder
@@ -25,7 +24,6 @@ from raycloud.errors import ChecksumError, ModelError
 from raycloud.models.chain import block_list_of
 from raycloud.models.configuration import load_config, quiet_transformers
 from raycloud.models.loading import load_tokenizer, pick_device
-from raycloud.models.texts import save_end_ids
 from raycloud.models.weights import Weights, fingerprint, load_weights, nbytes, weights_of
 from raycloud.results import RECIPE
 from raycloud.retrain.alarms import ErrorReference
@@ -56,6 +54,7 @@ from raycloud.retrain.update import BlockUpdate
 from raycloud.rounds.machine import ClosedRound, Refusal
 from raycloud.rounds.service import DeviceMember
 from raycloud.rounds.versions import VERSIONS, VersionStore
+from raycloud.training.lora import save_model
 
 _LOG = logging.getLogger(__name__)
 _REPLAYED = 256
@@ -103,13 +102,14 @@ class CloudRun:
             load_weights(self._model, {**weights_of(self._model), **self._store.weights(self._store.current)})
             rounds = self._store.record(self._store.current).round or 0
         self._evaluate()
+        source = self._store.weights(0)
         self._cloud = RetrainCloud(
             retrainable(self._weights()),
-            fingerprint(self._store.weights(0)),
+            fingerprint(source),
             list(block_list_of(self._model).blocks),
             self._prior(),
             DomainMemory(self._detector.source, recipe.drift.radius, self._known_domains()),
-            source=retrainable(self._store.weights(0)),
+            source=source,
             version=rounds,
             least_gain=recipe.least_gain,
         )
@@ -201,7 +201,7 @@ class CloudRun:
 
     def save(self) -> None:
         """Write the model of the current version, which ``transformers`` loads."""
-        _write(self._folder, self._model, self._parts.tokenizer)
+        write_folder(self._folder / _MODEL, lambda to: save_model(self._model, self._parts.tokenizer, to))
 
     def _train(self) -> None:
         recipe = self._recipe
@@ -242,7 +242,6 @@ class CloudRun:
         """Train sets of blocks of a copy of the source model on a domain."""
         recipe, task = self._recipe, self._task
         model = copy.deepcopy(self._model)
-        load_weights(model, {**weights_of(model), **self._store.weights(0)})
         count = recipe.samples - round(RetrainEdge.HELD_OUT * recipe.samples)
         window = self._parts.data.samples(domain, "window").at_most(count).to(model.device)
         test = self._parts.data.samples(domain, "test").at_most(recipe.test_samples).to(model.device)
@@ -293,18 +292,7 @@ def restore_model(results: Path, name: str, weights: Weights) -> None:
     with quiet_transformers():
         model = auto_class_of(recipe).from_config(config, dtype=torch.float32)
     load_weights(model, {**weights_of(model), **weights})
-    _write(results, model, tokenizer)
-
-
-def _write(results: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    def fill(folder: Path) -> None:
-        if tokenizer is not None:
-            save_end_ids(model, tokenizer)
-            tokenizer.save_pretrained(folder)
-        with quiet_transformers():
-            model.save_pretrained(folder)
-
-    write_folder(results / _MODEL, fill)
+    write_folder(folder, lambda to: save_model(model, tokenizer, to))
 
 
 def _domains_in(folder: Path) -> list[StoredDomain]:

@@ -1,4 +1,4 @@
-"""What an edge gets of the cloud: weights that changed since its version, and how to notice drift with them."""
+"""State of the cloud that an edge gets: weights that changed since its version, and how to notice drift with them."""
 
 from __future__ import annotations
 

@@ -29,6 +29,24 @@ class DomainData(Protocol):
         ...
 
 
+class CachedDomains:
+    """Domains whose samples are read and encoded once.
+
+    Args:
+        data: the domains.
+    """
+
+    def __init__(self, data: DomainData) -> None:
+        self._data = data
+        self._known: dict[tuple[str, DataPart], Samples] = {}
+
+    def samples(self, domain: str, part: DataPart) -> Samples:
+        """Samples of a part of a domain; see :class:`DomainData`."""
+        if (domain, part) not in self._known:
+            self._known[domain, part] = self._data.samples(domain, part)
+        return self._known[domain, part]
+
+
 def part_of(row: Row, source: bool) -> DataPart:
     """Part of a row: a function of its content; the source model gets half of what windows would."""
     split = split_of(row)

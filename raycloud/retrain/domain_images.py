@@ -81,7 +81,8 @@ class FolderDomains:
             raise DataError(f"domain '{domain}' has no images in its part '{part}'; domains: {known}")
         odd = sorted({row["label"] for row in rows} - set(self._classes))
         if odd:
-            raise DataError(f"domain '{domain}' has the class '{odd[0]}'; allowed: {', '.join(self._classes)}")
+            allowed = ", ".join(map(str, self._classes))
+            raise DataError(f"domain '{domain}' has the class '{odd[0]}'; allowed: {allowed}")
         size, channels = _shape(self._config)
         images = read_images([self._folder / row["text"] for row in rows], size, channels)
         labels = torch.tensor([self._classes.index(row["label"]) for row in rows])

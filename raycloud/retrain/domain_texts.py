@@ -44,7 +44,6 @@ class TextDomains:
         recipe: recipe with the task, the supervision and the data.
         tokenizer: tokenizer of the model.
         classes: classes in the order of the model's outputs; empty for language modelling.
-        parts: True if windows may not use what trained the source model.
     """
 
     def __init__(
@@ -60,7 +59,6 @@ class TextDomains:
             source = domain == recipe.data.source_domain and recipe.source.steps > 0
             self._rows.setdefault((domain, part_of(row, source)), []).append(row)
         self._domains = sorted({domain for domain, _ in self._rows})
-        self._made: dict[tuple[str, DataPart], Samples] = {}
 
     def samples(self, domain: str, part: DataPart) -> Samples:
         """Samples of a part of a domain; see :class:`~raycloud.retrain.domain_data.DomainData`."""
@@ -69,9 +67,7 @@ class TextDomains:
         rows = self._rows.get((domain, part))
         if not rows:
             raise DataError(f"domain '{domain}' has no rows in its part '{part}'")
-        if (domain, part) not in self._made:
-            self._made[domain, part] = self._encoded(rows, part)
-        return self._made[domain, part]
+        return self._encoded(rows, part)
 
     def _encoded(self, rows: Sequence[Row], part: DataPart) -> Samples:
         match self._recipe.task:

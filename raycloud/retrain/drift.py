@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from raycloud.errors import ModelError
+from raycloud.models.block_trace import without_cache
+from raycloud.models.chain import block_list_of
+from raycloud.retrain.samples import Samples
 
 _LEAST_VARIANCE = 1e-12
 TapMeans = Sequence[Tensor]
@@ -202,3 +206,27 @@ def tapped(blocks: Mapping[str, nn.Module], valid: Sequence[Tensor | None] = (No
         for number, block in enumerate(modules):
             stack.callback(block.register_forward_hook(behind(number + 1)).remove)
         yield taps
+
+
+def tap_means(
+    model: PreTrainedModel,
+    samples: Samples,
+    batch_size: int = 32,
+    on_logits: Callable[[Tensor, Tensor], None] = lambda logits, labels: None,
+) -> TapMeans:
+    """Serve samples, and return their mean hidden states at the stem and behind each block, (n, d) each.
+
+    Args:
+        model: the model.
+        samples: samples; positions that their ``attention_mask`` leaves out do not count.
+        batch_size: number of samples of a forward.
+        on_logits: called with logits and labels of each batch.
+    """
+    valid: list[Tensor | None] = [None]
+    arguments = without_cache(model)
+    with torch.no_grad(), tapped(block_list_of(model).blocks, valid) as taps:
+        for batch in samples.batches(batch_size):
+            mask = batch.inputs.get("attention_mask")
+            valid[0] = None if mask is None else mask.bool()
+            on_logits(model(**batch.inputs, **arguments).logits, batch.labels)
+    return taps.take()

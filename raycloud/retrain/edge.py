@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raycloud.models.block_trace import without_cache
-from raycloud.models.chain import block_list_of
 from raycloud.models.weights import Weights, copy_weights, nbytes, weights_of
 from raycloud.retrain.alarms import AlarmCause, DriftAlarm, ErrorReference
 from raycloud.retrain.budget import budget_of
 from raycloud.retrain.cost import Budget, Cost, ModelCost
-from raycloud.retrain.drift import DomainSignature, DriftDetector, DriftVerdict, TapMeans, tapped
+from raycloud.retrain.drift import DomainSignature, DriftDetector, DriftVerdict, TapMeans, tap_means
 from raycloud.retrain.estimate import estimate
 from raycloud.retrain.gain import BlockGain, block_gains, blocks_together, gain_samples
 from raycloud.retrain.measure import model_cost
@@ -268,7 +266,8 @@ class RetrainEdge:
         if keep and recalled is not None:  # the cloud knows these changes, and is told that they were taken
             self.changes.append(frozenset(plan.candidates[recalled]))
         if keep and result is not None and result.helped:
-            update = BlockUpdate(self._fingerprint, self.version, len(train), deltas)
+            sent_deltas = {name: one.cpu() for name, one in deltas.items()}
+            update = BlockUpdate(self._fingerprint, self.version, len(train), sent_deltas)
             self.changes.append(frozenset(deltas))
         sent = sum(map(nbytes, plan.candidates)) + (len(update.to_bytes()) if update is not None else 0)
         done = Cost(result.flops, result.memory, sent) if result is not None else Cost(bytes=sent)
@@ -349,16 +348,15 @@ class RetrainEdge:
 
     def _served(self, samples: Samples) -> tuple[TapMeans, float]:
         """Mean hidden states of samples, and their mean error."""
-        valid: list[Tensor | None] = [None]
         total, count = 0.0, 0
-        with torch.no_grad(), tapped(block_list_of(self.model).blocks, valid) as taps:
-            for batch in samples.batches(self._settings.batch_size):
-                mask = batch.inputs.get("attention_mask")
-                valid[0] = None if mask is None else mask.bool()
-                logits = self.model(**batch.inputs, **without_cache(self.model)).logits
-                found = self._error(logits, batch.labels)
-                total, count = total + float(found.sum), count + found.count
-        return taps.take(), total / max(count, 1)
+
+        def judge(logits: Tensor, labels: Tensor) -> None:
+            nonlocal total, count
+            found = self._error(logits, labels)
+            total, count = total + float(found.sum), count + found.count
+
+        means = tap_means(self.model, samples, self._settings.batch_size, judge)
+        return means, total / max(count, 1)
 
     def _signed(self, means: TapMeans) -> tuple[DriftVerdict, DomainSignature]:
         """Verdict on the last samples and their signature, with means behind each block."""

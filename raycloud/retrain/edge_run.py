@@ -85,7 +85,8 @@ class EdgeRun:
         labelled = recipe.supervision == "labels"
         drift = recipe.drift
         alarm = DriftAlarm(drift.radius, drift.cool_down, drift.every, usual=state.usual if labelled else None)
-        model = new_model(parts).to(pick_device(recipe.device))  # type: ignore[arg-type]
+        device = pick_device(recipe.device)
+        model = new_model(parts).to(device)  # type: ignore[arg-type]
         self._run = RetrainEdge(
             edge.name,
             model,
@@ -96,7 +97,7 @@ class EdgeRun:
             recipe.budget,
             recipe.training,
             supervision=recipe.supervision,
-            replayed=state.replayed,
+            replayed=None if state.replayed is None else state.replayed.to(device),
             share_means=recipe.statistics == "means",
             judged=drift.window,
         )

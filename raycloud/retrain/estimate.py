@@ -28,7 +28,7 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a window is like once its head fits."""
+    """Estimate of a window once its head fits."""
 
     error: float
     """Error on samples that the head did not see."""

@@ -135,14 +135,14 @@ class RetrainedRecord(_Message):
 
 
 class ObservedMessage(_Message):
-    """What a device saw in a window."""
+    """Message with what a device saw in a window."""
 
     record: ObservedRecord
     report: ReportMessage | None
 
 
 class RetrainedMessage(_Message):
-    """What a device trained in a window; the changes follow as tensors."""
+    """Message with what a device trained in a window; the changes follow as tensors."""
 
     record: RetrainedRecord
     recalled: Annotated[int, Field(ge=0, lt=MOST_CANDIDATES)] | None

@@ -127,7 +127,7 @@ class RetrainTraining(Recipe):
 
 
 class PriorRecipe(Recipe):
-    """What the cloud learns of retraining before edges ask, from domains that it has itself."""
+    """Domains from which the cloud learns what retraining gives, before edges ask."""
 
     domains: list[str] = []
     """Domains that the cloud adapts copies of its model to, each time with other blocks, within the budget of a window.

@@ -22,10 +22,9 @@ from raycloud.data.splits import Row
 from raycloud.errors import DataError
 from raycloud.evaluation.privacy.evaluation import ProgressContext
 from raycloud.evaluation.privacy.word_presence import presence_area, word_directions
-from raycloud.retrain.drift import TapMeans, TapStatistics, drift_distances
+from raycloud.retrain.drift import TapMeans, TapStatistics, drift_distances, tap_means
 from raycloud.retrain.recipe import LEAST_OF_MEANS
 from raycloud.retrain.samples import Samples
-from raycloud.retrain.source import tap_means
 
 WORDS = ("chemotherapy", "bankruptcy", "Bergström", "password", "great", "money")
 """Words to plant: rare ones, a name, and common ones."""

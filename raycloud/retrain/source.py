@@ -28,10 +28,10 @@ from raycloud.models.chain import block_list_of
 from raycloud.models.configuration import first_line, load_auto, load_config, quiet_transformers
 from raycloud.models.loading import load_tokenizer, resolve
 from raycloud.retrain.alarms import ErrorReference
-from raycloud.retrain.domain_data import DomainData
+from raycloud.retrain.domain_data import CachedDomains, DomainData
 from raycloud.retrain.domain_images import DIGITS, DigitsDomains, FolderDomains
 from raycloud.retrain.domain_texts import TextDomains, text_classes
-from raycloud.retrain.drift import DriftDetector, TapMeans, tapped
+from raycloud.retrain.drift import DriftDetector, tap_means
 from raycloud.retrain.recipe import RetrainRecipe
 from raycloud.retrain.samples import Samples
 from raycloud.retrain.tasks import TASKS, LossOf
@@ -47,7 +47,7 @@ Notify = Callable[[str], None]
 
 @dataclass(frozen=True)
 class SourceParts:
-    """What a recipe's model and data are made of, without weights."""
+    """Configuration, data and tokenizer of a recipe, without weights."""
 
     config: PretrainedConfig
     data: DomainData
@@ -131,7 +131,7 @@ def source_parts(recipe: RetrainRecipe, source: str | None = None, notify: Notif
         config.num_labels = len(classes)
         config.id2label = {index: str(value) for index, value in enumerate(classes)}
         config.label2id = {str(value): index for index, value in enumerate(classes)}
-    return SourceParts(config, data, tokenizer, where, auto_class_of(recipe), classes)
+    return SourceParts(config, CachedDomains(data), tokenizer, where, auto_class_of(recipe), classes)
 
 
 def source_model(parts: SourceParts, recipe: RetrainRecipe, device: torch.device) -> PreTrainedModel:
@@ -217,18 +217,6 @@ def train_source(
         chosen = samples.select(torch.tensor(order.indices(step)))
         on_step(trainer.step([_SourceBatch(chosen, len(chosen))], loss_of))
     model.eval()
-
-
-def tap_means(model: PreTrainedModel, samples: Samples, batch_size: int = 32) -> TapMeans:
-    """Mean hidden states of samples at the stem and behind each block, (n, d) each."""
-    valid: list[torch.Tensor | None] = [None]
-    arguments = without_cache(model)
-    with torch.no_grad(), tapped(block_list_of(model).blocks, valid) as taps:
-        for batch in samples.batches(batch_size):
-            mask = batch.inputs.get("attention_mask")
-            valid[0] = None if mask is None else mask.bool()
-            model(**batch.inputs, **arguments)
-    return taps.take()
 
 
 def calibrated_detector(model: PreTrainedModel, clean: Samples, recipe: RetrainRecipe) -> DriftDetector:

@@ -346,10 +346,12 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     return model.requires_grad_(True)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a model with merged adapters, its tokenizer and the ids that end its texts."""
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Save a model with merged adapters, and of one for texts its tokenizer and the ids that end its texts."""
     model = merge_adapters(model)
-    save_end_ids(model, tokenizer)
+    if tokenizer is not None:
+        save_end_ids(model, tokenizer)
     with quiet_transformers():
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
